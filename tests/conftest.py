@@ -1,0 +1,117 @@
+"""Tiny models and tokenizers, made on the spot: no network, CPU, seconds each."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_DATASETS_CACHE", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "datasets"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers on every machine
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import json  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from transformers import (  # noqa: E402
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT))
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEXTS = [
+    "Question: What is the capital of France?\n\nAnswer: The capital of France is Paris.",
+    "Why is the sky blue? Because air scatters blue light more than red light.",
+    "user assistant system 0 1 2 3 4 5 6 7 8 9 a b c d e f g h i j k l m n o p q r s t u v w x y z",
+]
+
+
+def make_tokenizer(chat=True, vocab_size=400):
+    """A byte-level BPE tokenizer trained on a few lines; with `chat`, ChatML turns that end in <|im_end|> = EOS."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    eos = "<|im_end|>" if chat else "<|endoftext|>"
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=eos)
+    if chat:
+        fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+        fast.chat_template = CHATML
+    return fast
+
+
+def make_model(directory, kind="llama", chat=True, seed=0, **config):
+    """A random model of about 60,000 weights with its tokenizer in `directory`; returns the directory as text."""
+    tokenizer = make_tokenizer(chat)
+    torch.manual_seed(seed)
+    if kind == "llama":
+        settings = {
+            "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.1,
+        }  # fmt: skip
+        model = LlamaForCausalLM(LlamaConfig(**{**settings, **config}, eos_token_id=tokenizer.eos_token_id))
+    else:
+        settings = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+        model = GPT2LMHeadModel(GPT2Config(**{**settings, **config}, eos_token_id=tokenizer.eos_token_id))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def write_rows(path, rows):
+    """Write rows as JSON Lines; returns the path as text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def plain_llama(tmp_path_factory):
+    """A Llama whose tokenizer has no chat template."""
+    return make_model(tmp_path_factory.mktemp("plain_llama"), chat=False)
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("gpt2"), kind="gpt2", chat=False)
+
+
+@pytest.fixture(scope="session")
+def sft():
+    return importlib.import_module("training_sft")
+
+
+@pytest.fixture(scope="session")
+def reward():
+    return importlib.import_module("training_reward_model")
+
+
+@pytest.fixture(scope="session")
+def rl():
+    return importlib.import_module("training_rl")
+
+
+@pytest.fixture(scope="session")
+def merge():
+    return importlib.import_module("merge_with_lora")

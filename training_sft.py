@@ -1,0 +1,851 @@
+"""Supervised fine-tuning (SFT) of a causal language model on chats or question/answer pairs.
+
+In: a model (hub id, directory, or LoRA adapter directory) and a data set with one of these columns sets:
+`messages`; `question` + `response_j`; `prompt` + `response`; `prompt` + `chosen` (string).
+Out, in --output_dir: `final_checkpoint/` (model or adapter, tokenizer, run.json), resumable `checkpoint-N/`,
+`metrics.jsonl` (one line per log event) and `metrics.json` (the final figures).
+
+    python training_sft.py --model_path meta-llama/Llama-3.2-3B-Instruct --dataset_name json --subset data/finetune \
+        --split train --output_dir checkpoints/sft --bf16 --use_lora --batch_size 1 --gradient_accumulation_steps 8
+    python training_sft.py --model_path gpt2 --dataset_name my_chats/ --split train --output_dir checkpoints/sft --dry_run
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "trl==1.12.0", "transformers>=5.20,<6", "peft>=0.21,<1", "accelerate>=1.15,<2",
+#                 "datasets>=5.0,<6", "bitsandbytes>=0.49"]
+# ///
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+# >>> block base: the same in training_sft.py, training_reward_model.py, training_rl.py, merge_with_lora.py (tests/test_blocks.py)
+TRL_VERSION = "1.12.0"  # the last release with PPOTrainer; the four scripts are tested with this one
+
+
+class UserError(Exception):
+    """What is wrong, where, and what would be right: shown as one line, exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Full flag names only; the default value in the help; a mistake is one line."""
+
+    def __init__(self, description):
+        summary = description.split("\n\n")[0]
+        super().__init__(
+            description=summary, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def run_as_script(function):
+    """Call `function()`; what a user can mend becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    code = 0
+    try:
+        function()
+    except (UserError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    if code:
+        sys.exit(code)
+
+
+def read_json(path):
+    """The JSON object in the file `path`."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} should hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def write_json(path, value):
+    """Write `value` as JSON; the file is either the old one or the whole new one."""
+    draft = Path(f"{path}.partial")
+    draft.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def publish(directory):
+    """Yield an empty directory to fill; it takes the name `directory` only when it is complete."""
+    directory = Path(directory)
+    draft, old = directory.with_name(directory.name + ".partial"), directory.with_name(directory.name + ".old")
+    for leftover in (draft, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    draft.mkdir(parents=True)
+    yield draft
+    if directory.exists():
+        os.replace(directory, old)
+    os.replace(draft, directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclasses.dataclass
+class Source:
+    """Where a model comes from: `base`, a full model (hub id or absolute directory); `adapter`, a directory with a
+    LoRA adapter for it, or None; `run`, the run.json that an earlier stage left beside it, or {}."""
+
+    base: str
+    adapter: Path | None
+    run: dict
+
+
+def locate_model(path, flag):
+    """Find out what `path` (a hub id, a model directory or an adapter directory) is, without loading weights."""
+    folder = Path(path)
+    if folder.is_file():
+        raise UserError(f"{flag} {path} is a file; it should be a model directory or a hub id")
+    if not folder.is_dir():
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
+            raise UserError(f"{flag} {path} does not exist; it should be a model directory or a hub id")
+        return Source(str(path), None, {})
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        inside = [child.parent.name for child in folder.glob("*/*config.json")]
+        hint = f"; did you mean {folder / sorted(inside)[0]}?" if inside else ""
+        raise UserError(f"{flag} {path} holds neither config.json nor adapter_config.json{hint}")
+    run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    if not (folder / "adapter_config.json").is_file():
+        return Source(str(folder.resolve()), None, run)
+    config = read_json(folder / "adapter_config.json")
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{folder / 'adapter_config.json'} names no base model (base_model_name_or_path)")
+    looks_local = Path(base).is_absolute() or base.startswith(".") or "\\" in base or base.count("/") > 1
+    if looks_local and not Path(base).is_dir():
+        raise UserError(
+            f"{flag} {path} is an adapter for the base model {base}, which is not there; put the base model back or "
+            f"write its new place into base_model_name_or_path in {folder / 'adapter_config.json'}"
+        )
+    return Source(str(Path(base).resolve()) if Path(base).is_dir() else base, folder.resolve(), run)
+
+
+# <<< block base
+
+
+# >>> block flags: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_blocks.py)
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or float from `low` to `high`."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def add_shared_flags(parser, learning_rate):
+    """The flags that all three training scripts have."""
+    add = parser.add_argument
+    add("--output_dir", required=True, help="directory for checkpoints and metrics; empty, unless the run resumes")
+    add("--overwrite_output_dir", action="store_true", help="replace the checkpoints and metrics in --output_dir")
+    add("--resume_from_checkpoint", nargs="?", const=True, metavar="DIR", help="go on from DIR, or from the newest")
+    add("--dry_run", action="store_true", help="check everything, show the data as it would be trained on, and stop")
+    add("--max_samples", type=number(int, 1), help="use at most this many rows of each split")
+    add(
+        "--prompt_format", choices=["auto", "chat", "qa"], default="auto", help="chat template, or Question/Answer text"
+    )
+    add("--bf16", action="store_true", help="bfloat16 mixed precision (frozen weights in bfloat16)")
+    add("--fp16", action="store_true", help="float16 mixed precision; needs a GPU")
+    add("--use_lora", action="store_true", help="train a LoRA adapter in place of all weights")
+    add("--lora_r", type=number(int, 1), help="LoRA rank (16 where the adapter is new)")
+    add("--lora_alpha", type=number(float, 0), help="LoRA scale, applied as alpha / r (32 where the adapter is new)")
+    add("--lora_dropout", type=number(float, 0, 1), help="LoRA dropout probability (0 where the adapter is new)")
+    add("--lora_target_modules", nargs="+", metavar="NAME", help="module names, or one regular expression (all-linear)")
+    add("--load_in_4bit", action="store_true", help="frozen weights in 4 bit (NF4); needs LoRA")
+    add("--load_in_8bit", action="store_true", help="frozen weights in 8 bit; needs LoRA")
+    add("--learning_rate", type=number(float, 0), default=learning_rate, help="peak learning rate")
+    add("--lr_scheduler_type", default="linear", help="linear, cosine, constant, constant_with_warmup, ...")
+    add("--warmup_ratio", type=number(float, 0, 1), default=0.0, help="fraction of the steps spent on warm-up")
+    add("--weight_decay", type=number(float, 0), default=0.0, help="AdamW weight decay")
+    add("--max_grad_norm", type=number(float, 0), default=1.0, help="gradient clipping, L2 norm; 0 for none")
+    add("--gradient_accumulation_steps", type=number(int, 1), default=1, help="micro-batches per batch")
+    add("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
+    add("--attn_implementation", help="sdpa, eager, flash_attention_2, ... (the model's default)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="seed of everything that is random")
+    add("--logging_steps", type=number(int, 1), default=10, help="steps between two log lines")
+    add("--save_steps", type=number(int, 1), default=500, help="steps between two checkpoints")
+    add("--save_total_limit", type=number(int, 1), default=2, help="checkpoints kept")
+    add("--eval_steps", type=number(int, 1), help="steps between two evaluations (at the end only)")
+    add("--report_to", nargs="+", default=["none"], metavar="NAME", help="trackio, tensorboard, wandb")
+    add("--push_to_hub", action="store_true", help="upload the final checkpoint under the name of --output_dir")
+    add("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    add("--force", action="store_true", help="go on where a check of the chain says stop")
+    add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="any other field of the config")
+
+
+def set_fields(pairs, config_class, taken):
+    """`FIELD=VALUE` strings as keyword arguments, checked against the fields of `config_class`."""
+    fields = {field.name for field in dataclasses.fields(config_class) if field.init}
+    values = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise UserError(f"--set {pair} should read FIELD=VALUE")
+        if name in taken:
+            raise UserError(f"--set {name}: this field is set by a flag of its own, see --help")
+        if name not in fields:
+            near = sorted(fields, key=lambda field: -len(os.path.commonprefix([field, name])))[:3]
+            raise UserError(f"--set {name}: {config_class.__name__} has no such field; near it: {', '.join(near)}")
+        try:
+            values[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+        except ValueError:
+            values[name] = text
+    return values
+
+
+# <<< block flags
+
+
+def build_parser():
+    parser = Parser(__doc__)
+    parser.add_argument("--model_path", required=True, help="hub id, model directory or LoRA adapter directory")
+    parser.add_argument("--dataset_name", required=True, help="hub id, folder, file, or json/parquet/arrow/csv")
+    parser.add_argument("--subset", help="data_dir of the data set, e.g. data/finetune")
+    parser.add_argument("--split", default="train", help="split to train on")
+    parser.add_argument("--eval_subset", help="data_dir of the evaluation split (that of --subset)")
+    parser.add_argument("--eval_split", help="split to evaluate on; none by default")
+    parser.add_argument(
+        "--batch_size", "--per_device_train_batch_size", type=number(int, 1), default=1, help="rows per device and step"
+    )
+    parser.add_argument(
+        "--max_length", type=number(int, 2), default=1024, help="longest row, in tokens; the rest is cut"
+    )
+    parser.add_argument("--max_steps", type=number(int, 1), help="optimizer steps; goes before --num_train_epochs")
+    parser.add_argument("--num_train_epochs", type=number(float, 0), default=1.0, help="passes over the data")
+    parser.add_argument("--packing", action="store_true", help="fill every row up to --max_length with whole examples")
+    parser.add_argument("--train_on_prompt", action="store_true", help="train on all tokens, not the answers' alone")
+    add_shared_flags(parser, learning_rate=2e-4)
+    return parser
+
+
+if __name__ == "__main__":  # before the slow imports: --help and a mistyped flag answer at once
+    run_as_script(build_parser().parse_args)
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional CPU kernel at every start
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # trl 1.12 uses names of before v6
+
+import datasets
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+
+# >>> block text: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_blocks.py)
+class PromptFormat:
+    """How a conversation becomes token ids: `chat`, the tokenizer's template, or `qa`, the text
+    `Question: {question}\\n\\nAnswer: {answer}`.
+
+    Two promises, whatever the tokenizer. The ids of a prompt are a prefix of the ids of prompt + answer: the text is
+    cut where an answer starts (in `qa` before the space that precedes it), and no token lies across the cut. Text
+    from data stays text: a literal `</s>` or `<|im_end|>` in it never becomes that special token.
+
+    An assistant turn is trained on, with the token that ends it, where the text up to its end is what the model
+    would have seen and written at that point. A template that rewrites earlier turns (reasoning templates drop
+    thoughts) leaves those turns as context; the last turn is always trained on.
+    """
+
+    def __init__(self, tokenizer, name):
+        self.tokenizer, self.name = tokenizer, name
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no EOS token, so no answer could ever end")
+        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+        full = tokenizer("a")["input_ids"]
+        start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+        self.bos = full[:start]  # what this tokenizer puts before a text: BOS, [CLS] or nothing
+        # U+E000 and U+E001 bracket the number of a special token while a template is applied around it.
+        added = [str(token) for token in tokenizer.added_tokens_decoder.values()] if tokenizer.is_fast else []
+        self.special = sorted({*tokenizer.all_special_tokens, *added, "\ue000"}, key=len, reverse=True)
+        self.find_special = re.compile("|".join(map(re.escape, self.special)))
+
+    def _guard(self, text):
+        return self.find_special.sub(lambda match: f"\ue000{self.special.index(match[0])}\ue001", text)
+
+    def _ids(self, text):
+        """Ids of `text`: all plain in `qa`; in `chat` special tokens are special, and guarded ones are plain."""
+        ids = []
+        for i, piece in enumerate([text] if self.name == "qa" else re.split("\ue000(\\d+)\ue001", text)):
+            plain = self.name == "qa" or i % 2 == 1
+            piece = self.special[int(piece)] if i % 2 else piece
+            ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+        return ids
+
+    def _render(self, messages, generation=False):
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+        except Exception as error:  # templates refuse roles and orders with exceptions of their own
+            raise UserError(f"the chat template refuses this conversation: {error}") from error
+
+    def _cut(self, messages, open_end):
+        """The whole text and the spans (start, end) in it that the assistant writes.
+
+        With `open_end` the text goes up to where the next assistant turn starts."""
+        if self.name == "qa":
+            question, answer = question_and_answer(messages, open_end)
+            prompt = f"Question: {question}\n\nAnswer:"
+            return (prompt, []) if open_end else (f"{prompt} {answer}", [(len(prompt), len(prompt) + 1 + len(answer))])
+        messages = [{"role": m["role"], "content": self._guard(m["content"])} for m in messages]
+        whole, spans = self._render(messages, generation=open_end), []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt, turn = self._render(messages[:i], generation=True), self._render(messages[: i + 1])
+            ends = [match.end() for match in self.find_special.finditer(turn, len(prompt)) if match[0] != "\ue000"]
+            if ends and not turn[ends[-1] :].strip():  # a line break after the token that ends a turn is not trained on
+                turn = turn[: ends[-1]]
+            if turn.startswith(prompt) and whole.startswith(turn):
+                spans.append((len(prompt), len(turn)))
+            elif i == len(messages) - 1:
+                raise UserError(
+                    "the chat template writes an answer that does not start with its own generation prompt "
+                    f"({prompt[-40:]!r}); use another template, or --prompt_format qa"
+                )
+        return whole if open_end or not spans else whole[: spans[-1][1]], spans
+
+    def encode(self, messages, open_end=False):
+        """Token ids and the mask of trained tokens (1 = the assistant wrote it), two lists of one length.
+
+        `messages`: dicts with `role` and `content`. With `open_end` the ids are a prompt that an answer follows."""
+        text, spans = self._cut(messages, open_end)
+        start = self.bos if self.name == "qa" else []  # a chat template writes its own BOS
+        ids, mask, done = list(start), [0] * len(start), 0
+        for cut, trained in [piece for begin, end in spans for piece in ((begin, 0), (end, 1))] + [(len(text), 0)]:
+            if cut > done:
+                # A piece reads as it does after the text before it (alone, SentencePiece would begin it with a space),
+                # unless a token of that reading lies across the cut.
+                whole = start + self._ids(text[:cut])
+                new = whole[len(ids) :] if whole[: len(ids)] == ids else self._ids(text[done:cut])
+                ids, mask, done = ids + new, mask + [trained] * len(new), cut
+        ended = self.name == "chat" and text.endswith(tuple(token for token in self.special if token != "\ue000"))
+        if not open_end and not ended:
+            ids, mask = ids + [self.tokenizer.eos_token_id], mask + [1]
+        return ids, mask
+
+    def stop_ids(self, generation_config=None):
+        """Every id that ends an answer: the tokenizer's EOS, the model's, and the one that ends a chat turn."""
+        eos = getattr(generation_config, "eos_token_id", None)
+        eos = eos if isinstance(eos, list) else [eos]
+        turn = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[0][-1]
+        return sorted({self.tokenizer.eos_token_id, turn, *(i for i in eos if i is not None)})
+
+
+def question_and_answer(messages, open_end=False):
+    """(question, answer) of a conversation without a template: earlier turns join the question; no answer if open."""
+    turns = [message["content"] for message in messages]
+    return ("\n\n".join(turns), "") if open_end else ("\n\n".join(turns[:-1]), turns[-1])
+
+
+def check_messages(value, last):
+    """What is wrong with a `messages` value that should end with the role `last`, or None."""
+    if not isinstance(value, list) or not value:
+        return "should be a list of {role, content}, not " + ("an empty one" if value == [] else type(value).__name__)
+    for i, message in enumerate(value):
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            return f"turn {i} should have the keys role and content"
+        role, content = message["role"], message["content"]
+        if not isinstance(content, str) or not content.strip():
+            return f"turn {i} ({role}) has {'no' if content is None else 'an empty'} content; it should be text"
+        system = value[0].get("role") == "system"
+        expected = "system" if system and i == 0 else "user" if (i - system) % 2 == 0 else "assistant"
+        if role != expected:
+            return f"turn {i} has the role {role!r} where {expected!r} should be (system first, then user and assistant in turn)"
+    return (
+        None if value[-1]["role"] == last else f"ends with the role {value[-1]['role']!r}; it should end with {last!r}"
+    )
+
+
+def check_text(value):
+    """What is wrong with a text cell, or None."""
+    if not isinstance(value, str):
+        return f"is {'null' if value is None else type(value).__name__}; it should be text"
+    return None if value.strip() else "is empty; it should be text"
+
+
+def pick_format(requested, natural, recorded, tokenizer):
+    """`chat` or `qa`: what was requested, else what the earlier stage recorded, else what the data calls for."""
+    name = requested if requested != "auto" else recorded or natural
+    if name == "chat" and not tokenizer.chat_template:
+        if requested == "chat":
+            raise UserError("--prompt_format chat: this tokenizer has no chat template; use --prompt_format qa")
+        name = "qa"
+    return PromptFormat(tokenizer, name)
+
+
+# <<< block text
+
+
+# >>> block run: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_blocks.py)
+def check_shared(args):
+    """The checks on flags that all three training scripts share; nothing slow happens before them."""
+    found = importlib.metadata.version("trl")
+    if found != TRL_VERSION:
+        raise UserError(f"this script needs trl {TRL_VERSION}, found {found}: pip install trl=={TRL_VERSION}")
+    if args.bf16 and args.fp16:
+        raise UserError("--bf16 and --fp16 exclude each other")
+    if args.fp16 and not torch.cuda.is_available():
+        raise UserError("--fp16 needs a GPU; on a CPU use --bf16, or neither")
+    if args.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise UserError(f"--bf16: {torch.cuda.get_device_name()} cannot compute in bfloat16; use --fp16")
+    if args.load_in_4bit and args.load_in_8bit:
+        raise UserError("--load_in_4bit and --load_in_8bit exclude each other")
+    quantized = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit" if args.load_in_8bit else None
+    if quantized and not args.use_lora:
+        raise UserError(f"{quantized} needs --use_lora: quantized weights cannot be trained themselves")
+    if args.lr_scheduler_type not in {kind.value for kind in transformers.SchedulerType}:
+        raise UserError(f"--lr_scheduler_type {args.lr_scheduler_type} is not one of the schedulers of transformers")
+
+
+def pick_checkpoint(args):
+    """The checkpoint to resume from, or None. Refuses to write into a directory that holds something else.
+
+    A checkpoint counts as complete when its trainer_state.json can be read: Trainer writes that file last."""
+    output_dir = Path(args.output_dir)
+    if output_dir.is_file():
+        raise UserError(f"--output_dir {output_dir} is a file; it should be a directory")
+    if not args.resume_from_checkpoint:
+        if output_dir.is_dir() and any(output_dir.iterdir()) and not args.overwrite_output_dir:
+            raise UserError(
+                f"--output_dir {output_dir} is not empty; name another, or pass --resume_from_checkpoint to go on with "
+                "that run, or --overwrite_output_dir to replace its checkpoints and metrics"
+            )
+        return None
+    if args.resume_from_checkpoint is not True:
+        checkpoint = Path(args.resume_from_checkpoint)
+        if not (checkpoint / "trainer_state.json").is_file():
+            raise UserError(
+                f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)"
+            )
+        read_json(checkpoint / "trainer_state.json")
+        return checkpoint
+    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
+    for checkpoint in sorted(numbered, key=lambda path: -int(path.name[11:])):
+        try:
+            read_json(checkpoint / "trainer_state.json")
+        except UserError:
+            print(f"{checkpoint} was never completed: passed over")
+            continue
+        return checkpoint
+    print(f"no complete checkpoint in {output_dir}: starting from the beginning")
+    return None
+
+
+def open_output_dir(args, checkpoint):
+    """Make --output_dir ready; remove what an earlier run of this script left there and this run will write anew."""
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    step = int(read_json(checkpoint / "trainer_state.json")["global_step"]) if checkpoint else -1
+    for path in [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]:
+        if int(path.name[11:]) > step and (args.overwrite_output_dir or args.resume_from_checkpoint):
+            shutil.rmtree(path)
+    for name in ("metrics.jsonl", "samples.jsonl"):  # keep the lines up to the checkpoint
+        if (output_dir / name).is_file():
+            lines = (output_dir / name).read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            (output_dir / name).write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def load_split(args, name, subset, split, flag):
+    """One split of a data set, at most --max_samples rows of it; `name` as in `datasets.load_dataset`."""
+    kwargs = {"path": name, "data_dir": subset}
+    loaders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+    if Path(name).is_file():
+        if Path(name).suffix not in loaders:
+            raise UserError(f"--dataset_name {name} is not a {', '.join(loaders)} file")
+        kwargs = {"path": loaders[Path(name).suffix], "data_files": name}
+    elif subset and name in loaders.values() and not Path(subset).is_dir():
+        raise UserError(f"--subset {subset} does not exist; with --dataset_name {name} it should be a folder of files")
+    where = f"{name} {subset}" if subset else name
+    try:
+        there = datasets.get_dataset_split_names(**kwargs)
+        wanted = split.split("[")[0]
+        if wanted not in there and len(there) == 1:
+            print(f"{where} has one split, {there[0]!r}: used for {flag} {split}")
+            split = there[0] + split[len(wanted) :]
+        elif wanted not in there:
+            raise UserError(f"{flag} {split}: {where} has the splits {', '.join(there)}")
+        data = datasets.load_dataset(**kwargs, split=split)
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises dozens of types; the innermost one says what was wrong with which file
+        cause = error
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__
+        detail = f" ({cause})" if str(cause) not in str(error) else ""
+        raise UserError(f"the data set {where} cannot be read: {error}{detail}") from error
+    if len(data) == 0:
+        raise UserError(f"the split {split} of {where} is empty; it should have at least one row")
+    return data.select(range(min(len(data), args.max_samples or len(data))))
+
+
+def pick_schema(data, schemas, where):
+    """The first of `schemas` (tuples of column names) that the data has; columns named twice in a row hold text."""
+    for schema in schemas:
+        if set(schema) <= set(data.column_names):
+            return schema
+    fitting = "; ".join(" + ".join(schema) for schema in schemas)
+    raise UserError(f"{where} has the columns {', '.join(data.column_names)}; one of these is needed: {fitting}")
+
+
+def encode_rows(data, function, where, description):
+    """Map `function(row) -> dict of columns` over the data; its `problem` column, if set, stops the run.
+
+    The row's number stays in the column `row`."""
+
+    def encode(row, index):
+        return {"row": index, "problem": None, **function(row)}
+
+    features = None
+    workers = min(os.cpu_count() or 1, 1 + len(data) // 2000)
+    rows = data.map(
+        encode,
+        with_indices=True,
+        remove_columns=data.column_names,
+        features=features,
+        num_proc=workers if workers > 1 else None,
+        desc=description,
+    )
+    bad = [(row["row"], row["problem"]) for row in rows.select_columns(["row", "problem"]) if row["problem"]]
+    if bad:
+        more = f" ({len(bad)} such rows)" if len(bad) > 1 else ""
+        raise UserError(f"{where}, row {bad[0][0]}: {bad[0][1]}{more}")
+    return rows.remove_columns(["problem"])
+
+
+def load_tokenizer(source, args):
+    """The tokenizer of a checkpoint; a missing pad token is an id it already has, so that no embedding is added."""
+    place = source.base
+    if source.adapter and (source.adapter / "tokenizer_config.json").is_file():
+        place = source.adapter
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
+    except Exception as error:
+        raise UserError(f"the tokenizer of {place} cannot be loaded: {error}") from error
+    if tokenizer.pad_token_id is None:
+        reserved = "<|finetune_right_pad_id|>"  # Llama 3.x keeps this one free for padding
+        tokenizer.pad_token = reserved if reserved in tokenizer.get_vocab() else tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(cls, source, args, trainable, **kwargs):
+    """The base model of `source`, on this process's device if it is quantized.
+
+    Weights that are trained are float32 (under autocast a bfloat16 AdamW step of 3e-6 would round to nothing);
+    frozen ones have the precision the model computes in."""
+    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    if args.load_in_4bit or args.load_in_8bit:
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=args.load_in_4bit,
+            load_in_8bit=args.load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )
+        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
+    try:
+        return cls.from_pretrained(
+            source.base,
+            dtype=torch.float32 if trainable else compute,
+            attn_implementation=args.attn_implementation,
+            trust_remote_code=args.trust_remote_code,
+            **kwargs,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"the model {source.base} cannot be loaded: {error}") from error
+
+
+def lora_config(args, source, task_type):
+    """A new adapter's config from the flags; that of `source.adapter` where the run goes on from an adapter."""
+    if not source.adapter:
+        targets = args.lora_target_modules or ["all-linear"]
+        return LoraConfig(
+            r=args.lora_r or 16,
+            lora_alpha=32 if args.lora_alpha is None else args.lora_alpha,
+            lora_dropout=args.lora_dropout or 0.0,
+            target_modules=targets[0] if len(targets) == 1 and not targets[0].isidentifier() else targets,
+            task_type=task_type,
+        )
+    found = read_json(source.adapter / "adapter_config.json")
+    if found.get("peft_type") != "LORA":
+        raise UserError(f"{source.adapter} is a {found.get('peft_type')} adapter; only LoRA adapters can be trained on")
+    for flag in ("r", "lora_alpha", "lora_dropout"):
+        asked = getattr(args, flag if flag.startswith("lora") else f"lora_{flag}")
+        if asked is not None and asked != found[flag]:
+            raise UserError(
+                f"--lora_{flag.removeprefix('lora_')} {asked}: the adapter {source.adapter} has {found[flag]}; leave the flag out"
+            )
+    if args.lora_target_modules and set(args.lora_target_modules) != set(found["target_modules"]):
+        raise UserError(f"--lora_target_modules: the adapter {source.adapter} has its own; leave the flag out")
+    config = LoraConfig.from_pretrained(source.adapter)
+    config.inference_mode, config.task_type = False, task_type
+    return config
+
+
+def load_adapter_weights(model, adapter, name="default"):
+    """Copy the LoRA weights in the directory `adapter` into the adapter `name` of a PeftModel; all must find a place."""
+    weights = load_file(adapter / "adapter_model.safetensors")
+    missed = set_peft_model_state_dict(model, weights, adapter_name=name).unexpected_keys
+    if missed:
+        raise UserError(
+            f"the adapter {adapter} does not fit its base model: no place for {missed[0]} and {len(missed) - 1} more"
+        )
+    return weights
+
+
+def config_fields(args, **own):
+    """Keyword arguments of a trainer's config: the shared flags, and the script's own."""
+    fields = {
+        "output_dir": args.output_dir,
+        "bf16": args.bf16,
+        "fp16": args.fp16,
+        "use_cpu": not torch.accelerator.is_available(),
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": args.lr_scheduler_type,
+        "warmup_steps": args.warmup_ratio if args.warmup_ratio < 1 else 0.999999,  # below 1: a fraction of the steps
+        "weight_decay": args.weight_decay,
+        "max_grad_norm": args.max_grad_norm,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "seed": args.seed,
+        "logging_steps": args.logging_steps,
+        "save_steps": args.save_steps,
+        "save_total_limit": args.save_total_limit,
+        "eval_steps": args.eval_steps,
+        "report_to": args.report_to,
+        "logging_nan_inf_filter": False,  # a NaN is to be seen
+        **own,
+    }
+    return fields
+
+
+def make_config(config_class, args, **own):
+    """A trainer's config from the flags and --set."""
+    fields = config_fields(args, **own)
+    try:
+        return config_class(**fields, **set_fields(args.set, config_class, fields))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{config_class.__name__}: {error}") from error
+
+
+class RunCallback(TrainerCallback):
+    """Writes metrics.jsonl, puts run.json into checkpoints, and turns Ctrl-C and SIGTERM into a saved checkpoint."""
+
+    def __init__(self, output_dir, run):
+        self.output_dir, self.run, self.interrupted, self.handlers = Path(output_dir), run, False, {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for name in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[name] = signal.signal(name, self.interrupt)
+
+    def interrupt(self, signum, frame):
+        self.interrupted = True
+        self.restore()  # the second one leaves at once
+        print("\nstopping after this step and saving a checkpoint; once more to leave at once", file=sys.stderr)
+
+    def restore(self):
+        for name, handler in self.handlers.items():
+            signal.signal(name, handler)
+        self.handlers = {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_json(self.output_dir / f"checkpoint-{state.global_step}" / "run.json", self.run)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.restore()
+
+
+def describe_run(stage, args, source, prompt_format, tokenizer, rows):
+    """run.json: what the next stage, and whoever finds the checkpoint, needs to know."""
+
+    def digest(value):
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+    return {
+        "stage": stage,
+        "base_model": source.base,
+        "parent": str(source.adapter or source.base),
+        "prompt_format": prompt_format.name,
+        "chat_template_hash": digest(tokenizer.chat_template) if prompt_format.name == "chat" else None,
+        "tokenizer_hash": digest(tokenizer.get_vocab()),
+        "dataset": {"name": args.dataset_name, "subset": args.subset, **rows},
+        "arguments": vars(args),
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+        },
+    }
+
+
+def finish_run(args, trainer, callback, run, metrics, save):
+    """After training: publish final_checkpoint/ and metrics.json, or say how to go on after an interruption.
+
+    `save(directory)` writes the model."""
+    if callback.interrupted:
+        print(f"saved; go on with the same command and --resume_from_checkpoint ({args.output_dir})", file=sys.stderr)
+        raise KeyboardInterrupt
+    output_dir = Path(args.output_dir)
+    if trainer.is_world_process_zero():
+        run["metrics"] = metrics
+        with publish(output_dir / "final_checkpoint") as directory:
+            save(directory)
+            trainer.processing_class.save_pretrained(directory)
+            write_json(directory / "run.json", run)
+        write_json(output_dir / "metrics.json", metrics)
+        print(f"saved {output_dir / 'final_checkpoint'}")
+        if args.push_to_hub:
+            from huggingface_hub import HfApi
+
+            repo = HfApi().create_repo(output_dir.resolve().name, exist_ok=True).repo_id
+            print(f"uploaded {HfApi().upload_folder(repo_id=repo, folder_path=output_dir / 'final_checkpoint')}")
+    trainer.accelerator.wait_for_everyone()
+
+
+# <<< block run
+
+SCHEMAS = [("messages",), ("question", "response_j"), ("prompt", "response"), ("prompt", "chosen")]
+
+
+def row_messages(row, schema):
+    """(conversation, problem): the row as a list of messages, or what is wrong with it."""
+    if schema == ("messages",):
+        problem = check_messages(row["messages"], last="assistant")
+        return row["messages"], problem and f"column messages {problem}"
+    for column in schema:
+        problem = check_text(row[column])
+        if problem:
+            return None, f"column {column} {problem}"
+    return [{"role": role, "content": row[column]} for role, column in zip(("user", "assistant"), schema)], None
+
+
+def encode_split(data, schema, prompt_format, args, where):
+    """Rows as `input_ids` and `labels` (-100 where a token is not trained on), cut to --max_length tokens.
+
+    Rows that have no answer token left are dropped. Returns (rows, counts)."""
+
+    def encode(row):
+        messages, problem = row_messages(row, schema)
+        if problem:
+            return {"problem": problem, "input_ids": [], "labels": [], "cut": False}
+        try:
+            ids, mask = prompt_format.encode(messages)
+        except UserError as error:
+            return {"problem": str(error), "input_ids": [], "labels": [], "cut": False}
+        labels = ids if args.train_on_prompt else [token if trained else -100 for token, trained in zip(ids, mask)]
+        return {
+            "input_ids": ids[: args.max_length],
+            "labels": labels[: args.max_length],
+            "cut": len(ids) > args.max_length,
+        }
+
+    rows = encode_rows(data, encode, where, "Tokenizing")
+    cut = sum(rows["cut"])
+    kept = rows.remove_columns(["cut"]).filter(lambda row: any(label != -100 for label in row["labels"][1:]))
+    counts = {"rows": len(kept), "cut": cut, "dropped": len(rows) - len(kept)}
+    print(
+        f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; {counts['rows']} rows kept, of which "
+        f"{cut - counts['dropped']} cut to {args.max_length} tokens; {counts['dropped']} dropped (no answer left)"
+    )
+    if not len(kept):
+        raise UserError(f"{where}: no row has an answer within --max_length {args.max_length} tokens")
+    return kept, counts
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    check_shared(args)
+    source = locate_model(args.model_path, "--model_path")
+    args.use_lora = args.use_lora or source.adapter is not None
+    checkpoint = pick_checkpoint(args)
+    tokenizer = load_tokenizer(source, args)
+
+    data = load_split(args, args.dataset_name, args.subset, args.split, "--split")
+    schema = pick_schema(data, SCHEMAS, f"{args.dataset_name} {args.subset or ''}")
+    prompt_format = pick_format(args.prompt_format, "chat" if schema == ("messages",) else "qa", None, tokenizer)
+    train_rows, counts = encode_split(data, schema, prompt_format, args, f"{args.dataset_name} [{args.split}]")
+    eval_rows = None
+    if args.eval_split or args.eval_subset:
+        split = args.eval_split or "test"
+        data = load_split(args, args.dataset_name, args.eval_subset or args.subset, split, "--eval_split")
+        schema = pick_schema(data, SCHEMAS, f"{args.dataset_name} [{split}]")
+        eval_rows, counts["eval"] = encode_split(data, schema, prompt_format, args, f"{args.dataset_name} [{split}]")
+    if args.batch_size > len(train_rows):
+        raise UserError(f"--batch_size {args.batch_size} is larger than the data set ({len(train_rows)} rows)")
+
+    config = make_config(
+        SFTConfig,
+        args,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        max_steps=args.max_steps or -1,
+        num_train_epochs=args.num_train_epochs,
+        max_length=args.max_length if args.packing else None,  # rows are cut already
+        packing=args.packing,
+        padding_free=True,
+        eval_strategy="steps" if eval_rows and args.eval_steps else "no",
+        save_strategy="steps",
+    )
+    run = describe_run("sft", args, source, prompt_format, tokenizer, counts)
+    if args.dry_run:
+        print("dry run: everything fits; nothing was loaded or written")
+        return
+
+    model = load_model(AutoModelForCausalLM, source, args, trainable=not args.use_lora)
+    if args.use_lora:
+        model = get_peft_model(model, lora_config(args, source, "CAUSAL_LM"))
+        if source.adapter:
+            load_adapter_weights(model, source.adapter)
+    model.generation_config.eos_token_id = prompt_format.stop_ids(model.generation_config)
+    open_output_dir(args, checkpoint)
+    callback = RunCallback(args.output_dir, run)
+    # It warns that only flash-attention keeps flattened examples apart; SDPA does too when position ids restart.
+    logging.getLogger("trl.trainer.sft_trainer").setLevel(logging.ERROR)
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=train_rows.remove_columns("row"),
+        eval_dataset=eval_rows and eval_rows.remove_columns("row"),
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
+    metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    if eval_rows:
+        metrics.update(trainer.evaluate())
+    finish_run(args, trainer, callback, run, metrics, save=trainer.model.save_pretrained)
+
+
+if __name__ == "__main__":
+    run_as_script(main)
