@@ -10,12 +10,12 @@ os.environ.setdefault("HF_DATASETS_CACHE", str(Path(__file__).resolve().parents[
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers on every machine
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import json  # noqa: E402
+import json
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
-from transformers import (  # noqa: E402
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
