@@ -67,6 +67,13 @@ def run_as_script(function):
         sys.exit(code)
 
 
+def check_trl():
+    """Refuse another trl than the one that the scripts are written for."""
+    found = importlib.metadata.version("trl")
+    if found != TRL_VERSION:
+        raise UserError(f"this script needs trl {TRL_VERSION}, found {found}: pip install trl=={TRL_VERSION}")
+
+
 def read_json(path):
     """The JSON object in the file `path`."""
     try:
@@ -157,7 +164,7 @@ def number(kind, low, high=math.inf):
 
 
 def add_shared_flags(parser, learning_rate):
-    """The flags that all three training scripts have."""
+    """The flags that all three training scripts have; `learning_rate` tells the defaults in words."""
     add = parser.add_argument
     add("--output_dir", required=True, help="directory for checkpoints and metrics; empty, unless the run resumes")
     add("--overwrite_output_dir", action="store_true", help="replace the checkpoints and metrics in --output_dir")
@@ -176,7 +183,7 @@ def add_shared_flags(parser, learning_rate):
     add("--lora_target_modules", nargs="+", metavar="NAME", help="module names, or one regular expression (all-linear)")
     add("--load_in_4bit", action="store_true", help="frozen weights in 4 bit (NF4); needs LoRA")
     add("--load_in_8bit", action="store_true", help="frozen weights in 8 bit; needs LoRA")
-    add("--learning_rate", type=number(float, 0), default=learning_rate, help="peak learning rate")
+    add("--learning_rate", type=number(float, 0), help=f"peak learning rate ({learning_rate})")
     add("--lr_scheduler_type", default="linear", help="linear, cosine, constant, constant_with_warmup, ...")
     add("--warmup_ratio", type=number(float, 0, 1), default=0.0, help="fraction of the steps spent on warm-up")
     add("--weight_decay", type=number(float, 0), default=0.0, help="AdamW weight decay")
@@ -237,12 +244,13 @@ def build_parser():
     parser.add_argument("--num_train_epochs", type=number(float, 0), default=1.0, help="passes over the data")
     parser.add_argument("--packing", action="store_true", help="fill every row up to --max_length with whole examples")
     parser.add_argument("--train_on_prompt", action="store_true", help="train on all tokens, not the answers' alone")
-    add_shared_flags(parser, learning_rate=2e-4)
+    add_shared_flags(parser, learning_rate="2e-4 with LoRA, 2e-5 without")
     return parser
 
 
 if __name__ == "__main__":  # before the slow imports: --help and a mistyped flag answer at once
     run_as_script(build_parser().parse_args)
+    run_as_script(check_trl)
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional CPU kernel at every start
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # trl 1.12 uses names of before v6
@@ -402,9 +410,7 @@ def pick_format(requested, natural, recorded, tokenizer):
 # >>> block run: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_blocks.py)
 def check_shared(args):
     """The checks on flags that all three training scripts share; nothing slow happens before them."""
-    found = importlib.metadata.version("trl")
-    if found != TRL_VERSION:
-        raise UserError(f"this script needs trl {TRL_VERSION}, found {found}: pip install trl=={TRL_VERSION}")
+    check_trl()
     if args.bf16 and args.fp16:
         raise UserError("--bf16 and --fp16 exclude each other")
     if args.fp16 and not torch.cuda.is_available():
@@ -517,15 +523,13 @@ def encode_rows(data, function, where, description):
     The row's number stays in the column `row`."""
 
     def encode(row, index):
-        return {"row": index, "problem": None, **function(row)}
+        return {"row": index, "problem": "", **function(row)}
 
-    features = None
     workers = min(os.cpu_count() or 1, 1 + len(data) // 2000)
     rows = data.map(
         encode,
         with_indices=True,
         remove_columns=data.column_names,
-        features=features,
         num_proc=workers if workers > 1 else None,
         desc=description,
     )
@@ -646,9 +650,11 @@ def make_config(config_class, args, **own):
     """A trainer's config from the flags and --set."""
     fields = config_fields(args, **own)
     try:
-        return config_class(**fields, **set_fields(args.set, config_class, fields))
+        config = config_class(**fields, **set_fields(args.set, config_class, fields))
     except (ValueError, TypeError) as error:
         raise UserError(f"{config_class.__name__}: {error}") from error
+    config._n_gpu = min(config.n_gpu, 1)  # one process drives one GPU (no DataParallel); several: accelerate launch
+    return config
 
 
 class RunCallback(TrainerCallback):
@@ -789,6 +795,8 @@ def main(argv=None):
     check_shared(args)
     source = locate_model(args.model_path, "--model_path")
     args.use_lora = args.use_lora or source.adapter is not None
+    if args.learning_rate is None:
+        args.learning_rate = 2e-4 if args.use_lora else 2e-5
     checkpoint = pick_checkpoint(args)
     tokenizer = load_tokenizer(source, args)
 
