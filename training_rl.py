@@ -1,0 +1,1739 @@
+"""PPO on a causal language model against a reward model, with policy, reference, reward and value on one base model.
+
+In: a policy (hub id, model directory or LoRA adapter directory, usually the SFT stage's final_checkpoint), a reward
+model (the same three forms) or a Python function, and a data set with `prompt` or `question`.
+Out, in --output_dir: `final_checkpoint/` (policy, tokenizer, run.json; the value model in its `value/`), resumable
+`checkpoint-N/`, `metrics.jsonl`, `metrics.json`, and `samples.jsonl` with answers to fixed prompts.
+
+    python training_rl.py --model_path checkpoints/sft/final_checkpoint \
+        --reward_model_path checkpoints/rm/final_checkpoint --dataset_name json --subset data/rl --split train \
+        --output_dir checkpoints/ppo --bf16 --use_lora --per_device_train_batch_size 1 \
+        --gradient_accumulation_steps 8 --total_episodes 1024 --response_length 128
+    python training_rl.py --model_path gpt2 --reward_function rules.py:is_polite --dataset_name json --subset data/rl \
+        --output_dir checkpoints/ppo --use_lora --dry_run
+
+The algorithm is that of trl 1.12 (`trl.experimental.ppo`), which follows Ziegler et al. 2019 (arXiv:1909.08593),
+Stiennon et al. 2020 (arXiv:2009.01325) and Huang et al. 2024 (arXiv:2403.17031).
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "trl==1.12.0", "transformers>=5.20,<6", "peft>=0.21,<1", "accelerate>=1.15,<2",
+#                 "datasets>=5.0,<6", "bitsandbytes>=0.49"]
+# ///
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+# >>> block base: the same in training_sft.py, training_reward_model.py, training_rl.py, merge_with_lora.py (tests/test_blocks.py)
+TRL_VERSION = "1.12.0"  # the last release with PPOTrainer; the four scripts are tested with this one
+
+
+class UserError(Exception):
+    """What is wrong, where, and what would be right: shown as one line, exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Full flag names only; the default value in the help; a mistake is one line."""
+
+    def __init__(self, description):
+        summary = description.split("\n\n")[0]
+        super().__init__(
+            description=summary, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def run_as_script(function):
+    """Call `function()`; what a user can mend becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    code = 0
+    try:
+        function()
+    except (UserError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    if code:
+        sys.exit(code)
+
+
+def check_trl():
+    """Refuse another trl than the one that the scripts are written for."""
+    found = importlib.metadata.version("trl")
+    if found != TRL_VERSION:
+        raise UserError(f"this script needs trl {TRL_VERSION}, found {found}: pip install trl=={TRL_VERSION}")
+
+
+def read_json(path):
+    """The JSON object in the file `path`."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} should hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def write_json(path, value):
+    """Write `value` as JSON; the file is either the old one or the whole new one."""
+    draft = Path(f"{path}.partial")
+    draft.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def publish(directory):
+    """Yield an empty directory to fill; it takes the name `directory` only when it is complete."""
+    directory = Path(directory)
+    draft, old = directory.with_name(directory.name + ".partial"), directory.with_name(directory.name + ".old")
+    for leftover in (draft, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    draft.mkdir(parents=True)
+    yield draft
+    if directory.exists():
+        os.replace(directory, old)
+    os.replace(draft, directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclasses.dataclass
+class Source:
+    """Where a model comes from: `base`, a full model (hub id or absolute directory); `adapter`, a directory with a
+    LoRA adapter for it, or None; `run`, the run.json that an earlier stage left beside it, or {}."""
+
+    base: str
+    adapter: Path | None
+    run: dict
+
+
+def locate_model(path, flag):
+    """Find out what `path` (a hub id, a model directory or an adapter directory) is, without loading weights."""
+    folder = Path(path)
+    if folder.is_file():
+        raise UserError(f"{flag} {path} is a file; it should be a model directory or a hub id")
+    if not folder.is_dir():
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
+            raise UserError(f"{flag} {path} does not exist; it should be a model directory or a hub id")
+        return Source(str(path), None, {})
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        inside = [child.parent.name for child in folder.glob("*/*config.json")]
+        hint = f"; did you mean {folder / sorted(inside)[0]}?" if inside else ""
+        raise UserError(f"{flag} {path} holds neither config.json nor adapter_config.json{hint}")
+    run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    if not (folder / "adapter_config.json").is_file():
+        return Source(str(folder.resolve()), None, run)
+    config = read_json(folder / "adapter_config.json")
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{folder / 'adapter_config.json'} names no base model (base_model_name_or_path)")
+    looks_local = Path(base).is_absolute() or base.startswith(".") or "\\" in base or base.count("/") > 1
+    if looks_local and not Path(base).is_dir():
+        raise UserError(
+            f"{flag} {path} is an adapter for the base model {base}, which is not there; put the base model back or "
+            f"write its new place into base_model_name_or_path in {folder / 'adapter_config.json'}"
+        )
+    return Source(str(Path(base).resolve()) if Path(base).is_dir() else base, folder.resolve(), run)
+
+
+# <<< block base
+
+
+# >>> block flags: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_blocks.py)
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or float from `low` to `high`."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def add_shared_flags(parser, learning_rate):
+    """The flags that all three training scripts have; `learning_rate` tells the defaults in words."""
+    add = parser.add_argument
+    add("--output_dir", required=True, help="directory for checkpoints and metrics; empty, unless the run resumes")
+    add("--overwrite_output_dir", action="store_true", help="replace the checkpoints and metrics in --output_dir")
+    add("--resume_from_checkpoint", nargs="?", const=True, metavar="DIR", help="go on from DIR, or from the newest")
+    add("--dry_run", action="store_true", help="check everything, show the data as it would be trained on, and stop")
+    add("--max_samples", type=number(int, 1), help="use at most this many rows of each split")
+    add(
+        "--prompt_format", choices=["auto", "chat", "qa"], default="auto", help="chat template, or Question/Answer text"
+    )
+    add("--bf16", action="store_true", help="bfloat16 mixed precision (frozen weights in bfloat16)")
+    add("--fp16", action="store_true", help="float16 mixed precision; needs a GPU")
+    add("--use_lora", action="store_true", help="train a LoRA adapter in place of all weights")
+    add("--lora_r", type=number(int, 1), help="LoRA rank (16 where the adapter is new)")
+    add("--lora_alpha", type=number(float, 0), help="LoRA scale, applied as alpha / r (32 where the adapter is new)")
+    add("--lora_dropout", type=number(float, 0, 1), help="LoRA dropout probability (0 where the adapter is new)")
+    add("--lora_target_modules", nargs="+", metavar="NAME", help="module names, or one regular expression (all-linear)")
+    add("--load_in_4bit", action="store_true", help="frozen weights in 4 bit (NF4); needs LoRA")
+    add("--load_in_8bit", action="store_true", help="frozen weights in 8 bit; needs LoRA")
+    add("--learning_rate", type=number(float, 0), help=f"peak learning rate ({learning_rate})")
+    add("--lr_scheduler_type", default="linear", help="linear, cosine, constant, constant_with_warmup, ...")
+    add("--warmup_ratio", type=number(float, 0, 1), default=0.0, help="fraction of the steps spent on warm-up")
+    add("--weight_decay", type=number(float, 0), default=0.0, help="AdamW weight decay")
+    add("--max_grad_norm", type=number(float, 0), default=1.0, help="gradient clipping, L2 norm; 0 for none")
+    add("--gradient_accumulation_steps", type=number(int, 1), default=1, help="micro-batches per batch")
+    add("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
+    add("--attn_implementation", help="sdpa, eager, flash_attention_2, ... (the model's default)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="seed of everything that is random")
+    add("--logging_steps", type=number(int, 1), default=10, help="steps between two log lines")
+    add("--save_steps", type=number(int, 1), default=500, help="steps between two checkpoints")
+    add("--save_total_limit", type=number(int, 1), default=2, help="checkpoints kept")
+    add("--eval_steps", type=number(int, 1), help="steps between two evaluations (at the end only)")
+    add("--report_to", nargs="+", default=["none"], metavar="NAME", help="trackio, tensorboard, wandb")
+    add("--push_to_hub", action="store_true", help="upload the final checkpoint under the name of --output_dir")
+    add("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    add("--force", action="store_true", help="go on where a check of the chain says stop")
+    add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="any other field of the config")
+
+
+def set_fields(pairs, config_class, taken):
+    """`FIELD=VALUE` strings as keyword arguments, checked against the fields of `config_class`."""
+    fields = {field.name for field in dataclasses.fields(config_class) if field.init}
+    values = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise UserError(f"--set {pair} should read FIELD=VALUE")
+        if name in taken:
+            raise UserError(f"--set {name}: this field is set by a flag of its own, see --help")
+        if name not in fields:
+            near = sorted(fields, key=lambda field: -len(os.path.commonprefix([field, name])))[:3]
+            raise UserError(f"--set {name}: {config_class.__name__} has no such field; near it: {', '.join(near)}")
+        try:
+            values[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+        except ValueError:
+            values[name] = text
+    return values
+
+
+# <<< block flags
+
+
+def build_parser():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--model_path", required=True, help="policy: hub id, model directory or LoRA adapter directory")
+    add("--reward_model_path", help="reward model: hub id, model directory or LoRA adapter directory")
+    add("--reward_function", metavar="FILE.py:NAME", help="fn(prompts, responses) -> list of float, beside or in place")
+    add("--value_model_path", help="start of the value model (a copy of the reward model)")
+    add("--dataset_name", required=True, help="hub id, folder, file, or json/parquet/arrow/csv")
+    add("--subset", help="data_dir of the data set, e.g. data/rl")
+    add("--split", default="train", help="split with the prompts")
+    add("--eval_subset", help="data_dir of the evaluation prompts (that of --subset)")
+    add("--eval_split", help="prompts answered greedily at --eval_steps (the first 8 training prompts)")
+    add("--per_device_train_batch_size", type=number(int, 1), default=1, help="sequences per micro-batch")
+    add("--total_episodes", type=number(int, 1), help="answers to sample in all (one for each prompt)")
+    add("--max_prompt_length", type=number(int, 1), default=512, help="longer prompts are left out, in tokens")
+    add("--response_length", type=number(int, 1), default=128, help="longest answer, in tokens")
+    add(
+        "--temperature",
+        type=number(float, 1e-3),
+        default=0.7,
+        help="sampling temperature, also of the log-probabilities",
+    )
+    add("--num_ppo_epochs", type=number(int, 1), default=4, help="passes over each batch of answers")
+    add("--num_mini_batches", type=number(int, 1), default=1, help="optimizer steps per pass")
+    add("--kl_coef", type=number(float, 0), default=0.05, help="weight of the KL penalty in the reward")
+    add("--kl_estimator", choices=["k1", "k3"], default="k1", help="see joschu.net/blog/kl-approx.html")
+    add("--target_kl", type=number(float, 0), help="adapt --kl_coef to hold this KL, nats per answer")
+    add("--max_kl", type=number(float, 0), help="stop, and keep the policy from before, above this KL, nats per answer")
+    add("--cliprange", type=number(float, 0), default=0.2, help="clip range of the probability ratio")
+    add("--cliprange_value", type=number(float, 0), default=0.2, help="clip range of the value")
+    add("--vf_coef", type=number(float, 0), default=0.1, help="weight of the value loss")
+    add("--gamma", type=number(float, 0, 1), default=1.0, help="discount factor")
+    add("--lam", type=number(float, 0, 1), default=0.95, help="lambda of generalized advantage estimation")
+    add("--whiten_rewards", action="store_true", help="divide the rewards by their spread in the batch")
+    add("--normalize_reward", action="store_true", help="center and scale the score by the reference's own answers")
+    add("--reward_clip", type=number(float, 0), help="clip the score to +- this")
+    add(
+        "--missing_eos_penalty", type=number(float, 0), default=1.0, help="off the score of an answer that does not end"
+    )
+    add_shared_flags(parser, learning_rate="5e-5 with LoRA, 3e-6 without")
+    parser.set_defaults(logging_steps=1, save_steps=20)
+    return parser
+
+
+if __name__ == "__main__":  # before the slow imports: --help and a mistyped flag answer at once
+    run_as_script(build_parser().parse_args)
+    run_as_script(check_trl)
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional CPU kernel at every start
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # trl 1.12 uses names of before v6
+
+import datasets
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    Trainer,
+    TrainerCallback,
+)
+from trl.experimental import ppo as trl_ppo
+from trl.trainer.utils import disable_dropout_in_model, entropy_from_logits, selective_log_softmax
+
+
+# >>> block text: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_blocks.py)
+class PromptFormat:
+    """How a conversation becomes token ids: `chat`, the tokenizer's template, or `qa`, the text
+    `Question: {question}\\n\\nAnswer: {answer}`.
+
+    Two promises, whatever the tokenizer. The ids of a prompt are a prefix of the ids of prompt + answer: the text is
+    cut where an answer starts (in `qa` before the space that precedes it), and no token lies across the cut. Text
+    from data stays text: a literal `</s>` or `<|im_end|>` in it never becomes that special token.
+
+    An assistant turn is trained on, with the token that ends it, where the text up to its end is what the model
+    would have seen and written at that point. A template that rewrites earlier turns (reasoning templates drop
+    thoughts) leaves those turns as context; the last turn is always trained on.
+    """
+
+    def __init__(self, tokenizer, name):
+        self.tokenizer, self.name = tokenizer, name
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no EOS token, so no answer could ever end")
+        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+        full = tokenizer("a")["input_ids"]
+        start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+        self.bos = full[:start]  # what this tokenizer puts before a text: BOS, [CLS] or nothing
+        # U+E000 and U+E001 bracket the number of a special token while a template is applied around it.
+        added = [str(token) for token in tokenizer.added_tokens_decoder.values()] if tokenizer.is_fast else []
+        self.special = sorted({*tokenizer.all_special_tokens, *added, "\ue000"}, key=len, reverse=True)
+        self.find_special = re.compile("|".join(map(re.escape, self.special)))
+
+    def _guard(self, text):
+        return self.find_special.sub(lambda match: f"\ue000{self.special.index(match[0])}\ue001", text)
+
+    def _ids(self, text):
+        """Ids of `text`: all plain in `qa`; in `chat` special tokens are special, and guarded ones are plain."""
+        ids = []
+        for i, piece in enumerate([text] if self.name == "qa" else re.split("\ue000(\\d+)\ue001", text)):
+            plain = self.name == "qa" or i % 2 == 1
+            piece = self.special[int(piece)] if i % 2 else piece
+            ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+        return ids
+
+    def _render(self, messages, generation=False):
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+        except Exception as error:  # templates refuse roles and orders with exceptions of their own
+            raise UserError(f"the chat template refuses this conversation: {error}") from error
+
+    def _cut(self, messages, open_end):
+        """The whole text and the spans (start, end) in it that the assistant writes.
+
+        With `open_end` the text goes up to where the next assistant turn starts."""
+        if self.name == "qa":
+            question, answer = question_and_answer(messages, open_end)
+            prompt = f"Question: {question}\n\nAnswer:"
+            return (prompt, []) if open_end else (f"{prompt} {answer}", [(len(prompt), len(prompt) + 1 + len(answer))])
+        messages = [{"role": m["role"], "content": self._guard(m["content"])} for m in messages]
+        whole, spans = self._render(messages, generation=open_end), []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt, turn = self._render(messages[:i], generation=True), self._render(messages[: i + 1])
+            ends = [match.end() for match in self.find_special.finditer(turn, len(prompt)) if match[0] != "\ue000"]
+            if ends and not turn[ends[-1] :].strip():  # a line break after the token that ends a turn is not trained on
+                turn = turn[: ends[-1]]
+            if turn.startswith(prompt) and whole.startswith(turn):
+                spans.append((len(prompt), len(turn)))
+            elif i == len(messages) - 1:
+                raise UserError(
+                    "the chat template writes an answer that does not start with its own generation prompt "
+                    f"({prompt[-40:]!r}); use another template, or --prompt_format qa"
+                )
+        return whole if open_end or not spans else whole[: spans[-1][1]], spans
+
+    def encode(self, messages, open_end=False):
+        """Token ids and the mask of trained tokens (1 = the assistant wrote it), two lists of one length.
+
+        `messages`: dicts with `role` and `content`. With `open_end` the ids are a prompt that an answer follows."""
+        text, spans = self._cut(messages, open_end)
+        start = self.bos if self.name == "qa" else []  # a chat template writes its own BOS
+        ids, mask, done = list(start), [0] * len(start), 0
+        for cut, trained in [piece for begin, end in spans for piece in ((begin, 0), (end, 1))] + [(len(text), 0)]:
+            if cut > done:
+                # A piece reads as it does after the text before it (alone, SentencePiece would begin it with a space),
+                # unless a token of that reading lies across the cut.
+                whole = start + self._ids(text[:cut])
+                new = whole[len(ids) :] if whole[: len(ids)] == ids else self._ids(text[done:cut])
+                ids, mask, done = ids + new, mask + [trained] * len(new), cut
+        ended = self.name == "chat" and text.endswith(tuple(token for token in self.special if token != "\ue000"))
+        if not open_end and not ended:
+            ids, mask = ids + [self.tokenizer.eos_token_id], mask + [1]
+        return ids, mask
+
+    def stop_ids(self, generation_config=None):
+        """Every id that ends an answer: the tokenizer's EOS, the model's, and the one that ends a chat turn."""
+        eos = getattr(generation_config, "eos_token_id", None)
+        eos = eos if isinstance(eos, list) else [eos]
+        turn = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[0][-1]
+        return sorted({self.tokenizer.eos_token_id, turn, *(i for i in eos if i is not None)})
+
+
+def question_and_answer(messages, open_end=False):
+    """(question, answer) of a conversation without a template: earlier turns join the question; no answer if open."""
+    turns = [message["content"] for message in messages]
+    return ("\n\n".join(turns), "") if open_end else ("\n\n".join(turns[:-1]), turns[-1])
+
+
+def check_messages(value, last):
+    """What is wrong with a `messages` value that should end with the role `last`, or None."""
+    if not isinstance(value, list) or not value:
+        return "should be a list of {role, content}, not " + ("an empty one" if value == [] else type(value).__name__)
+    for i, message in enumerate(value):
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            return f"turn {i} should have the keys role and content"
+        role, content = message["role"], message["content"]
+        if not isinstance(content, str) or not content.strip():
+            return f"turn {i} ({role}) has {'no' if content is None else 'an empty'} content; it should be text"
+        system = value[0].get("role") == "system"
+        expected = "system" if system and i == 0 else "user" if (i - system) % 2 == 0 else "assistant"
+        if role != expected:
+            return f"turn {i} has the role {role!r} where {expected!r} should be (system first, then user and assistant in turn)"
+    return (
+        None if value[-1]["role"] == last else f"ends with the role {value[-1]['role']!r}; it should end with {last!r}"
+    )
+
+
+def check_text(value):
+    """What is wrong with a text cell, or None."""
+    if not isinstance(value, str):
+        return f"is {'null' if value is None else type(value).__name__}; it should be text"
+    return None if value.strip() else "is empty; it should be text"
+
+
+def pick_format(requested, natural, recorded, tokenizer):
+    """`chat` or `qa`: what was requested, else what the earlier stage recorded, else what the data calls for."""
+    name = requested if requested != "auto" else recorded or natural
+    if name == "chat" and not tokenizer.chat_template:
+        if requested == "chat":
+            raise UserError("--prompt_format chat: this tokenizer has no chat template; use --prompt_format qa")
+        name = "qa"
+    return PromptFormat(tokenizer, name)
+
+
+# <<< block text
+
+
+# >>> block run: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_blocks.py)
+def check_shared(args):
+    """The checks on flags that all three training scripts share; nothing slow happens before them."""
+    check_trl()
+    if args.bf16 and args.fp16:
+        raise UserError("--bf16 and --fp16 exclude each other")
+    if args.fp16 and not torch.cuda.is_available():
+        raise UserError("--fp16 needs a GPU; on a CPU use --bf16, or neither")
+    if args.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise UserError(f"--bf16: {torch.cuda.get_device_name()} cannot compute in bfloat16; use --fp16")
+    if args.load_in_4bit and args.load_in_8bit:
+        raise UserError("--load_in_4bit and --load_in_8bit exclude each other")
+    quantized = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit" if args.load_in_8bit else None
+    if quantized and not args.use_lora:
+        raise UserError(f"{quantized} needs --use_lora: quantized weights cannot be trained themselves")
+    if args.lr_scheduler_type not in {kind.value for kind in transformers.SchedulerType}:
+        raise UserError(f"--lr_scheduler_type {args.lr_scheduler_type} is not one of the schedulers of transformers")
+
+
+def pick_checkpoint(args):
+    """The checkpoint to resume from, or None. Refuses to write into a directory that holds something else.
+
+    A checkpoint counts as complete when its trainer_state.json can be read: Trainer writes that file last."""
+    output_dir = Path(args.output_dir)
+    if output_dir.is_file():
+        raise UserError(f"--output_dir {output_dir} is a file; it should be a directory")
+    if not args.resume_from_checkpoint:
+        if output_dir.is_dir() and any(output_dir.iterdir()) and not args.overwrite_output_dir:
+            raise UserError(
+                f"--output_dir {output_dir} is not empty; name another, or pass --resume_from_checkpoint to go on with "
+                "that run, or --overwrite_output_dir to replace its checkpoints and metrics"
+            )
+        return None
+    if args.resume_from_checkpoint is not True:
+        checkpoint = Path(args.resume_from_checkpoint)
+        if not (checkpoint / "trainer_state.json").is_file():
+            raise UserError(
+                f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)"
+            )
+        read_json(checkpoint / "trainer_state.json")
+        return checkpoint
+    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
+    for checkpoint in sorted(numbered, key=lambda path: -int(path.name[11:])):
+        try:
+            read_json(checkpoint / "trainer_state.json")
+        except UserError:
+            print(f"{checkpoint} was never completed: passed over")
+            continue
+        return checkpoint
+    print(f"no complete checkpoint in {output_dir}: starting from the beginning")
+    return None
+
+
+def open_output_dir(args, checkpoint):
+    """Make --output_dir ready; remove what an earlier run of this script left there and this run will write anew."""
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    step = int(read_json(checkpoint / "trainer_state.json")["global_step"]) if checkpoint else -1
+    for path in [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]:
+        if int(path.name[11:]) > step and (args.overwrite_output_dir or args.resume_from_checkpoint):
+            shutil.rmtree(path)
+    for name in ("metrics.jsonl", "samples.jsonl"):  # keep the lines up to the checkpoint
+        if (output_dir / name).is_file():
+            lines = (output_dir / name).read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            (output_dir / name).write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def load_split(args, name, subset, split, flag):
+    """One split of a data set, at most --max_samples rows of it; `name` as in `datasets.load_dataset`."""
+    kwargs = {"path": name, "data_dir": subset}
+    loaders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+    if Path(name).is_file():
+        if Path(name).suffix not in loaders:
+            raise UserError(f"--dataset_name {name} is not a {', '.join(loaders)} file")
+        kwargs = {"path": loaders[Path(name).suffix], "data_files": name}
+    elif subset and name in loaders.values() and not Path(subset).is_dir():
+        raise UserError(f"--subset {subset} does not exist; with --dataset_name {name} it should be a folder of files")
+    where = f"{name} {subset}" if subset else name
+    try:
+        there = datasets.get_dataset_split_names(**kwargs)
+        wanted = split.split("[")[0]
+        if wanted not in there and len(there) == 1:
+            print(f"{where} has one split, {there[0]!r}: used for {flag} {split}")
+            split = there[0] + split[len(wanted) :]
+        elif wanted not in there:
+            raise UserError(f"{flag} {split}: {where} has the splits {', '.join(there)}")
+        data = datasets.load_dataset(**kwargs, split=split)
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises dozens of types; the innermost one says what was wrong with which file
+        cause = error
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__
+        detail = f" ({cause})" if str(cause) not in str(error) else ""
+        raise UserError(f"the data set {where} cannot be read: {error}{detail}") from error
+    if len(data) == 0:
+        raise UserError(f"the split {split} of {where} is empty; it should have at least one row")
+    return data.select(range(min(len(data), args.max_samples or len(data))))
+
+
+def pick_schema(data, schemas, where):
+    """The first of `schemas` (tuples of column names) that the data has; columns named twice in a row hold text."""
+    for schema in schemas:
+        if set(schema) <= set(data.column_names):
+            return schema
+    fitting = "; ".join(" + ".join(schema) for schema in schemas)
+    raise UserError(f"{where} has the columns {', '.join(data.column_names)}; one of these is needed: {fitting}")
+
+
+def encode_rows(data, function, where, description):
+    """Map `function(row) -> dict of columns` over the data; its `problem` column, if set, stops the run.
+
+    The row's number stays in the column `row`."""
+
+    def encode(row, index):
+        return {"row": index, "problem": "", **function(row)}
+
+    workers = min(os.cpu_count() or 1, 1 + len(data) // 2000)
+    rows = data.map(
+        encode,
+        with_indices=True,
+        remove_columns=data.column_names,
+        num_proc=workers if workers > 1 else None,
+        desc=description,
+    )
+    bad = [(row["row"], row["problem"]) for row in rows.select_columns(["row", "problem"]) if row["problem"]]
+    if bad:
+        more = f" ({len(bad)} such rows)" if len(bad) > 1 else ""
+        raise UserError(f"{where}, row {bad[0][0]}: {bad[0][1]}{more}")
+    return rows.remove_columns(["problem"])
+
+
+def load_tokenizer(source, args):
+    """The tokenizer of a checkpoint; a missing pad token is an id it already has, so that no embedding is added."""
+    place = source.base
+    if source.adapter and (source.adapter / "tokenizer_config.json").is_file():
+        place = source.adapter
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
+    except Exception as error:
+        raise UserError(f"the tokenizer of {place} cannot be loaded: {error}") from error
+    if tokenizer.pad_token_id is None:
+        reserved = "<|finetune_right_pad_id|>"  # Llama 3.x keeps this one free for padding
+        tokenizer.pad_token = reserved if reserved in tokenizer.get_vocab() else tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(cls, source, args, trainable, **kwargs):
+    """The base model of `source`, on this process's device if it is quantized.
+
+    Weights that are trained are float32 (under autocast a bfloat16 AdamW step of 3e-6 would round to nothing);
+    frozen ones have the precision the model computes in."""
+    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    if args.load_in_4bit or args.load_in_8bit:
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=args.load_in_4bit,
+            load_in_8bit=args.load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )
+        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
+    try:
+        return cls.from_pretrained(
+            source.base,
+            dtype=torch.float32 if trainable else compute,
+            attn_implementation=args.attn_implementation,
+            trust_remote_code=args.trust_remote_code,
+            **kwargs,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"the model {source.base} cannot be loaded: {error}") from error
+
+
+def lora_config(args, source, task_type):
+    """A new adapter's config from the flags; that of `source.adapter` where the run goes on from an adapter."""
+    if not source.adapter:
+        targets = args.lora_target_modules or ["all-linear"]
+        return LoraConfig(
+            r=args.lora_r or 16,
+            lora_alpha=32 if args.lora_alpha is None else args.lora_alpha,
+            lora_dropout=args.lora_dropout or 0.0,
+            target_modules=targets[0] if len(targets) == 1 and not targets[0].isidentifier() else targets,
+            task_type=task_type,
+        )
+    found = read_json(source.adapter / "adapter_config.json")
+    if found.get("peft_type") != "LORA":
+        raise UserError(f"{source.adapter} is a {found.get('peft_type')} adapter; only LoRA adapters can be trained on")
+    for flag in ("r", "lora_alpha", "lora_dropout"):
+        asked = getattr(args, flag if flag.startswith("lora") else f"lora_{flag}")
+        if asked is not None and asked != found[flag]:
+            raise UserError(
+                f"--lora_{flag.removeprefix('lora_')} {asked}: the adapter {source.adapter} has {found[flag]}; leave the flag out"
+            )
+    if args.lora_target_modules and set(args.lora_target_modules) != set(found["target_modules"]):
+        raise UserError(f"--lora_target_modules: the adapter {source.adapter} has its own; leave the flag out")
+    config = LoraConfig.from_pretrained(source.adapter)
+    config.inference_mode, config.task_type = False, task_type
+    return config
+
+
+def load_adapter_weights(model, adapter, name="default"):
+    """Copy the LoRA weights in the directory `adapter` into the adapter `name` of a PeftModel; all must find a place."""
+    weights = load_file(adapter / "adapter_model.safetensors")
+    missed = set_peft_model_state_dict(model, weights, adapter_name=name).unexpected_keys
+    if missed:
+        raise UserError(
+            f"the adapter {adapter} does not fit its base model: no place for {missed[0]} and {len(missed) - 1} more"
+        )
+    return weights
+
+
+def config_fields(args, **own):
+    """Keyword arguments of a trainer's config: the shared flags, and the script's own."""
+    fields = {
+        "output_dir": args.output_dir,
+        "bf16": args.bf16,
+        "fp16": args.fp16,
+        "use_cpu": not torch.accelerator.is_available(),
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": args.lr_scheduler_type,
+        "warmup_steps": args.warmup_ratio if args.warmup_ratio < 1 else 0.999999,  # below 1: a fraction of the steps
+        "weight_decay": args.weight_decay,
+        "max_grad_norm": args.max_grad_norm,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "seed": args.seed,
+        "logging_steps": args.logging_steps,
+        "save_steps": args.save_steps,
+        "save_total_limit": args.save_total_limit,
+        "eval_steps": args.eval_steps,
+        "report_to": args.report_to,
+        "logging_nan_inf_filter": False,  # a NaN is to be seen
+        **own,
+    }
+    return fields
+
+
+def make_config(config_class, args, **own):
+    """A trainer's config from the flags and --set."""
+    fields = config_fields(args, **own)
+    try:
+        config = config_class(**fields, **set_fields(args.set, config_class, fields))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{config_class.__name__}: {error}") from error
+    config._n_gpu = min(config.n_gpu, 1)  # one process drives one GPU (no DataParallel); several: accelerate launch
+    return config
+
+
+class RunCallback(TrainerCallback):
+    """Writes metrics.jsonl, puts run.json into checkpoints, and turns Ctrl-C and SIGTERM into a saved checkpoint."""
+
+    def __init__(self, output_dir, run):
+        self.output_dir, self.run, self.interrupted, self.handlers = Path(output_dir), run, False, {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for name in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[name] = signal.signal(name, self.interrupt)
+
+    def interrupt(self, signum, frame):
+        self.interrupted = True
+        self.restore()  # the second one leaves at once
+        print("\nstopping after this step and saving a checkpoint; once more to leave at once", file=sys.stderr)
+
+    def restore(self):
+        for name, handler in self.handlers.items():
+            signal.signal(name, handler)
+        self.handlers = {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_json(self.output_dir / f"checkpoint-{state.global_step}" / "run.json", self.run)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.restore()
+
+
+def describe_run(stage, args, source, prompt_format, tokenizer, rows):
+    """run.json: what the next stage, and whoever finds the checkpoint, needs to know."""
+
+    def digest(value):
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+    return {
+        "stage": stage,
+        "base_model": source.base,
+        "parent": str(source.adapter or source.base),
+        "prompt_format": prompt_format.name,
+        "chat_template_hash": digest(tokenizer.chat_template) if prompt_format.name == "chat" else None,
+        "tokenizer_hash": digest(tokenizer.get_vocab()),
+        "dataset": {"name": args.dataset_name, "subset": args.subset, **rows},
+        "arguments": vars(args),
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+        },
+    }
+
+
+def finish_run(args, trainer, callback, run, metrics, save):
+    """After training: publish final_checkpoint/ and metrics.json, or say how to go on after an interruption.
+
+    `save(directory)` writes the model."""
+    if callback.interrupted:
+        print(f"saved; go on with the same command and --resume_from_checkpoint ({args.output_dir})", file=sys.stderr)
+        raise KeyboardInterrupt
+    output_dir = Path(args.output_dir)
+    if trainer.is_world_process_zero():
+        run["metrics"] = metrics
+        with publish(output_dir / "final_checkpoint") as directory:
+            save(directory)
+            trainer.processing_class.save_pretrained(directory)
+            write_json(directory / "run.json", run)
+        write_json(output_dir / "metrics.json", metrics)
+        print(f"saved {output_dir / 'final_checkpoint'}")
+        if args.push_to_hub:
+            from huggingface_hub import HfApi
+
+            repo = HfApi().create_repo(output_dir.resolve().name, exist_ok=True).repo_id
+            print(f"uploaded {HfApi().upload_folder(repo_id=repo, folder_path=output_dir / 'final_checkpoint')}")
+    trainer.accelerator.wait_for_everyone()
+
+
+# <<< block run
+
+
+SCHEMAS = [("prompt",), ("question",)]
+
+
+@dataclasses.dataclass
+class Role:
+    """One of policy, reference, reward, value: a model, the LoRA adapter in it that plays the role (None: none does),
+    and for reward and value the scalar head on the last hidden state."""
+
+    model: torch.nn.Module
+    adapter: str | None = None
+    head: torch.nn.Module | None = None
+
+    @contextlib.contextmanager
+    def active(self, train=False):
+        """The model as this role. The active adapter is module state, so a backward pass (which runs the forward again
+        under gradient checkpointing) belongs inside."""
+        if not isinstance(self.model, PeftModel):
+            yield self.model
+        elif self.adapter is None:
+            with self.model.disable_adapter():
+                yield self.model.get_base_model()
+        else:
+            self.model.set_adapter(self.adapter, inference_mode=not train)
+            yield self.model.get_base_model()
+
+    def parameters(self):
+        """What training this role changes."""
+        weights = [p for name, p in self.model.named_parameters() if not self.adapter or f".{self.adapter}." in name]
+        return weights + (list(self.head.parameters()) if self.head is not None else [])
+
+
+class Roles(torch.nn.Module):
+    """The four roles and the models that they share, as the one module that Trainer places and optimizes."""
+
+    def __init__(self, policy, reference, reward, value):
+        super().__init__()
+        self.policy, self.reference, self.reward, self.value = policy, reference, reward, value
+        roles = [role for role in (policy, reference, reward, value) if role is not None]
+        self.models = torch.nn.ModuleList({id(role.model): role.model for role in roles}.values())
+        self.heads = torch.nn.ModuleList([role.head for role in roles if role.head is not None])
+        self.config = policy.model.config
+        self.requires_grad_(False)
+        for parameter in policy.parameters() + value.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+
+
+def scalar_head(weight):
+    """A linear head without bias and with the given weight (1, hidden), in float32."""
+    head = torch.nn.Linear(weight.shape[1], 1, bias=False)
+    head.weight.data.copy_(weight)
+    return head
+
+
+def split_head(weights):
+    """(LoRA weights, head weight or None) of an adapter's tensors; None, None if it changes anything else."""
+    lora = {name: tensor for name, tensor in weights.items() if "lora_" in name}
+    rest = [tensor for name, tensor in weights.items() if "lora_" not in name]
+    if not rest:
+        return lora, None
+    single = len(rest) == 1 and rest[0].ndim == 2 and rest[0].shape[0] == 1
+    return (lora, rest[0]) if single else (None, None)
+
+
+def build_roles(args, policy_source, reward_source, value_source, same_tokens):
+    """Load every base model once and put the roles on them.
+
+    - policy: an adapter (a copy of the one at --model_path, or a new one), or with neither adapter nor --use_lora a full
+      model; reference: the policy as it is at the start, frozen.
+    - reward: its adapter on the policy's base if that is the base it was trained on, else a model of its own.
+    - value: starts as a copy of the reward model, adapter and head (Stiennon et al. 2020, section 3.4: the value
+      function starts from the reward model's weights). Without a reward model that reads the policy's tokens it starts
+      from the policy with a zero head, so that the first advantages are those of the rewards alone.
+    """
+    bases = {}  # base -> PeftModel that holds the adapters on it
+
+    def add_adapter(name, source, config, weights, cls):
+        config.modules_to_save = None
+        if source.base not in bases:
+            model = load_model(cls, source, args, trainable=False)
+            bases[source.base] = get_peft_model(model, config, adapter_name=name)
+        else:
+            bases[source.base].add_adapter(name, config)
+        if weights is not None:
+            fit = set_peft_model_state_dict(bases[source.base], weights, adapter_name=name)
+            if fit.unexpected_keys:
+                raise UserError(f"the adapter {source.adapter} does not fit {source.base}: {fit.unexpected_keys[0]}")
+        return bases[source.base]
+
+    def add_scorer(name, source, trainable):
+        """A Role from a reward model's checkpoint: an adapter where it is one, else a full classifier."""
+        if source.adapter:
+            lora, head = split_head(load_file(source.adapter / "adapter_model.safetensors"))
+            if head is not None:
+                config = LoraConfig.from_pretrained(source.adapter)
+                return Role(
+                    add_adapter(name, source, config, lora, AutoModelForSequenceClassification), name, scalar_head(head)
+                )
+            raise UserError(
+                f"{source.adapter} is not a reward model's adapter: it should hold LoRA weights and one scalar head"
+            )
+        if trainable and args.use_lora:  # a new adapter on the frozen classifier
+            head = reward.head if source.base == reward_source.base else load_classifier(source, False).score
+            config = lora_config(args, source, "CAUSAL_LM")
+            if source.base not in bases and source.base == reward_source.base:
+                bases[source.base] = get_peft_model(reward.model, config, adapter_name=name)
+                reward.model = bases[source.base]
+                return Role(reward.model, name, scalar_head(head.weight))
+            return Role(
+                add_adapter(name, source, config, None, AutoModelForSequenceClassification),
+                name,
+                scalar_head(head.weight),
+            )
+        model = load_classifier(source, trainable)
+        return Role(model, None, model.score)
+
+    def load_classifier(source, trainable):
+        model = load_model(AutoModelForSequenceClassification, source, args, trainable, num_labels=1)
+        if not hasattr(model, "score"):
+            raise UserError(
+                f"{source.base} has no scalar head named score; use an AutoModelForSequenceClassification of the Llama, GPT-2, Qwen ... kind"
+            )
+        return model
+
+    if args.use_lora:
+        weights = load_file(policy_source.adapter / "adapter_model.safetensors") if policy_source.adapter else None
+        config = lora_config(args, policy_source, "CAUSAL_LM")
+        model = add_adapter("default", policy_source, config, weights, AutoModelForCausalLM)
+        start = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+        add_adapter(
+            "reference", policy_source, lora_config(args, policy_source, "CAUSAL_LM"), start, AutoModelForCausalLM
+        )
+        policy, reference = Role(model, "default"), Role(model, "reference")
+    else:
+        policy = Role(load_model(AutoModelForCausalLM, policy_source, args, trainable=True))
+        reference = Role(load_model(AutoModelForCausalLM, policy_source, args, trainable=True))
+
+    reward = add_scorer("reward", reward_source, trainable=False) if reward_source else None
+    if value_source or (reward_source and same_tokens):
+        value = add_scorer("value", value_source or reward_source, trainable=True)
+    else:
+        head = scalar_head(torch.zeros(1, policy.model.config.get_text_config().hidden_size))
+        if args.use_lora:
+            config = lora_config(args, policy_source, "CAUSAL_LM")
+            value = Role(add_adapter("value", policy_source, config, start, AutoModelForCausalLM), "value", head)
+        else:
+            value = Role(load_model(AutoModelForCausalLM, policy_source, args, trainable=True), None, head)
+    return Roles(policy, reference, reward, value)
+
+
+def describe_roles(roles):
+    """One line per role: whose base it stands on, and the bytes that it adds."""
+    lines, seen = [], {}
+    for name in ("policy", "reference", "reward", "value"):
+        role = getattr(roles, name)
+        if role is None:
+            lines.append(f"  {name:<10} a Python function")
+            continue
+        own = sum(p.nbytes for p in role.parameters()) if role.adapter else 0
+        trained = "trained" if name in ("policy", "value") else "frozen"
+        base = sum(p.nbytes for p in role.model.parameters() if not role.adapter or not p.requires_grad)
+        where = (
+            f"shares the base of {seen[id(role.model)]}"
+            if id(role.model) in seen
+            else f"base {role.model.config.name_or_path}, {base / 1e9:.2f} GB"
+        )
+        seen.setdefault(id(role.model), name)
+        what = (
+            f"adapter {own / 1e6:.1f} MB"
+            if role.adapter
+            else "no adapter"
+            if isinstance(role.model, PeftModel)
+            else "all weights"
+        )
+        lines.append(f"  {name:<10} {trained:<8} {what}; {where}")
+    total = sum(p.nbytes for p in roles.parameters())
+    return "\n".join(["roles:", *lines, f"  weights in memory: {total / 1e9:.2f} GB"])
+
+
+@dataclasses.dataclass
+class MicroBatch:
+    """Some episodes of a rollout, prompts padded on the left and responses on the right.
+
+    B sequences, C prompt tokens, W response positions; a response of length n has actions at 0..n-1, and where W allows
+    the state after its last token at n. Per position (B, W): `logprobs` of the sampled tokens and `ref_logprobs`,
+    `values` of the state before the token, `rewards`, `advantages`, `returns`."""
+
+    rows: list
+    input_ids: torch.Tensor  # (B, C + W)
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    context: int
+    width: int
+    lengths: torch.Tensor  # (B,) response lengths
+    actions: torch.Tensor  # (B, W) bool: a sampled token
+    states: torch.Tensor  # (B, W) bool: an action, or the state after the last one
+    logprobs: torch.Tensor = None
+    ref_logprobs: torch.Tensor = None
+    entropy: torch.Tensor = None
+    values: torch.Tensor = None
+    scores: torch.Tensor = None
+    rewards: torch.Tensor = None
+    advantages: torch.Tensor = None
+    returns: torch.Tensor = None
+
+
+class PPOTrainer(trl_ppo.PPOTrainer):
+    """TRL's PPOTrainer on `transformers.Trainer`'s own loop: one Trainer step is one update (a rollout, and
+    num_ppo_epochs x num_mini_batches optimizer steps on it), so that clipping, schedule, mixed precision, logging,
+    checkpoints and resume are Trainer's.
+
+    Args:
+        roles: the four roles (`build_roles`).
+        args: PPOConfig; its per_device_train_batch_size is the number of episodes per process and update.
+        micro_batch_size: sequences per forward pass.
+        options: the script's flags, for what PPOConfig has no field for.
+        prompt_format: how messages become tokens, for stop ids and for texts.
+        score_texts: function(messages, responses) -> list of float or None: a reward for texts, added to the model's.
+        reward_format: PromptFormat of a reward model that reads other tokens than the policy writes, or None.
+    """
+
+    def __init__(
+        self, roles, args, micro_batch_size, options, prompt_format, score_texts=None, reward_format=None, **kwargs
+    ):
+        self.roles, self.options, self.prompt_format = roles, options, prompt_format
+        self.score_texts, self.reward_format = score_texts, reward_format
+        self.group_size = min(micro_batch_size, args.per_device_train_batch_size // args.num_mini_batches)
+        self.ppo_state = {"kl_coef": args.kl_coef, "reward_mean": 0.0, "reward_std": 1.0, "stopped": None}
+        self.snapshot, self.latest, self.references, self.evaluated = None, {}, {}, {}
+        self.tokenizer = prompt_format.tokenizer
+        self.stop_ids = torch.tensor(prompt_format.stop_ids(roles.policy.model.generation_config))
+        args.world_size = transformers.TrainingArguments.world_size.fget(args)  # PPOConfig hides it behind a None
+        disable_dropout_in_model(roles)
+        if args.gradient_checkpointing:
+            for model in roles.models:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+                model.enable_input_require_grads()
+            args.gradient_checkpointing = False  # Trainer would ask it of the wrapper, which has no such method
+        super(trl_ppo.PPOTrainer, self).__init__(
+            model=roles, args=args, data_collator=lambda rows: rows, processing_class=self.tokenizer, **kwargs
+        )
+        self.model_accepts_loss_kwargs = False
+        self.device = self.accelerator.device
+        self.stop_ids = self.stop_ids.to(self.device)
+
+    train = Trainer.train
+    get_train_dataloader = Trainer.get_train_dataloader
+    _save_checkpoint = Trainer._save_checkpoint
+
+    # ---- rollout ----
+
+    @torch.no_grad()
+    def generate(self, role, prompts, sample=True):
+        """Responses (lists of token ids, at most response_length, ending with the first stop id) to lists of ids."""
+        config = GenerationConfig(
+            max_new_tokens=self.args.response_length,
+            do_sample=sample,
+            eos_token_id=self.stop_ids.tolist(),
+            pad_token_id=self.tokenizer.pad_token_id,
+            **({"temperature": self.args.temperature, "top_k": 0, "top_p": 1.0} if sample else {}),
+        )
+        responses, size = [], self.args.local_rollout_forward_batch_size
+        with role.active() as model, self.accelerator.autocast():
+            kept, model.generation_config = model.generation_config, config  # the model's own would fill gaps (top_p)
+            try:
+                for start in range(0, len(prompts), size):
+                    chunk = prompts[start : start + size]
+                    width = max(map(len, chunk))
+                    ids = torch.tensor([[self.tokenizer.pad_token_id] * (width - len(p)) + p for p in chunk])
+                    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in chunk])
+                    out = model.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
+                    new = out[:, width:]
+                    stops = torch.isin(new, self.stop_ids)
+                    ends = torch.where(stops.any(1), stops.int().argmax(1) + 1, new.shape[1])
+                    responses += [row[:end] for row, end in zip(new.tolist(), ends.tolist())]
+            finally:
+                model.generation_config = kept
+        return responses
+
+    def make_groups(self, lengths):
+        """Indices of the episodes of each micro-batch, sequences of like length together.
+
+        Every group has the tokens, padding included, of `group_size` longest sequences at most; with several
+        mini-batches every group has `group_size` sequences, so that mini-batches are equal in number."""
+        order, groups = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
+        limit = self.group_size * max(lengths)
+        for i in order:
+            full = not groups or (
+                len(groups[-1]) == self.group_size
+                if self.args.num_mini_batches > 1
+                else (len(groups[-1]) + 1) * lengths[groups[-1][0]] > limit
+            )
+            groups.append([i]) if full else groups[-1].append(i)
+        return groups
+
+    def collate(self, group, prompts, responses, rows, total_width):
+        """A MicroBatch of the episodes `group`."""
+        prompts, responses = [prompts[i] for i in group], [responses[i] for i in group]
+        context, longest = max(map(len, prompts)), max(map(len, responses))
+        width, pad = min(longest + 1, total_width), self.tokenizer.pad_token_id
+        ids, mask = [], []
+        for prompt, response in zip(prompts, responses):
+            left, right = context - len(prompt), width - len(response)
+            ids.append([pad] * left + prompt + response + [pad] * right)
+            mask.append([0] * left + [1] * (len(prompt) + len(response)) + [0] * right)
+        mask = torch.tensor(mask, device=self.device)
+        lengths = torch.tensor([len(response) for response in responses], device=self.device)
+        steps = torch.arange(width, device=self.device)
+        return MicroBatch(
+            rows=[rows[i] for i in group],
+            input_ids=torch.tensor(ids, device=self.device),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            context=context,
+            width=width,
+            lengths=lengths,
+            actions=steps < lengths[:, None],
+            states=steps <= lengths[:, None],
+        )
+
+    def policy_logprobs(self, role, batch, train=False, entropy=False):
+        """Log-probabilities (B, W) of the response tokens at the sampling temperature, float32; with `entropy` that too.
+
+        The one code path for old, new and reference log-probabilities: the first ratio is 1 and the first KL is 0."""
+        with self.accelerator.autocast():
+            output = role.model.get_base_model() if isinstance(role.model, PeftModel) else role.model
+            logits = output(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                logits_to_keep=batch.width + 1,
+                use_cache=False,
+            ).logits[:, :-1]
+        logits = logits.float() / self.args.temperature
+        logprobs = selective_log_softmax(logits, batch.input_ids[:, batch.context :])
+        return (logprobs, entropy_from_logits(logits)) if entropy else logprobs
+
+    def scalars(self, role, input_ids, attention_mask, position_ids):
+        """The role's head on the last hidden state of every position, (B, length) float32."""
+        model = role.model.get_base_model() if isinstance(role.model, PeftModel) else role.model
+        with self.accelerator.autocast():
+            hidden = model.base_model(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            ).last_hidden_state
+        return torch.nn.functional.linear(hidden.float(), role.head.weight.float()).squeeze(-1)
+
+    def state_values(self, batch):
+        """Values (B, W) of the state before each response token."""
+        values = self.scalars(self.roles.value, batch.input_ids, batch.attention_mask, batch.position_ids)
+        return values[:, batch.context - 1 : -1]
+
+    def model_scores(self, batch):
+        """The reward model's score (B,) of each response, read at its last token."""
+        with self.roles.reward.active():
+            if self.reward_format is None:
+                scores = self.scalars(self.roles.reward, batch.input_ids, batch.attention_mask, batch.position_ids)
+                return scores.gather(1, (batch.context + batch.lengths - 1)[:, None]).squeeze(1)
+            texts = self.response_texts(batch)
+            ids = []
+            for row, text, ended in zip(batch.rows, texts, self.ended(batch).tolist()):
+                answer = [*row["messages"], {"role": "assistant", "content": text}]
+                tokens = self.reward_format.encode(answer)[0]
+                ids.append(tokens if ended else tokens[:-1])  # an answer that was cut off has no end token
+            lengths = torch.tensor([len(tokens) for tokens in ids], device=self.device)
+            padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens in ids], batch_first=True)
+            padded = padded.to(self.device)
+            mask = torch.arange(padded.shape[1], device=self.device) < lengths[:, None]
+            scores = self.scalars(self.roles.reward, padded, mask.long(), (mask.cumsum(1) - 1).clamp(min=0))
+            return scores.gather(1, lengths[:, None] - 1).squeeze(1)
+
+    def ended(self, batch):
+        """(B,) bool: the response ends with a stop id."""
+        last = batch.input_ids.gather(1, (batch.context + batch.lengths - 1)[:, None])
+        return torch.isin(last, self.stop_ids).squeeze(1)
+
+    def response_texts(self, batch):
+        responses = [
+            ids[batch.context : batch.context + n] for ids, n in zip(batch.input_ids.tolist(), batch.lengths.tolist())
+        ]
+        return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+
+    def score(self, batch):
+        """The score (B,) of each response: reward model plus reward function, before penalty, scaling and clipping."""
+        scores = torch.zeros(len(batch.rows), device=self.device)
+        if self.roles.reward is not None:
+            scores += self.model_scores(batch)
+        if self.score_texts is not None:
+            scores += torch.tensor(self.score_texts(batch.rows, self.response_texts(batch)), device=self.device)
+        return scores
+
+    @torch.no_grad()
+    def roll_out(self, rows):
+        """Sample a response to every prompt and put down all that the update needs; returns a list of MicroBatch."""
+        prompts = [row["prompt_ids"] for row in rows]
+        responses = self.generate(self.roles.policy, prompts)
+        total_width = max(map(len, responses))
+        lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
+        batches = [self.collate(group, prompts, responses, rows, total_width) for group in self.make_groups(lengths)]
+        for role, name in ((self.roles.policy, "logprobs"), (self.roles.reference, "ref_logprobs")):
+            with role.active():
+                for batch in batches:
+                    setattr(batch, name, self.policy_logprobs(role, batch, entropy=name == "logprobs"))
+        for batch in batches:
+            batch.logprobs, batch.entropy = batch.logprobs
+        with self.roles.value.active():
+            for batch in batches:
+                batch.values = self.state_values(batch) * batch.states
+        for batch in batches:
+            batch.scores = self.score(batch)
+            self.check_finite("log-probability", batch, batch.logprobs[batch.actions])
+            self.check_finite("reward", batch, batch.scores)
+            self.shape_rewards(batch)
+        if self.args.whiten_rewards:
+            mean, rstd = self.moments(batches, "rewards", "states")
+            for batch in batches:
+                batch.rewards = (batch.rewards * rstd + mean * (1 - rstd)) * batch.states
+        for batch in batches:
+            self.estimate_advantages(batch)
+        mean, rstd = self.moments(batches, "advantages", "actions")
+        for batch in batches:
+            batch.advantages = (batch.advantages - mean) * rstd * batch.actions
+        return batches
+
+    def check_finite(self, what, batch, values):
+        if not torch.isfinite(values).all():
+            rows = ", ".join(str(row["row"]) for row in batch.rows)
+            raise UserError(
+                f"a {what} is not finite (update {self.state.global_step + 1}, prompt rows {rows}); the last checkpoint is good"
+            )
+
+    def shape_rewards(self, batch):
+        """Per-token rewards: the KL penalty, and at the end the score, normalized, clipped, less the EOS penalty.
+
+        KL estimators k1 and k3: http://joschu.net/blog/kl-approx.html. The score stands at the state after the last
+        token where there is one, as in TRL."""
+        score = (batch.scores - self.ppo_state["reward_mean"]) / self.ppo_state["reward_std"]
+        if self.options.reward_clip:
+            score = score.clamp(-self.options.reward_clip, self.options.reward_clip)
+        if self.args.missing_eos_penalty:
+            score = score - self.args.missing_eos_penalty * ~self.ended(batch)
+        batch.shaped_scores = score
+        log_ratio = (batch.ref_logprobs - batch.logprobs) * batch.actions
+        batch.kl = -log_ratio
+        penalty = batch.kl if self.args.kl_estimator == "k1" else log_ratio.exp() - 1 - log_ratio
+        batch.rewards = -self.ppo_state["kl_coef"] * penalty
+        end = torch.where(batch.lengths < batch.width, batch.lengths, batch.lengths - 1)
+        batch.rewards[torch.arange(len(end), device=end.device), end] += score
+
+    def estimate_advantages(self, batch):
+        """Generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438, equation 16)."""
+        advantage, advantages = 0.0, []
+        for t in reversed(range(batch.width)):
+            following = batch.values[:, t + 1] if t + 1 < batch.width else 0.0
+            delta = batch.rewards[:, t] + self.args.gamma * following - batch.values[:, t]
+            advantage = delta + self.args.gamma * self.args.lam * advantage
+            advantages.append(advantage)
+        batch.advantages = torch.stack(advantages[::-1], dim=1)
+        batch.returns = batch.advantages + batch.values
+
+    def moments(self, batches, values, mask):
+        """(mean, 1 / standard deviation) of a field over all processes, where the mask is set; Bessel's correction."""
+        pairs = [(getattr(batch, values), getattr(batch, mask)) for batch in batches]
+        count, total = self.accelerator.reduce(
+            torch.stack([sum(m.sum() for _, m in pairs).float(), sum((v * m).sum() for v, m in pairs)]), "sum"
+        )
+        mean = total / count
+        squares = self.accelerator.reduce(sum(((v - mean).square() * m).sum() for v, m in pairs), "sum")
+        return mean, torch.rsqrt(squares / (count - 1).clamp(min=1) + 1e-8)
+
+    # ---- update ----
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One PPO update, up to its last optimizer step, which Trainer takes."""
+        started = time.perf_counter()
+        if self.roles.models[0].training != self.options.gradient_checkpointing:
+            model.train(self.options.gradient_checkpointing)  # there is no dropout; checkpointing works in train mode
+        batches = self.roll_out(inputs)
+        rolled_out = time.perf_counter()
+        kl = self.accelerator.reduce(torch.stack([batch.kl.sum() for batch in batches]).sum(), "sum")
+        kl = (kl / (self.args.per_device_train_batch_size * self.accelerator.num_processes)).item()
+        if self.options.max_kl and kl > self.options.max_kl:
+            return self.stop_for_kl(kl)
+        if self.options.max_kl:
+            self.snapshot = [p.detach().to("cpu", copy=True) for p in self.roles.parameters() if p.requires_grad]
+        losses = self.optimize(model, batches)
+        self.measure(batches, losses, kl, rolled_out - started, time.perf_counter() - rolled_out)
+        if self.options.target_kl:  # Ziegler et al. 2019, section 2.2; horizon 10,000 episodes
+            error = min(max(kl / self.options.target_kl - 1, -0.2), 0.2)
+            episodes = self.args.per_device_train_batch_size * self.accelerator.num_processes
+            self.ppo_state["kl_coef"] *= 1 + error * episodes / 10_000
+        return losses["loss"]
+
+    def stop_for_kl(self, kl):
+        print(f"KL {kl:.1f} nats is above --max_kl {self.options.max_kl}: stopped; the policy is the one before that")
+        if self.snapshot is not None:
+            for parameter, kept in zip((p for p in self.roles.parameters() if p.requires_grad), self.snapshot):
+                parameter.data.copy_(kept)
+        self.ppo_state["stopped"] = f"KL {kl:.2f} above {self.options.max_kl}"
+        self.control.should_training_stop = True
+        return torch.zeros((), device=self.device)
+
+    def optimize(self, model, batches):
+        """num_ppo_epochs x num_mini_batches optimizer steps; the gradients of the last are left for Trainer.
+
+        Each token of a mini-batch counts the same, whatever micro-batch or process it is in."""
+        args, stats = self.args, []
+        size = len(batches) // args.num_mini_batches
+        last = args.num_ppo_epochs * args.num_mini_batches - 1
+        for step in range(last + 1):
+            if step % args.num_mini_batches == 0:
+                order = torch.randperm(len(batches)).tolist() if args.num_mini_batches > 1 else range(len(batches))
+            start = (step % args.num_mini_batches) * size
+            mini_batch = [batches[i] for i in order[start : start + size]]
+            counts = torch.stack([sum(b.actions.sum() for b in mini_batch), sum(b.states.sum() for b in mini_batch)])
+            actions, states = self.accelerator.reduce(counts, "sum")
+            for batch in mini_batch:
+                stats.append(self.backward(batch, actions, states))
+            if self.accelerator.num_processes > 1:  # sums, since the losses are divided by the counts of all processes
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
+            if step < last:
+                stats[-1]["grad_norm"] = (
+                    self._clip_grad_norm(model) if args.max_grad_norm else self._get_grad_norm(model)
+                )
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        return self.sum_stats(stats)
+
+    def backward(self, batch, actions, states):
+        """Gradients of the clipped policy loss (Schulman et al. 2017, arXiv:1707.06347, equation 7) and of the clipped
+        value loss, as parts of the means over `actions` and `states` positions. Returns sums for the metrics.
+
+        Policy first, then value: the activations of one are freed before the other's, and only one adapter is active
+        at a time."""
+        with self.roles.policy.active(train=True):
+            difference = (self.policy_logprobs(self.roles.policy, batch, train=True) - batch.logprobs) * batch.actions
+            ratio = difference.exp()
+            clipped = ratio.clamp(1 - self.args.cliprange, 1 + self.args.cliprange)
+            loss, clipped_loss = -batch.advantages * ratio, -batch.advantages * clipped
+            policy_loss = (torch.max(loss, clipped_loss) * batch.actions).sum() / actions
+            self.accelerator.backward(policy_loss)
+        with self.roles.value.active(train=True):
+            values = self.state_values(batch)
+            clip = self.args.cliprange_value
+            near = torch.max(torch.min(values, batch.values + clip), batch.values - clip)
+            errors, near_errors = (values - batch.returns).square(), (near - batch.returns).square()
+            value_loss = 0.5 * (torch.max(errors, near_errors) * batch.states).sum() / states
+            self.accelerator.backward(self.args.vf_coef * value_loss)
+        with torch.no_grad():
+            return {
+                "policy_loss": policy_loss.detach(),
+                "value_loss": value_loss.detach(),
+                "clipfrac": ((clipped_loss > loss) * batch.actions).sum() / actions,
+                "value_clipfrac": ((near_errors > errors) * batch.states).sum() / states,
+                "approxkl": 0.5 * difference.square().sum() / actions,
+                "ratio": (ratio * batch.actions).sum() / actions,
+            }
+
+    def sum_stats(self, stats):
+        """Means over the optimizer steps of what the micro-batches gave; `loss` is what is minimized."""
+        steps = self.args.num_ppo_epochs * self.args.num_mini_batches
+        names = [name for name in stats[0] if name != "grad_norm"]
+        totals = torch.stack([torch.stack([s[name] for s in stats]).sum() for name in names]) / steps
+        means = dict(zip(names, self.accelerator.reduce(totals, "sum")))
+        means["loss"] = means["policy_loss"] + self.args.vf_coef * means["value_loss"]
+        means["grad_norms"] = [float(s["grad_norm"]) for s in stats if "grad_norm" in s]
+        return means
+
+    def measure(self, batches, losses, kl, rollout_seconds, train_seconds):
+        """The update's metrics, over response tokens only and all processes, for the next log line (names as in TRL)."""
+        actions = torch.cat([batch.actions.flatten() for batch in batches]).float()
+        states = torch.cat([batch.states.flatten() for batch in batches]).float()
+        flat = {
+            name: torch.cat([getattr(b, name).flatten() for b in batches])
+            for name in ("entropy", "logprobs", "values", "returns")
+        }
+        scores, shaped = (torch.cat([getattr(b, name) for b in batches]) for name in ("scores", "shaped_scores"))
+        lengths, ended = (
+            torch.cat([b.lengths for b in batches]).float(),
+            torch.cat([self.ended(b) for b in batches]).float(),
+        )
+        tokens = sum(b.attention_mask.sum() for b in batches).float()
+        sums = torch.stack([
+            torch.ones_like(scores).sum(), scores.sum(), scores.square().sum(), shaped.sum(), lengths.sum(), ended.sum(), tokens,
+            actions.sum(), (flat["entropy"] * actions).sum(), (-flat["logprobs"] * actions).sum(), states.sum(),
+            (flat["returns"] * states).sum(), (flat["returns"].square() * states).sum(),
+            ((flat["returns"] - flat["values"]) * states).sum(), ((flat["returns"] - flat["values"]).square() * states).sum(),
+        ]).double()  # fmt: skip
+        n, score, squares, reward, length, stop, tokens, a, entropy, surprise, s, ret, ret2, err, err2 = (
+            self.accelerator.reduce(sums, "sum").tolist()
+        )
+        spread = ret2 / s - (ret / s) ** 2
+        self.latest = {
+            "objective/scores": score / n,
+            "objective/scores_std": math.sqrt(max(squares / n - (score / n) ** 2, 0.0)),
+            "objective/kl": kl,
+            "objective/kl_coef": self.ppo_state["kl_coef"],
+            "objective/entropy": surprise / n,
+            "objective/non_score_reward": -self.ppo_state["kl_coef"] * kl,
+            "objective/rlhf_reward": reward / n - self.ppo_state["kl_coef"] * kl,
+            "policy/entropy_avg": entropy / a,
+            "policy/approxkl_avg": losses["approxkl"].item(),
+            "policy/clipfrac_avg": losses["clipfrac"].item(),
+            "loss/policy_avg": losses["policy_loss"].item(),
+            "loss/value_avg": losses["value_loss"].item(),
+            "val/clipfrac_avg": losses["value_clipfrac"].item(),
+            "val/ratio": losses["ratio"].item(),
+            "val/explained_variance": 1 - (err2 / s - (err / s) ** 2) / spread if spread > 0 else 0.0,
+            "response/length": length / n,
+            "response/stop_rate": stop / n,
+            "speed/rollout_seconds": rollout_seconds,
+            "speed/train_seconds": train_seconds,
+            "speed/episodes_per_second": n / (rollout_seconds + train_seconds),
+            "speed/rollout_tokens_per_second": length / rollout_seconds,
+            "speed/train_tokens_per_second": tokens * self.args.num_ppo_epochs / train_seconds,
+            "episode": (self.state.global_step + 1) * int(n),
+        }
+        self.grad_norms = losses["grad_norms"]
+
+    def log(self, logs, start_time=None):
+        """Trainer's log line with the last update's metrics; the gradient norm is the mean of its optimizer steps."""
+        if "grad_norm" in logs and self.latest:
+            norms = [*self.grad_norms, logs["grad_norm"]]
+            logs["grad_norm"] = sum(norms) / len(norms)
+            if not math.isfinite(logs["grad_norm"]) and not self.args.fp16:  # float16 finds its loss scale by overflows
+                raise UserError(
+                    f"the gradient is not finite (update {self.state.global_step}); the last checkpoint is good"
+                )
+            logs.update(self.latest)
+        Trainer.log(self, logs, start_time)
+
+    # ---- fixed prompts ----
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Greedy answers of the policy and of the reference to the fixed prompts, with their scores.
+
+        Written to samples.jsonl; the first five are printed."""
+        if self.evaluated.get("step") == self.state.global_step:
+            return self.evaluated["metrics"]
+        rows = list(self.eval_dataset)
+        answers = {"policy": self.answer(self.roles.policy, rows)}
+        self.references = self.references or self.answer(self.roles.reference, rows)
+        answers["reference"] = self.references
+        samples = [
+            {"step": self.state.global_step, "row": row["row"], "prompt": row["text"], **{f"{who}_{key}": answers[who][key][i] for who in answers for key in ("answer", "score", "length", "ended")}}
+            for i, row in enumerate(rows)
+        ]  # fmt: skip
+        metrics = {f"eval_{who}_{key}": sum(map(float, answers[who][key])) / len(rows) for who in answers for key in ("score", "length", "ended")}  # fmt: skip
+        if self.is_world_process_zero():
+            with open(Path(self.args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+            tqdm.write("\n".join(f"\n> {s['prompt'].strip()[-200:]}\n  policy    {s['policy_score']:+.2f}  {s['policy_answer'].strip()}\n  reference {s['reference_score']:+.2f}  {s['reference_answer'].strip()}" for s in samples[:5]))  # fmt: skip
+        self.log(metrics)
+        self.evaluated = {"step": self.state.global_step, "metrics": metrics}
+        return metrics
+
+    @torch.no_grad()
+    def answer(self, role, rows):
+        """Greedy answers: texts, scores, lengths in tokens, and whether they end."""
+        prompts, found = [row["prompt_ids"] for row in rows], {}
+        responses = self.generate(role, prompts, sample=False)
+        for i in range(len(rows)):
+            batch = self.collate([i], prompts, responses, rows, len(responses[i]))
+            found[i] = (
+                self.response_texts(batch)[0],
+                self.score(batch).item(),
+                len(responses[i]),
+                bool(self.ended(batch)),
+            )
+        return {
+            key: [found[i][k] for i in range(len(rows))] for k, key in enumerate(("answer", "score", "length", "ended"))
+        }
+
+    @torch.no_grad()
+    def measure_reference(self, rows):
+        """Mean and spread of the score on the reference's own sampled answers (--normalize_reward)."""
+        prompts = [row["prompt_ids"] for row in rows]
+        responses = self.generate(self.roles.reference, prompts)
+        width = max(map(len, responses))
+        scores = torch.cat([self.score(self.collate([i], prompts, responses, rows, width)) for i in range(len(rows))])
+        scores = self.accelerator.gather(scores)
+        self.ppo_state.update(reward_mean=scores.mean().item(), reward_std=max(scores.std().item(), 1e-4))
+
+    # ---- checkpoints ----
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Policy at the top of the directory, value model in `value/` (in the form of a reward model's checkpoint)."""
+        if self.args.should_save:
+            output_dir = Path(output_dir or self.args.output_dir)
+            save_policy(self.roles, output_dir)
+            save_value(self.roles, output_dir / "value")
+            self.tokenizer.save_pretrained(output_dir)
+            write_json(output_dir / "ppo_state.json", self.ppo_state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        checkpoint = Path(resume_from_checkpoint)
+        for role, directory in ((self.roles.policy, checkpoint), (self.roles.value, checkpoint / "value")):
+            if role.adapter:
+                lora, head = split_head(load_file(directory / "adapter_model.safetensors"))
+                set_peft_model_state_dict(role.model, lora, adapter_name=role.adapter)
+            else:
+                weights = {}
+                for file in sorted(directory.glob("model*.safetensors")):
+                    weights.update(load_file(file))
+                head = weights.pop("score.weight", None) if role.head is not None else None
+                role.model.load_state_dict(weights, strict=False)
+            if role.head is not None:
+                role.head.weight.data.copy_(head)
+        self.ppo_state = read_json(checkpoint / "ppo_state.json")
+
+
+def save_policy(roles, directory):
+    """The policy, as one PEFT or transformers call loads it."""
+    if roles.policy.adapter:
+        roles.policy.model.save_pretrained(directory, selected_adapters=["default"])
+    else:
+        roles.policy.model.save_pretrained(directory)
+
+
+def save_value(roles, directory):
+    """The value model: an adapter with a scalar head, or a full classifier."""
+    value = roles.value
+    directory.mkdir(parents=True, exist_ok=True)
+    head = {"score.weight": value.head.weight.detach().cpu().contiguous()}
+    if value.adapter:
+        weights = get_peft_model_state_dict(value.model, adapter_name=value.adapter)
+        weights["base_model.model.score.weight"] = head["score.weight"]
+        save_file(
+            {name: tensor.contiguous() for name, tensor in weights.items()},
+            directory / "adapter_model.safetensors",
+            {"format": "pt"},
+        )
+        config = LoraConfig(
+            **{
+                **value.model.peft_config[value.adapter].to_dict(),
+                "runtime_config": None,
+                "task_type": "SEQ_CLS",
+                "modules_to_save": ["score"],
+                "inference_mode": True,
+            }
+        )
+        config.save_pretrained(directory)
+    else:
+        weights = {
+            name: tensor.contiguous()
+            for name, tensor in value.model.base_model.state_dict(prefix=value.model.base_model_prefix + ".").items()
+        }
+        save_file({**weights, **head}, directory / "model.safetensors", {"format": "pt"})
+        value.model.config.save_pretrained(directory)
+
+
+class EpisodeBar(TrainerCallback):
+    """One progress bar, in episodes, with reward, KL and response length on it."""
+
+    def __init__(self, episodes):
+        self.episodes, self.bar = episodes, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            done = state.global_step * self.episodes
+            self.bar = tqdm(total=state.max_steps * self.episodes, initial=done, unit="episode", dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(self.episodes)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        shown = {"reward": "objective/scores", "kl": "objective/kl", "length": "response/length"}
+        if self.bar is not None and shown["reward"] in logs:
+            self.bar.set_postfix({name: f"{logs[key]:.2f}" for name, key in shown.items()})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def load_reward_function(spec):
+    """`file.py:name` as a function(rows, responses) -> list of float, checked on every call."""
+    path, _, name = spec.rpartition(":")
+    if not path or not Path(path).is_file():
+        raise UserError(f"--reward_function {spec} should read FILE.py:NAME, with a file that exists")
+    module = importlib.util.spec_from_file_location(Path(path).stem, path)
+    loaded = importlib.util.module_from_spec(module)
+    module.loader.exec_module(loaded)
+    function = getattr(loaded, name, None)
+    if not callable(function):
+        raise UserError(f"--reward_function: {path} has no function {name}")
+
+    def score_texts(rows, responses):
+        scores = function([row["text"] for row in rows], responses)
+        if len(scores) != len(responses):
+            raise UserError(f"--reward_function {spec} returned {len(scores)} numbers for {len(responses)} responses")
+        return [float(score) for score in scores]
+
+    return score_texts
+
+
+def encode_split(data, schema, prompt_format, args, where):
+    """Rows as `prompt_ids`, `messages`, `text`; prompts longer than --max_prompt_length are left out.
+
+    Returns (rows, counts)."""
+
+    def encode(row):
+        value = row[schema[0]]
+        problem = check_text(value) if not isinstance(value, list) else check_messages(value, last="user")
+        empty = {"prompt_ids": [], "messages": [], "text": ""}
+        if problem:
+            return {"problem": f"column {schema[0]} {problem}", **empty}
+        messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
+        messages = [{"role": message["role"], "content": message["content"]} for message in messages]
+        try:
+            ids = prompt_format.encode(messages, open_end=True)[0]
+        except UserError as error:
+            return {"problem": str(error), **empty}
+        return {"prompt_ids": ids, "messages": messages, "text": messages[-1]["content"]}
+
+    rows = encode_rows(data, encode, where, "Tokenizing")
+    kept = rows.filter(lambda row: len(row["prompt_ids"]) <= args.max_prompt_length)
+    counts = {"rows": len(kept), "too_long": len(rows) - len(kept)}
+    print(
+        f"{where}: column {schema[0]}, format {prompt_format.name}; {len(kept)} prompts, {counts['too_long']} left out (over {args.max_prompt_length} tokens)"
+    )
+    if not len(kept):
+        raise UserError(f"{where}: no prompt is within --max_prompt_length {args.max_prompt_length} tokens")
+    return kept, counts
+
+
+def check_args(args):
+    """The checks on flags that only this script has."""
+    check_shared(args)
+    if not args.reward_model_path and not args.reward_function:
+        raise UserError("a reward is needed: --reward_model_path, --reward_function, or both")
+    episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if episodes % args.num_mini_batches:
+        raise UserError(
+            f"--num_mini_batches {args.num_mini_batches} does not divide the {episodes} episodes of an update "
+            "(--per_device_train_batch_size x --gradient_accumulation_steps)"
+        )
+    group = min(args.per_device_train_batch_size, episodes // args.num_mini_batches)
+    if episodes // args.num_mini_batches % group:
+        raise UserError(
+            f"a mini-batch of {episodes // args.num_mini_batches} episodes cannot be cut into micro-batches of {group}"
+        )
+    return episodes
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    episodes = check_args(args)
+    score_texts = load_reward_function(args.reward_function) if args.reward_function else None
+    policy_source = locate_model(args.model_path, "--model_path")
+    reward_source = args.reward_model_path and locate_model(args.reward_model_path, "--reward_model_path")
+    value_source = args.value_model_path and locate_model(args.value_model_path, "--value_model_path")
+    args.use_lora = args.use_lora or policy_source.adapter is not None
+    if args.learning_rate is None:
+        args.learning_rate = 5e-5 if args.use_lora else 3e-6
+    checkpoint = pick_checkpoint(args)
+
+    tokenizer = load_tokenizer(policy_source, args)
+    prompt_format = pick_format(args.prompt_format, "chat", policy_source.run.get("prompt_format"), tokenizer)
+    reward_format, same_tokens = None, True
+    if reward_source:
+        reward_tokenizer = load_tokenizer(reward_source, args)
+        recorded = reward_source.run.get("prompt_format", prompt_format.name)
+        reward_format = pick_format("auto", "chat", recorded, reward_tokenizer)
+        same_tokens = tokenizer.get_vocab() == reward_tokenizer.get_vocab()
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        if same_tokens and reward_format.encode(probe) == prompt_format.encode(probe):
+            reward_format = None
+        else:
+            print(
+                f"the reward model reads other tokens than the policy writes: it gets texts, in its own format ({reward_format.name})"
+            )
+
+    data = load_split(args, args.dataset_name, args.subset, args.split, "--split")
+    where = f"{args.dataset_name} [{args.split}]"
+    train_rows, counts = encode_split(data, pick_schema(data, SCHEMAS, where), prompt_format, args, where)
+    eval_rows = train_rows.select(range(min(8, len(train_rows))))
+    if args.eval_split or args.eval_subset:
+        split = args.eval_split or "test"
+        data = load_split(args, args.dataset_name, args.eval_subset or args.subset, split, "--eval_split")
+        where = f"{args.dataset_name} [{split}]"
+        eval_rows, counts["eval"] = encode_split(data, pick_schema(data, SCHEMAS, where), prompt_format, args, where)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if episodes * processes > len(train_rows):
+        raise UserError(
+            f"an update takes {episodes * processes} episodes (--per_device_train_batch_size x "
+            f"--gradient_accumulation_steps x processes), but there are only {len(train_rows)} prompts"
+        )
+    updates = math.ceil((args.total_episodes or len(train_rows)) / (episodes * processes))
+
+    config = make_config(
+        trl_ppo.PPOConfig,
+        args,
+        per_device_train_batch_size=episodes,  # one Trainer step is one update
+        gradient_accumulation_steps=1,
+        max_steps=updates,
+        total_episodes=updates * episodes * processes,
+        dataloader_drop_last=True,
+        remove_unused_columns=False,
+        eval_strategy="steps" if args.eval_steps else "no",
+        save_strategy="steps",
+        **{
+            name: getattr(args, name)
+            for name in (
+                "response_length", "temperature", "num_ppo_epochs", "num_mini_batches", "kl_coef", "kl_estimator", "cliprange",
+                "cliprange_value", "vf_coef", "gamma", "lam", "whiten_rewards", "missing_eos_penalty",
+            )
+        },
+    )  # fmt: skip
+    run = describe_run("rl", args, policy_source, prompt_format, tokenizer, counts)
+    print(
+        f"{updates} updates of {episodes * processes} episodes, {args.num_ppo_epochs * args.num_mini_batches} optimizer steps each"
+    )
+    if args.dry_run:
+        print("dry run: everything fits; nothing was loaded or written")
+        return
+
+    transformers.set_seed(args.seed)
+    roles = build_roles(args, policy_source, reward_source, value_source, same_tokens)
+    print(describe_roles(roles))
+    open_output_dir(args, checkpoint)
+    callback = RunCallback(args.output_dir, run)
+    trainer = PPOTrainer(
+        roles,
+        config,
+        micro_batch_size=args.per_device_train_batch_size,
+        options=args,
+        prompt_format=prompt_format,
+        score_texts=score_texts,
+        reward_format=reward_format,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        callbacks=[callback, EpisodeBar(episodes * processes)],
+    )
+    trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
+    if not checkpoint:
+        torch.manual_seed(args.seed + 100_003 * trainer.args.process_index)  # processes sample different answers
+        if args.normalize_reward:
+            trainer.measure_reference(list(train_rows.select(range(min(64, len(train_rows))))))
+    metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    if not callback.interrupted:
+        metrics.update(trainer.latest, **trainer.evaluate(), stopped=trainer.ppo_state["stopped"])
+
+    def save(directory):
+        save_policy(roles, directory)
+        save_value(roles, directory / "value")
+
+    finish_run(args, trainer, callback, run, metrics, save)
+
+
+if __name__ == "__main__":
+    run_as_script(main)
