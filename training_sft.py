@@ -273,9 +273,10 @@ class PromptFormat:
     cut where an answer starts (in `qa` before the space that precedes it), and no token lies across the cut. Text
     from data stays text: a literal `</s>` or `<|im_end|>` in it never becomes that special token.
 
-    An assistant turn is trained on, with the token that ends it, where the text up to its end is what the model
-    would have seen and written at that point. A template that rewrites earlier turns (reasoning templates drop
-    thoughts) leaves those turns as context; the last turn is always trained on.
+    An assistant turn is trained on, with the token that ends it, where the text up to its end is what the model would
+    have seen and written at that point. A template that rewrites earlier turns (reasoning templates drop thoughts)
+    leaves those as context; one that rewrites only the token that ends them (gpt-oss) leaves that token. The last
+    turn is always trained on, and a template that leaves a part of the text out is refused.
     """
 
     def __init__(self, tokenizer, name):
@@ -286,28 +287,61 @@ class PromptFormat:
         full = tokenizer("a")["input_ids"]
         start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
         self.bos = full[:start]  # what this tokenizer puts before a text: BOS, [CLS] or nothing
-        # U+E000 and U+E001 bracket the number of a special token while a template is applied around it.
-        added = [str(token) for token in tokenizer.added_tokens_decoder.values()] if tokenizer.is_fast else []
-        self.special = sorted({*tokenizer.all_special_tokens, *added, "\ue000"}, key=len, reverse=True)
-        self.find_special = re.compile("|".join(map(re.escape, self.special)))
+        if name == "chat":
+            self._learn_template()
 
-    def _guard(self, text):
-        return self.find_special.sub(lambda match: f"\ue000{self.special.index(match[0])}\ue001", text)
-
-    def _ids(self, text):
-        """Ids of `text`: all plain in `qa`; in `chat` special tokens are special, and guarded ones are plain."""
-        ids = []
-        for i, piece in enumerate([text] if self.name == "qa" else re.split("\ue000(\\d+)\ue001", text)):
-            plain = self.name == "qa" or i % 2 == 1
-            piece = self.special[int(piece)] if i % 2 else piece
-            ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
-        return ids
+    def _learn_template(self):
+        """Find out what the template writes around the contents of a conversation."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {*self.tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+        special -= {"<think>", "</think>"}  # where data has these, thoughts are meant
+        self.special = re.compile(f"({'|'.join(map(re.escape, sorted(special, key=len, reverse=True)))})")
+        marks = (("system", "\ue002"), ("user", "\ue003"), ("assistant", "\ue004"))
+        system, question, answer = ({"role": role, "content": mark} for role, mark in marks)
+        self.parts, self.thought = False, ""
+        if not self._shows([question, answer]):
+            self.parts = True  # templates of multimodal models want a list of parts as content
+            if not self._shows([question, answer]):
+                raise UserError("the chat template does not write the texts of a question and its answer")
+        self.has_system = self._shows([system, question, answer])
+        prompt, turn = self._render([question], generation=True), self._render([question, answer])
+        if not turn.startswith(prompt):  # the prompt opens a thought, but answers have none (DeepSeek-R1)
+            self.thought = re.search(r"(<think>\s*)?$", prompt)[0]
+        self.after = turn.partition("\ue004")[2]
+        # What ends a turn: the special tokens after it, or else (GLM) the one that opens the next turn.
+        ends = re.compile(rf"\s*(?:{'|'.join(re.escape(token) for token in special.union(map(str, added)))})+")
+        follow = self._render([question, answer, question]).partition("\ue004")[2]
+        self.end = next((match[0] for match in map(ends.match, (self.after, follow)) if match), "")
 
     def _render(self, messages, generation=False):
+        if self.parts:
+            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
         except Exception as error:  # templates refuse roles and orders with exceptions of their own
             raise UserError(f"the chat template refuses this conversation: {error}") from error
+        return text.removesuffix(self.thought) if generation else text
+
+    def _shows(self, messages):
+        try:
+            text = self._render(messages)
+        except UserError:
+            return False
+        return all(message["content"] in text for message in messages)
+
+    def _guard(self, text):
+        """Break up what looks like a special token with U+E000 after each character (and double U+E000 itself)."""
+        text = text.replace("\ue000", "\ue000\ue000")
+        return self.special.sub(lambda match: "".join(f"{character}\ue000" for character in match[0]), text)
+
+    def _ids(self, text):
+        """Ids of `text`: all plain in `qa`; in `chat` special tokens are special, except guarded ones."""
+        guarded, ids = self.name == "chat" and "\ue000" in text, []
+        for i, piece in enumerate(self.special.split(text) if guarded else [text]):
+            piece = re.sub("\ue000(\ue000?)", r"\1", piece) if guarded else piece
+            plain = self.name == "qa" or guarded and i % 2 == 0
+            ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+        return ids
 
     def _cut(self, messages, open_end):
         """The whole text and the spans (start, end) in it that the assistant writes.
@@ -318,39 +352,45 @@ class PromptFormat:
             prompt = f"Question: {question}\n\nAnswer:"
             return (prompt, []) if open_end else (f"{prompt} {answer}", [(len(prompt), len(prompt) + 1 + len(answer))])
         messages = [{"role": m["role"], "content": self._guard(m["content"])} for m in messages]
+        if messages[0]["role"] == "system" and not self.has_system:  # Gemma: it opens the first question
+            system, first, *rest = messages
+            messages = [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
         whole, spans = self._render(messages, generation=open_end), []
         for i, message in enumerate(messages):
+            content = "".join(message["content"].split())  # templates trim contents, and set thoughts in lines
             if message["role"] != "assistant":
+                if content not in "".join(whole.split()):
+                    raise UserError(f"the chat template leaves out text of turn {i} ({message['role']})")
                 continue
             prompt, turn = self._render(messages[:i], generation=True), self._render(messages[: i + 1])
-            ends = [match.end() for match in self.find_special.finditer(turn, len(prompt)) if match[0] != "\ue000"]
-            if ends and not turn[ends[-1] :].strip():  # a line break after the token that ends a turn is not trained on
-                turn = turn[: ends[-1]]
-            if turn.startswith(prompt) and whole.startswith(turn):
-                spans.append((len(prompt), len(turn)))
-            elif i == len(messages) - 1:
+            body, last = turn.removesuffix(self.after), i == len(messages) - 1
+            whole = body + self.end if last else whole
+            intact = turn.startswith(prompt) and turn.endswith(self.after) and "".join(body.split()).endswith(content)
+            if intact and whole.startswith(body):
+                spans.append((len(prompt), len(body) + len(self.end) * whole.startswith(self.end, len(body))))
+            elif last:
                 raise UserError(
-                    "the chat template writes an answer that does not start with its own generation prompt "
-                    f"({prompt[-40:]!r}); use another template, or --prompt_format qa"
+                    f"the chat template does not write the whole answer after its generation prompt ({prompt[-40:]!r}); "
+                    "use another template, or --prompt_format qa"
                 )
-        return whole if open_end or not spans else whole[: spans[-1][1]], spans
+        return whole, spans
 
     def encode(self, messages, open_end=False):
         """Token ids and the mask of trained tokens (1 = the assistant wrote it), two lists of one length.
 
         `messages`: dicts with `role` and `content`. With `open_end` the ids are a prompt that an answer follows."""
         text, spans = self._cut(messages, open_end)
-        start = self.bos if self.name == "qa" else []  # a chat template writes its own BOS
-        ids, mask, done = list(start), [0] * len(start), 0
+        ids = list(self.bos) if self.name == "qa" else []  # a chat template writes its own BOS
+        mask, done = [0] * len(ids), 0
         for cut, trained in [piece for begin, end in spans for piece in ((begin, 0), (end, 1))] + [(len(text), 0)]:
-            if cut > done:
-                # A piece reads as it does after the text before it (alone, SentencePiece would begin it with a space),
-                # unless a token of that reading lies across the cut.
-                whole = start + self._ids(text[:cut])
-                new = whole[len(ids) :] if whole[: len(ids)] == ids else self._ids(text[done:cut])
-                ids, mask, done = ids + new, mask + [trained] * len(new), cut
-        ended = self.name == "chat" and text.endswith(tuple(token for token in self.special if token != "\ue000"))
-        if not open_end and not ended:
+            # A piece reads as it does after the text before it, unless a token of that reading lies across the cut;
+            # then as after a line break or a letter (alone, SentencePiece would begin it with a space).
+            for before in (text[:done], "\n", "a", ""):
+                known, both = self._ids(before), self._ids(before + text[done:cut])
+                if both[: len(known)] == known:
+                    break
+            ids, mask, done = ids + both[len(known) :], mask + [trained] * (len(both) - len(known)), cut
+        if not open_end and (self.name == "qa" or not self.end):
             ids, mask = ids + [self.tokenizer.eos_token_id], mask + [1]
         return ids, mask
 
@@ -364,7 +404,7 @@ class PromptFormat:
 
 def question_and_answer(messages, open_end=False):
     """(question, answer) of a conversation without a template: earlier turns join the question; no answer if open."""
-    turns = [message["content"] for message in messages]
+    turns = [message["content"] for message in messages if message["content"]]  # a system turn may be empty
     return ("\n\n".join(turns), "") if open_end else ("\n\n".join(turns[:-1]), turns[-1])
 
 
@@ -376,7 +416,7 @@ def check_messages(value, last):
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
             return f"turn {i} should have the keys role and content"
         role, content = message["role"], message["content"]
-        if not isinstance(content, str) or not content.strip():
+        if not isinstance(content, str) or not (content.strip() or role == "system"):
             return f"turn {i} ({role}) has {'no' if content is None else 'an empty'} content; it should be text"
         system = value[0].get("role") == "system"
         expected = "system" if system and i == 0 else "user" if (i - system) % 2 == 0 else "assistant"
