@@ -925,6 +925,7 @@ def build_roles(args, policy_source, reward_source, value_source, same_tokens):
             lora, head = split_head(load_file(source.adapter / "adapter_model.safetensors"))
             if head is not None:
                 config = LoraConfig.from_pretrained(source.adapter)
+                config.task_type = None  # PEFT would make a head of its own for SEQ_CLS
                 return Role(
                     add_adapter(name, source, config, lora, AutoModelForSequenceClassification), name, scalar_head(head)
                 )
@@ -932,9 +933,11 @@ def build_roles(args, policy_source, reward_source, value_source, same_tokens):
                 f"{source.adapter} is not a reward model's adapter: it should hold LoRA weights and one scalar head"
             )
         if trainable and args.use_lora:  # a new adapter on the frozen classifier
-            head = reward.head if source.base == reward_source.base else load_classifier(source, False).score
-            config = lora_config(args, source, "CAUSAL_LM")
-            if source.base not in bases and source.base == reward_source.base:
+            shared = reward_source is not None and source.base == reward_source.base
+            head = reward.head if shared else load_classifier(source, False).score
+            config = lora_config(args, source, None)
+            config.exclude_modules = ["score"]
+            if source.base not in bases and shared:
                 bases[source.base] = get_peft_model(reward.model, config, adapter_name=name)
                 reward.model = bases[source.base]
                 return Role(reward.model, name, scalar_head(head.weight))
@@ -981,32 +984,20 @@ def build_roles(args, policy_source, reward_source, value_source, same_tokens):
 
 
 def describe_roles(roles):
-    """One line per role: whose base it stands on, and the bytes that it adds."""
-    lines, seen = [], {}
+    """The start-up message: which base each role stands on, what it adds to it, and the bytes (1 GB = 1e9)."""
+    lines, first = [], {}
     for name in ("policy", "reference", "reward", "value"):
         role = getattr(roles, name)
         if role is None:
-            lines.append(f"  {name:<10} a Python function")
+            lines.append(f"  {name:<10} no model: --reward_function")
             continue
+        shared = first.setdefault(id(role.model), name)
         own = sum(p.nbytes for p in role.parameters()) if role.adapter else 0
-        trained = "trained" if name in ("policy", "value") else "frozen"
-        base = sum(p.nbytes for p in role.model.parameters() if not role.adapter or not p.requires_grad)
-        where = (
-            f"shares the base of {seen[id(role.model)]}"
-            if id(role.model) in seen
-            else f"base {role.model.config.name_or_path}, {base / 1e9:.2f} GB"
-        )
-        seen.setdefault(id(role.model), name)
-        what = (
-            f"adapter {own / 1e6:.1f} MB"
-            if role.adapter
-            else "no adapter"
-            if isinstance(role.model, PeftModel)
-            else "all weights"
-        )
-        lines.append(f"  {name:<10} {trained:<8} {what}; {where}")
+        part = f"adapter, {own / 1e6:.1f} MB," if role.adapter else "all weights" if shared == name else "no adapter"
+        place = f"on the base of {shared}" if shared != name else f"on {role.model.config.name_or_path}"
+        lines.append(f"  {name:<10} {'trained' if name in ('policy', 'value') else 'frozen':<8} {part} {place}")
     total = sum(p.nbytes for p in roles.parameters())
-    return "\n".join(["roles:", *lines, f"  weights in memory: {total / 1e9:.2f} GB"])
+    return "\n".join(["roles:", *lines, f"  weights in memory: {total / 1e9:.2f} GB in {len(roles.models)} model(s)"])
 
 
 @dataclasses.dataclass
@@ -1400,51 +1391,55 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 
     def measure(self, batches, losses, kl, rollout_seconds, train_seconds):
         """The update's metrics, over response tokens only and all processes, for the next log line (names as in TRL)."""
-        actions = torch.cat([batch.actions.flatten() for batch in batches]).float()
-        states = torch.cat([batch.states.flatten() for batch in batches]).float()
-        flat = {
-            name: torch.cat([getattr(b, name).flatten() for b in batches])
-            for name in ("entropy", "logprobs", "values", "returns")
+
+        def total(value):
+            return sum(value(batch).sum().double() for batch in batches)
+
+        sums = {
+            "episodes": total(lambda b: b.lengths > 0),
+            "score": total(lambda b: b.scores),
+            "score_squared": total(lambda b: b.scores.square()),
+            "shaped": total(lambda b: b.shaped_scores),
+            "length": total(lambda b: b.lengths),
+            "ended": total(self.ended),
+            "tokens": total(lambda b: b.attention_mask),
+            "entropy": total(lambda b: b.entropy * b.actions),
+            "surprise": total(lambda b: -b.logprobs * b.actions),
+            "states": total(lambda b: b.states),
+            "return": total(lambda b: b.returns * b.states),
+            "return_squared": total(lambda b: b.returns.square() * b.states),
+            "error": total(lambda b: (b.returns - b.values) * b.states),
+            "error_squared": total(lambda b: (b.returns - b.values).square() * b.states),
         }
-        scores, shaped = (torch.cat([getattr(b, name) for b in batches]) for name in ("scores", "shaped_scores"))
-        lengths, ended = (
-            torch.cat([b.lengths for b in batches]).float(),
-            torch.cat([self.ended(b) for b in batches]).float(),
-        )
-        tokens = sum(b.attention_mask.sum() for b in batches).float()
-        sums = torch.stack([
-            torch.ones_like(scores).sum(), scores.sum(), scores.square().sum(), shaped.sum(), lengths.sum(), ended.sum(), tokens,
-            actions.sum(), (flat["entropy"] * actions).sum(), (-flat["logprobs"] * actions).sum(), states.sum(),
-            (flat["returns"] * states).sum(), (flat["returns"].square() * states).sum(),
-            ((flat["returns"] - flat["values"]) * states).sum(), ((flat["returns"] - flat["values"]).square() * states).sum(),
-        ]).double()  # fmt: skip
-        n, score, squares, reward, length, stop, tokens, a, entropy, surprise, s, ret, ret2, err, err2 = (
-            self.accelerator.reduce(sums, "sum").tolist()
-        )
-        spread = ret2 / s - (ret / s) ** 2
+        reduced = self.accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
+        sums = dict(zip(sums, reduced))
+        n, length, states = sums["episodes"], sums["length"], sums["states"]
+        spread = sums["return_squared"] / states - (sums["return"] / states) ** 2
+        error_spread = sums["error_squared"] / states - (sums["error"] / states) ** 2
+        kl_penalty = self.ppo_state["kl_coef"] * kl
         self.latest = {
-            "objective/scores": score / n,
-            "objective/scores_std": math.sqrt(max(squares / n - (score / n) ** 2, 0.0)),
+            "objective/scores": sums["score"] / n,
+            "objective/scores_std": math.sqrt(max(sums["score_squared"] / n - (sums["score"] / n) ** 2, 0.0)),
             "objective/kl": kl,
             "objective/kl_coef": self.ppo_state["kl_coef"],
-            "objective/entropy": surprise / n,
-            "objective/non_score_reward": -self.ppo_state["kl_coef"] * kl,
-            "objective/rlhf_reward": reward / n - self.ppo_state["kl_coef"] * kl,
-            "policy/entropy_avg": entropy / a,
+            "objective/entropy": sums["surprise"] / n,
+            "objective/non_score_reward": -kl_penalty,
+            "objective/rlhf_reward": sums["shaped"] / n - kl_penalty,
+            "policy/entropy_avg": sums["entropy"] / length,
             "policy/approxkl_avg": losses["approxkl"].item(),
             "policy/clipfrac_avg": losses["clipfrac"].item(),
             "loss/policy_avg": losses["policy_loss"].item(),
             "loss/value_avg": losses["value_loss"].item(),
             "val/clipfrac_avg": losses["value_clipfrac"].item(),
             "val/ratio": losses["ratio"].item(),
-            "val/explained_variance": 1 - (err2 / s - (err / s) ** 2) / spread if spread > 0 else 0.0,
+            "val/explained_variance": 1 - error_spread / spread if spread > 0 else 0.0,
             "response/length": length / n,
-            "response/stop_rate": stop / n,
+            "response/stop_rate": sums["ended"] / n,
             "speed/rollout_seconds": rollout_seconds,
             "speed/train_seconds": train_seconds,
             "speed/episodes_per_second": n / (rollout_seconds + train_seconds),
             "speed/rollout_tokens_per_second": length / rollout_seconds,
-            "speed/train_tokens_per_second": tokens * self.args.num_ppo_epochs / train_seconds,
+            "speed/train_tokens_per_second": sums["tokens"] * self.args.num_ppo_epochs / train_seconds,
             "episode": (self.state.global_step + 1) * int(n),
         }
         self.grad_norms = losses["grad_norms"]
@@ -1471,38 +1466,38 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             return self.evaluated["metrics"]
         rows = list(self.eval_dataset)
         self.roles.eval()
-        answers = {"policy": self.answer(self.roles.policy, rows)}
         self.references = self.references or self.answer(self.roles.reference, rows)
-        answers["reference"] = self.references
-        samples = [
-            {"step": self.state.global_step, "row": row["row"], "prompt": row["text"], **{f"{who}_{key}": answers[who][key][i] for who in answers for key in ("answer", "score", "length", "ended")}}
-            for i, row in enumerate(rows)
-        ]  # fmt: skip
-        metrics = {f"eval_{who}_{key}": sum(map(float, answers[who][key])) / len(rows) for who in answers for key in ("score", "length", "ended")}  # fmt: skip
+        answers = {"policy": self.answer(self.roles.policy, rows), "reference": self.references}
+        metrics = {
+            f"eval_{who}_{key}": sum(found[key] for found in answers[who]) / len(rows)
+            for who in answers
+            for key in ("score", "length", "ended")
+        }
         if self.is_world_process_zero():
             with open(Path(self.args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-            tqdm.write("\n".join(f"\n> {s['prompt'].strip()[-200:]}\n  policy    {s['policy_score']:+.2f}  {s['policy_answer'].strip()}\n  reference {s['reference_score']:+.2f}  {s['reference_answer'].strip()}" for s in samples[:5]))  # fmt: skip
+                for row, policy, reference in zip(rows, *answers.values()):
+                    sample = {"step": self.state.global_step, "row": row["row"], "prompt": row["text"]}
+                    sample |= {f"policy_{key}": value for key, value in policy.items()}
+                    sample |= {f"reference_{key}": value for key, value in reference.items()}
+                    file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+            for row, *pair in list(zip(rows, *answers.values()))[:5]:
+                tqdm.write(f"\n> {row['text'].strip()[-200:]}")
+                for who, found in zip(answers, pair):
+                    tqdm.write(f"  {who:<10}{found['score']:+.2f}  {found['answer'].strip()}")
         self.log(metrics)
         self.evaluated = {"step": self.state.global_step, "metrics": metrics}
         return metrics
 
     @torch.no_grad()
     def answer(self, role, rows):
-        """Greedy answers: texts, scores, lengths in tokens, and whether they end."""
-        prompts, found = [row["prompt_ids"] for row in rows], {}
+        """Greedy answers to the rows: text, score, length in tokens, and whether it ends, one dict each."""
+        prompts, found = [row["prompt_ids"] for row in rows], []
         responses = self.generate(role, prompts, sample=False)
-        for i in range(len(rows)):
-            batch = self.collate([i], prompts, responses, rows, len(responses[i]))
-            found[i] = (
-                self.response_texts(batch)[0],
-                self.score(batch).item(),
-                len(responses[i]),
-                bool(self.ended(batch)),
-            )
-        return {
-            key: [found[i][k] for i in range(len(rows))] for k, key in enumerate(("answer", "score", "length", "ended"))
-        }
+        for i, response in enumerate(responses):
+            batch = self.collate([i], prompts, responses, rows, len(response))
+            text, ended = self.response_texts(batch)[0], bool(self.ended(batch))
+            found.append({"answer": text, "score": self.score(batch).item(), "length": len(response), "ended": ended})
+        return found
 
     @torch.no_grad()
     def measure_reference(self, rows):
@@ -1519,6 +1514,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """Policy at the top of the directory, value model in `value/` (in the form of a reward model's checkpoint)."""
+        if not all(torch.isfinite(parameter).all() for parameter in self.roles.trained()):
+            raise UserError(f"weights are not finite (update {self.state.global_step}); the last checkpoint is good")
         if self.args.should_save:
             output_dir = Path(output_dir or self.args.output_dir)
             save_policy(self.roles, output_dir)
