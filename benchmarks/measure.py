@@ -1,0 +1,47 @@
+"""What the benchmarks share: peak memory of this process, the environment, and where results go."""
+
+import importlib.metadata
+import json
+import platform
+import sys
+from pathlib import Path
+
+
+def peak_memory():
+    """Peak resident memory of this process and peak GPU memory, in GB (2**30 bytes; 0 without a GPU)."""
+    import torch
+
+    if sys.platform == "win32":
+        import psutil
+
+        resident = psutil.Process().memory_info().peak_wset
+    else:
+        import resource
+
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {"peak_rss_gb": resident / 2**30, "peak_gpu_gb": gpu / 2**30}
+
+
+def environment():
+    """Versions and hardware, for the record."""
+    import torch
+
+    names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "python": platform.python_version(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "card": card,
+    }
+
+
+def write_result(name, result):
+    """Write `result` to benchmarks/results/NAME.json (NAME_gpu.json where a GPU was used)."""
+    folder = Path(__file__).resolve().parent / "results"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}{'_gpu' if result.get('card') else ''}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"written: {path}")
