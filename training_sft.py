@@ -853,11 +853,15 @@ def main(argv=None):
     if args.batch_size > len(train_rows):
         raise UserError(f"--batch_size {args.batch_size} is larger than the data set ({len(train_rows)} rows)")
 
+    # On a CPU a batch runs row by row: the same gradient (each answer token of the whole batch counts the same), the
+    # memory of one row, and no mask over several. A GPU gets the batch as one row without padding.
+    rows_at_once = args.batch_size if torch.accelerator.is_available() else 1
     config = make_config(
         SFTConfig,
         args,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
+        per_device_train_batch_size=rows_at_once,
+        gradient_accumulation_steps=args.gradient_accumulation_steps * args.batch_size // rows_at_once,
+        per_device_eval_batch_size=rows_at_once,
         max_steps=args.max_steps or -1,
         num_train_epochs=args.num_train_epochs,
         max_length=args.max_length if args.packing else None,  # rows are cut already
