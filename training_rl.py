@@ -1199,7 +1199,9 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         responses = [
             ids[batch.context : batch.context + n] for ids, n in zip(batch.input_ids.tolist(), batch.lengths.tolist())
         ]
-        return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        # in `qa` the space of "Answer: x" is part of the answer's first token
+        return [text.removeprefix(" ") for text in texts] if self.prompt_format.name == "qa" else texts
 
     def score(self, batch):
         """The score (B,) of each response: reward model plus reward function, before penalty, scaling and clipping."""
