@@ -1694,9 +1694,9 @@ def main(argv=None):
     reward_format, same_tokens = None, True
     if reward_source:
         reward_tokenizer = load_tokenizer(reward_source, args)
-        recorded = reward_source.run.get("prompt_format", prompt_format.name)
-        reward_format = pick_format("auto", "chat", recorded, reward_tokenizer)
         same_tokens = tokenizer.get_vocab() == reward_tokenizer.get_vocab()
+        recorded = reward_source.run.get("prompt_format", prompt_format.name if same_tokens else None)
+        reward_format = pick_format("auto", "chat", recorded, reward_tokenizer)
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         if same_tokens and reward_format.encode(probe) == prompt_format.encode(probe):
             reward_format = None
