@@ -1265,8 +1265,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         batch.shaped_scores = score
         log_ratio = (batch.ref_logprobs - batch.logprobs) * batch.actions
         batch.kl = -log_ratio
-        penalty = batch.kl if self.args.kl_estimator == "k1" else log_ratio.exp() - 1 - log_ratio
-        batch.rewards = -self.ppo_state["kl_coef"] * penalty
+        batch.penalty = batch.kl if self.args.kl_estimator == "k1" else log_ratio.exp() - 1 - log_ratio
+        batch.rewards = -self.ppo_state["kl_coef"] * batch.penalty
         end = torch.where(batch.lengths < batch.width, batch.lengths, batch.lengths - 1)
         batch.rewards[torch.arange(len(end), device=end.device), end] += score
 
@@ -1320,6 +1320,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             for parameter, kept in zip(self.roles.trained(), self.snapshot):
                 parameter.data.copy_(kept)
         self.ppo_state["stopped"] = f"KL {kl:.2f} above {self.options.max_kl}"
+        self.latest, self.grad_norms = {"objective/kl": kl}, []
         self.control.should_training_stop = True
         return torch.zeros((), device=self.device)
 
@@ -1402,6 +1403,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             "score": total(lambda b: b.scores),
             "score_squared": total(lambda b: b.scores.square()),
             "shaped": total(lambda b: b.shaped_scores),
+            "penalty": total(lambda b: b.penalty),
             "length": total(lambda b: b.lengths),
             "ended": total(self.ended),
             "tokens": total(lambda b: b.attention_mask),
@@ -1418,7 +1420,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         n, length, states = sums["episodes"], sums["length"], sums["states"]
         spread = sums["return_squared"] / states - (sums["return"] / states) ** 2
         error_spread = sums["error_squared"] / states - (sums["error"] / states) ** 2
-        kl_penalty = self.ppo_state["kl_coef"] * kl
+        kl_penalty = self.ppo_state["kl_coef"] * sums["penalty"] / n
         self.latest = {
             "objective/scores": sums["score"] / n,
             "objective/scores_std": math.sqrt(max(sums["score_squared"] / n - (sums["score"] / n) ** 2, 0.0)),
@@ -1524,6 +1526,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             save_value(self.roles, output_dir / "value")
             self.tokenizer.save_pretrained(output_dir)
             write_json(output_dir / "ppo_state.json", self.ppo_state)
+            if self.snapshot is not None:
+                torch.save(self.snapshot, output_dir / "before_update.pt")  # for --max_kl
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         checkpoint = Path(resume_from_checkpoint)
@@ -1540,6 +1544,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             if role.head is not None:
                 role.head.weight.data.copy_(head)
         self.ppo_state = read_json(checkpoint / "ppo_state.json")
+        if self.options.max_kl and (checkpoint / "before_update.pt").is_file():
+            self.snapshot = torch.load(checkpoint / "before_update.pt", weights_only=True)
 
 
 def save_policy(roles, directory):
@@ -1579,6 +1585,7 @@ def save_value(roles, directory):
             for name, tensor in value.model.base_model.state_dict(prefix=value.model.base_model_prefix + ".").items()
         }
         save_file({**weights, **head}, directory / "model.safetensors", {"format": "pt"})
+        value.model.config.num_labels = 1  # where it started as a causal language model
         value.model.config.save_pretrained(directory)
 
 
