@@ -1321,6 +1321,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                 parameter.data.copy_(kept)
         self.ppo_state["stopped"] = f"KL {kl:.2f} above {self.options.max_kl}"
         self.latest, self.grad_norms = {"objective/kl": kl}, []
+        self.args.save_strategy = "no"  # a run resumed from here would go on
         self.control.should_training_stop = True
         return torch.zeros((), device=self.device)
 
