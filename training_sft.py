@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import math
@@ -234,6 +235,7 @@ def build_parser():
     parser.add_argument("--split", default="train", help="split to train on")
     parser.add_argument("--eval_subset", help="data_dir of the evaluation split (that of --subset)")
     parser.add_argument("--eval_split", help="split to evaluate on; none by default")
+    parser.add_argument("--eval_fraction", type=number(float, 0, 0.9), help="hold out this fraction of --split instead")
     parser.add_argument(
         "--batch_size", "--per_device_train_batch_size", type=number(int, 1), default=1, help="rows per device and step"
     )
@@ -256,12 +258,13 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optio
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # trl 1.12 uses names of before v6
 
 import datasets
+import psutil
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from trl import SFTConfig, SFTTrainer, pack_dataset
 
 
 # >>> block text: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_blocks.py)
@@ -383,9 +386,12 @@ class PromptFormat:
         ids = list(self.bos) if self.name == "qa" else []  # a chat template writes its own BOS
         mask, done = [0] * len(ids), 0
         for cut, trained in [piece for begin, end in spans for piece in ((begin, 0), (end, 1))] + [(len(text), 0)]:
-            # A piece reads as it does after the text before it, unless a token of that reading lies across the cut;
-            # then as after a line break or a letter (alone, SentencePiece would begin it with a space).
-            for before in (text[:done], "\n", "a", ""):
+            # A piece reads as it does after the text before it (from the last special token on), unless a token of
+            # that reading lies across the cut; then as after a line break or a letter (alone, SentencePiece would
+            # begin it with a space).
+            special = () if self.name == "qa" else self.special.finditer(text, 0, done)
+            start = max((match.start() for match in special), default=0)
+            for before in (text[start:done], "\n", "a", ""):
                 known, both = self._ids(before), self._ids(before + text[done:cut])
                 if both[: len(known)] == known:
                     break
@@ -800,39 +806,101 @@ def row_messages(row, schema):
 def encode_split(data, schema, prompt_format, args, where):
     """Rows as `input_ids` and `labels` (-100 where a token is not trained on), cut to --max_length tokens.
 
-    Rows that have no answer token left are dropped. Returns (rows, counts)."""
+    Dropped are rows with no answer token left and rows equal to an earlier one. Returns (rows, counts)."""
+    max_length, train_on_prompt = args.max_length, args.train_on_prompt  # the whole args would spoil map's cache
 
     def encode(row):
         messages, problem = row_messages(row, schema)
-        if problem:
-            return {"problem": problem, "input_ids": [], "labels": [], "cut": False}
         try:
-            ids, mask = prompt_format.encode(messages)
+            ids, mask = ([], []) if problem else prompt_format.encode(messages)
         except UserError as error:
-            return {"problem": str(error), "input_ids": [], "labels": [], "cut": False}
-        labels = ids if args.train_on_prompt else [token if trained else -100 for token, trained in zip(ids, mask)]
+            ids, mask, problem = [], [], f"column {' + '.join(schema)}: {error}"
+        labels = [token if trained or train_on_prompt else -100 for token, trained in zip(ids, mask)][:max_length]
+        turns = 0 if problem else sum(message["role"] == "assistant" for message in messages)
         return {
-            "input_ids": ids[: args.max_length],
-            "labels": labels[: args.max_length],
-            "cut": len(ids) > args.max_length,
+            "problem": problem,
+            "input_ids": ids[:max_length],
+            "labels": labels,
+            "trained": sum(label != -100 for label in labels[1:]),  # the first token follows nothing
+            "cut": len(ids) > max_length,
+            "context": prompt_format.name == "chat" and turns > sum(b > a for a, b in zip([0, *mask], mask)),
+            "digest": hashlib.sha256(repr(ids).encode()).hexdigest(),
         }
 
     rows = encode_rows(data, encode, where, "Tokenizing")
-    cut = sum(rows["cut"])
-    kept = rows.remove_columns(["cut"]).filter(lambda row: any(label != -100 for label in row["labels"][1:]))
-    counts = {"rows": len(kept), "cut": cut, "dropped": len(rows) - len(kept)}
+    seen, kept, unanswered = set(), [], 0
+    for i, (trained, digest) in enumerate(zip(rows["trained"], rows["digest"])):
+        if digest not in seen and trained:
+            kept.append(i)
+        unanswered += digest not in seen and not trained
+        seen.add(digest)
+    duplicates = len(rows) - len(kept) - unanswered
+    rows = rows.select(kept).remove_columns("digest")
+    counts = {"rows": len(rows), "cut": sum(rows["cut"]), "duplicates": duplicates, "unanswered": unanswered}
     print(
-        f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; {counts['rows']} rows kept, of which "
-        f"{cut - counts['dropped']} cut to {args.max_length} tokens; {counts['dropped']} dropped (no answer left)"
+        f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; {len(rows)} rows kept, {counts['cut']} of "
+        f"them cut to {max_length} tokens; dropped: {duplicates} equal to an earlier row, {unanswered} with no answer "
+        f"within {max_length} tokens"
     )
-    if not len(kept):
-        raise UserError(f"{where}: no row has an answer within --max_length {args.max_length} tokens")
-    return kept, counts
+    if any(rows["context"]):
+        print(
+            f"{where}: in {sum(rows['context'])} rows the chat template rewrites earlier turns: these are context only"
+        )
+    if not len(rows):
+        raise UserError(f"{where}: no row has an answer within --max_length {max_length} tokens")
+    return rows.remove_columns(["cut", "context"]), counts
+
+
+def show_rows(rows, tokenizer):
+    """A histogram of lengths, and two rows with what is trained on in green (in a pipe: in double brackets)."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    width = math.ceil(max(lengths) / 8)
+    bins = [sum((length - 1) // width == i for length in lengths) for i in range(8)]
+    for i, count in enumerate(bins):
+        print(
+            f"{i * width + 1:>7} to {(i + 1) * width:<6} tokens {count:>8} rows {'#' * math.ceil(40 * count / max(bins))}"
+        )
+    opening, closing = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
+    for row in (rows[i] for i in sorted({0, len(rows) // 2})):
+        print(f"--- row {row['row']}, {len(row['input_ids'])} tokens, {row['trained']} trained on")
+        pairs = zip(row["input_ids"], row["labels"])
+        text = ""
+        for trained, piece in itertools.groupby(pairs, key=lambda pair: pair[1] != -100):
+            piece = tokenizer.decode([token for token, _ in piece])
+            piece = piece if len(piece) <= 1000 else f"{piece[:480]} (...) {piece[-480:]}"
+            text += f"{opening}{piece}{closing}" if trained else piece
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "replace").decode(encoding))
+
+
+def checkpointing_needed(model, tokens, width):
+    """Whether a step with `tokens` tokens at once seems too large for the free memory without checkpointing.
+
+    A rough estimate: for the backward pass a Llama layer keeps about 10 hidden and 4 intermediate vectors a token, of
+    `width` bytes a number; a trained weight has a gradient and two AdamW moments, 12 bytes."""
+    config = model.config.get_text_config()
+    hidden = config.hidden_size
+    wide = getattr(config, "intermediate_size", None) or 4 * hidden
+    needed = tokens * config.num_hidden_layers * (10 * hidden + 4 * wide) * width
+    needed += 12 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    free = psutil.virtual_memory().available
+    if torch.cuda.is_available():  # where the model will be moved, if it is not there yet
+        here = sum(
+            weight.numel() * weight.element_size() for weight in model.parameters() if weight.device.type == "cpu"
+        )
+        free = torch.cuda.mem_get_info()[0] - here
+    if needed > 0.9 * free:
+        print(
+            f"gradient checkpointing is on: a step needs about {needed / 2**30:.1f} GB, {free / 2**30:.1f} GB are free"
+        )
+    return needed > 0.9 * free
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
     check_shared(args)
+    if args.eval_fraction and (args.eval_split or args.eval_subset):
+        raise UserError("--eval_fraction holds out rows of --split; it excludes --eval_split and --eval_subset")
     source = locate_model(args.model_path, "--model_path")
     args.use_lora = args.use_lora or source.adapter is not None
     if args.learning_rate is None:
@@ -841,17 +909,34 @@ def main(argv=None):
     tokenizer = load_tokenizer(source, args)
 
     data = load_split(args, args.dataset_name, args.subset, args.split, "--split")
-    schema = pick_schema(data, SCHEMAS, f"{args.dataset_name} {args.subset or ''}")
+    where = f"{args.dataset_name}{f' {args.subset}' if args.subset else ''} [{args.split}]"
+    schema = pick_schema(data, SCHEMAS, where)
     prompt_format = pick_format(args.prompt_format, "chat" if schema == ("messages",) else "qa", None, tokenizer)
-    train_rows, counts = encode_split(data, schema, prompt_format, args, f"{args.dataset_name} [{args.split}]")
+    train_rows, counts = encode_split(data, schema, prompt_format, args, where)
     eval_rows = None
     if args.eval_split or args.eval_subset:
-        split = args.eval_split or "test"
-        data = load_split(args, args.dataset_name, args.eval_subset or args.subset, split, "--eval_split")
-        schema = pick_schema(data, SCHEMAS, f"{args.dataset_name} [{split}]")
-        eval_rows, counts["eval"] = encode_split(data, schema, prompt_format, args, f"{args.dataset_name} [{split}]")
+        split, subset = args.eval_split or "test", args.eval_subset or args.subset
+        data = load_split(args, args.dataset_name, subset, split, "--eval_split")
+        where = f"{args.dataset_name}{f' {subset}' if subset else ''} [{split}]"
+        eval_rows, counts["eval"] = encode_split(data, pick_schema(data, SCHEMAS, where), prompt_format, args, where)
+    elif args.eval_fraction:
+        if len(train_rows) < 2:
+            raise UserError(f"--eval_fraction {args.eval_fraction}: one row cannot be split")
+        train_rows, eval_rows = train_rows.train_test_split(args.eval_fraction, seed=args.seed).values()
+        counts |= {"rows": len(train_rows), "eval": {"rows": len(eval_rows)}}
+        print(f"held out for evaluation: {len(eval_rows)} rows")
     if args.batch_size > len(train_rows):
         raise UserError(f"--batch_size {args.batch_size} is larger than the data set ({len(train_rows)} rows)")
+    try:
+        model_config = AutoConfig.from_pretrained(source.base, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the configuration of {source.base} cannot be loaded: {error}") from error
+    longest = max(map(len, train_rows["input_ids"]))
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", longest)
+    if longest > positions:
+        raise UserError(
+            f"--max_length {args.max_length}: the model has {positions} positions, a row has {longest} tokens"
+        )
 
     # On a CPU a batch runs row by row: the same gradient (each answer token of the whole batch counts the same), the
     # memory of one row, and no mask over several. A GPU gets the batch as one row without padding.
@@ -871,7 +956,16 @@ def main(argv=None):
         save_strategy="steps",
     )
     run = describe_run("sft", args, source, prompt_format, tokenizer, counts)
+    columns = ["input_ids", "labels"]
+    packed = pack_dataset(train_rows.select_columns(columns), args.max_length) if args.packing else train_rows
+    batch = args.batch_size * args.gradient_accumulation_steps * config.world_size
+    steps = args.max_steps or math.ceil(args.num_train_epochs * math.ceil(len(packed) / batch))
+    print(
+        f"{steps} steps, {batch} {'packed rows' if args.packing else 'rows'} each; an epoch has {len(packed)}, "
+        f"{sum(map(len, train_rows['input_ids']))} tokens, {sum(train_rows['trained'])} trained on"
+    )
     if args.dry_run:
+        show_rows(train_rows, tokenizer)
         print("dry run: everything fits; nothing was loaded or written")
         return
 
@@ -881,6 +975,9 @@ def main(argv=None):
         if source.adapter:
             load_adapter_weights(model, source.adapter)
     model.generation_config.eos_token_id = prompt_format.stop_ids(model.generation_config)
+    tokens = rows_at_once * (args.max_length if args.packing else longest)
+    if not args.gradient_checkpointing and checkpointing_needed(model, tokens, 3 if args.bf16 or args.fp16 else 4):
+        config.gradient_checkpointing = config.activation_checkpointing = True  # the old name and the new one
     open_output_dir(args, checkpoint)
     callback = RunCallback(args.output_dir, run)
     # It warns that only flash-attention keeps flattened examples apart; SDPA does too when position ids restart.
@@ -888,8 +985,8 @@ def main(argv=None):
     trainer = SFTTrainer(
         model=model,
         args=config,
-        train_dataset=train_rows.remove_columns("row"),
-        eval_dataset=eval_rows and eval_rows.remove_columns("row"),
+        train_dataset=train_rows.select_columns(columns),
+        eval_dataset=eval_rows and eval_rows.select_columns(columns),
         processing_class=tokenizer,
         callbacks=[callback],
     )

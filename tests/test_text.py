@@ -405,6 +405,18 @@ def test_stop_ids_are_a_set(block):
     assert set(glm.tokenizer.convert_ids_to_tokens(glm.stop_ids())) == {"<eos>", "<|user|>"}
 
 
+@pytest.mark.parametrize("name", templates.NAMES)
+def test_the_ids_are_those_of_the_tokenizers_own_reading(block, name):
+    """Cutting a chat into pieces changes nothing where no token lies across a cut."""
+    chat_format = block.PromptFormat(templates.make_tokenizer(name), "chat")
+    chat = [user("The fox"), assistant("The lazy dog."), user("The dog, the fox?"), assistant("The quick fox.")]
+    ids = chat_format.encode(chat)[0]
+    whole = chat_format.tokenizer(chat_format._render(chat), add_special_tokens=False)["input_ids"]
+    if name.startswith("glm4moe"):
+        whole = [*whole, ids[-1]]  # this template leaves the last turn open
+    assert ids == whole[: len(ids)]
+
+
 SOME = ["llama3_2", "qwen3", "gemma", "gptoss", "phi3", "glm4moe"]
 FORMATS = {}
 
