@@ -969,6 +969,7 @@ def main(argv=None):
         print("dry run: everything fits; nothing was loaded or written")
         return
 
+    transformers.set_seed(args.seed)  # a new adapter starts at random
     model = load_model(AutoModelForCausalLM, source, args, trainable=not args.use_lora)
     if args.use_lora:
         model = get_peft_model(model, lora_config(args, source, "CAUSAL_LM"))
