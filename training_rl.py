@@ -1217,7 +1217,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         """Sample a response to every prompt and put down all that the update needs; returns a list of MicroBatch."""
         prompts = [row["prompt_ids"] for row in rows]
         responses = self.generate(self.roles.policy, prompts)
-        total_width = max(map(len, responses))
+        longest = torch.tensor([max(map(len, responses))], device=self.device)
+        total_width = self.accelerator.gather(longest).max().item()
         lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
         batches = [self.collate(group, prompts, responses, rows, total_width) for group in self.make_groups(lengths)]
         for role, name in ((self.roles.policy, "logprobs"), (self.roles.reference, "ref_logprobs")):
@@ -1738,6 +1739,7 @@ def main(argv=None):
         gradient_checkpointing=False,  # PPOTrainer asks it of each model; Trainer would of the wrapper around them
         max_steps=updates,
         total_episodes=updates * episodes * processes,
+        data_seed=args.seed,  # one order of prompts for all processes, which sample with seeds of their own
         dataloader_drop_last=True,
         remove_unused_columns=False,
         eval_strategy="steps" if args.eval_steps else "no",
