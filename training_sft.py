@@ -955,6 +955,7 @@ def main(argv=None):
         eval_strategy="steps" if eval_rows and args.eval_steps else "no",
         save_strategy="steps",
     )
+    peft_config = lora_config(args, source, "CAUSAL_LM") if args.use_lora else None
     run = describe_run("sft", args, source, prompt_format, tokenizer, counts)
     columns = ["input_ids", "labels"]
     packed = pack_dataset(train_rows.select_columns(columns), args.max_length) if args.packing else train_rows
@@ -972,7 +973,10 @@ def main(argv=None):
     transformers.set_seed(args.seed)  # a new adapter starts at random
     model = load_model(AutoModelForCausalLM, source, args, trainable=not args.use_lora)
     if args.use_lora:
-        model = get_peft_model(model, lora_config(args, source, "CAUSAL_LM"))
+        try:
+            model = get_peft_model(model, peft_config)
+        except ValueError as error:
+            raise UserError(f"--lora_target_modules: {error}") from error
         if source.adapter:
             load_adapter_weights(model, source.adapter)
     model.generation_config.eos_token_id = prompt_format.stop_ids(model.generation_config)
