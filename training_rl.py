@@ -1782,7 +1782,16 @@ def main(argv=None):
         torch.manual_seed(args.seed + 100_003 * trainer.args.process_index)  # processes sample different answers
         if args.normalize_reward:
             trainer.measure_reference(list(train_rows.select(range(min(64, len(train_rows))))))
-    metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    reached = read_json(checkpoint / "trainer_state.json") if checkpoint else {"global_step": 0}
+    if reached["global_step"] < updates:
+        metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    else:  # stopped at the very end; in the middle of a pass over the data Trainer would take one more step
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state.global_step, trainer.state.epoch = reached["global_step"], reached["epoch"]
+        lines = [line for line in reached["log_history"] if line["step"] == reached["global_step"]]
+        metrics = {name: value for line in lines for name, value in line.items()}
+        if "eval_policy_score" in metrics:
+            trainer.evaluated = {"step": reached["global_step"], "metrics": {}}
     if not callback.interrupted:
         metrics.update(trainer.latest, **trainer.evaluate(), stopped=trainer.ppo_state["stopped"])
 
