@@ -325,7 +325,7 @@ def test_every_update_takes_its_full_number_of_prompts(rl, chain, tmp_path, monk
 def test_one_micro_batch_of_four_equals_four_of_one(rl, chain, tmp_path, monkeypatch, optim):
     """Item 9: each token counts the same whatever micro-batch it is in, over several optimizer steps and updates."""
     fix_responses(monkeypatch, rl)
-    rate = 1 if optim == "sgd" else 1e-4
+    rate = 0.1 if optim == "sgd" else 1e-4
     flags = f"--set optim={optim} --learning_rate {rate} --num_ppo_epochs 2 --whiten_rewards"
     run(rl, chain, tmp_path / "one", flags)
     run(rl, chain, tmp_path / "four", flags + " --per_device_train_batch_size 1 --gradient_accumulation_steps 4")

@@ -1,0 +1,231 @@
+"""The PPO script's life: interrupted, killed and resumed; two processes; a lone file in a subprocess."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import test_rl
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from test_rl import adapters, assert_close, command, read_lines, run
+
+chain, full_rm = test_rl.chain, test_rl.full_rm
+TIMED = ("speed/", "train_runtime", "train_samples", "train_steps")  # what differs between two runs of one command
+
+
+def newest(out):
+    """The number of the last checkpoint."""
+    return max((int(path.name[11:]) for path in out.glob("checkpoint-*[0-9]")), default=0)
+
+
+def assert_same_run(ours, theirs, step):
+    """The same files to the byte: final weights, optimizer, scheduler, adaptive state; the same metrics and samples."""
+    for name in ("adapter_model.safetensors", "model.safetensors"):
+        for part in (".", "value"):
+            pair = [place / "final_checkpoint" / part / name for place in (ours, theirs)]
+            assert pair[0].exists() == pair[1].exists()
+            assert not pair[0].exists() or pair[0].read_bytes() == pair[1].read_bytes(), f"{part}/{name}"
+    mine, other = (
+        torch.load(place / f"checkpoint-{step}" / "optimizer.pt", weights_only=True) for place in (ours, theirs)
+    )
+    assert mine["state"].keys() == other["state"].keys() and mine["state"]
+    for index, state in mine["state"].items():
+        assert all(torch.equal(tensor, other["state"][index][name]) for name, tensor in state.items())
+    for name in ("ppo_state.json", "scheduler.pt"):
+        files = [place / f"checkpoint-{step}" / name for place in (ours, theirs)]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+    lines = [
+        [
+            {key: value for key, value in line.items() if not key.startswith(TIMED)}
+            for line in read_lines(place / "metrics.jsonl")
+            if "train_runtime" not in line
+        ]
+        for place in (ours, theirs)
+    ]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+    for mine, other in zip(*lines):
+        assert mine == other
+    assert (ours / "samples.jsonl").read_text() == (theirs / "samples.jsonl").read_text()
+
+
+FLAGS = "--total_episodes 28 --max_samples 10 --save_steps 2 --eval_steps 3 --save_total_limit 9 "
+MODES = {
+    "lora": (FLAGS + "--num_mini_batches 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 2", {}),
+    "adaptive": (FLAGS + "--target_kl 0.01 --normalize_reward --whiten_rewards --lr_scheduler_type cosine", {}),
+    "full": (FLAGS + "--warmup_ratio 0.3", {"model": "base", "reward": "full_rm"}),
+    "rule": (FLAGS + "--reward_function RULES:tokens --max_kl 1000", {"reward": None}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_resumed_run_equals_an_uninterrupted_one(rl, chain, full_rm, tmp_path, mode):
+    """Item 23: from every checkpoint, also in the second pass over the data, to the byte."""
+    flags, which = MODES[mode]
+    models, flags = {**chain, "full_rm": full_rm}, flags.replace("RULES", chain["rules"])
+    whole = tmp_path / "whole"
+    run(rl, models, whole, flags, **which)
+    for step in (2, 6):
+        part = tmp_path / f"from_{step}"
+        part.mkdir()
+        shutil.copytree(whole / f"checkpoint-{step}", part / f"checkpoint-{step}")
+        for name in ("metrics.jsonl", "samples.jsonl"):  # lines after the checkpoint are written anew
+            shutil.copy(whole / name, part / name)
+        rl.main(command(models, part, flags + " --resume_from_checkpoint", **which))
+        assert_same_run(part, whole, 7)
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(rl, chain, tmp_path):
+    """Item 23: the first Ctrl-C ends the run after its update, with a checkpoint."""
+    rule = tmp_path / "rule.py"
+    rule.write_text(
+        "import os, signal\ncalls = []\n"
+        "def score(prompts, responses):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 2 and os.environ.get('INTERRUPT'):\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "    return [len(response) / 10 for response in responses]\n"
+    )
+    flags = f"--total_episodes 16 --save_steps 4 --reward_function {rule}:score"
+    run(rl, chain, tmp_path / "whole", flags, reward=None)
+    os.environ["INTERRUPT"] = "1"
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(rl, chain, tmp_path / "part", flags, reward=None)
+    finally:
+        del os.environ["INTERRUPT"]
+    assert [path.name for path in (tmp_path / "part").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (tmp_path / "part" / "final_checkpoint").exists()
+    rl.main(command(chain, tmp_path / "part", flags + " --resume_from_checkpoint", reward=None))
+    assert_same_run(tmp_path / "part", tmp_path / "whole", 4)
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(rl, chain, tmp_path, capsys):
+    """Item 23: without its last file a checkpoint does not count; the run goes on from the one before."""
+    run(rl, chain, tmp_path / "whole", FLAGS)
+    part = tmp_path / "part"
+    shutil.copytree(tmp_path / "whole", part, ignore=shutil.ignore_patterns("final_checkpoint", "metrics.json"))
+    (part / "checkpoint-7" / "trainer_state.json").unlink()
+    (part / "checkpoint-6" / "trainer_state.json").write_text('{"global_step": 6, "max_')
+    with open(part / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')
+    rl.main(command(chain, part, FLAGS + " --resume_from_checkpoint"))
+    assert "checkpoint-7 was never completed" in capsys.readouterr().out
+    assert_same_run(part, tmp_path / "whole", 7)
+
+
+def start(script, arguments, place, **kwargs):
+    """The script as its user starts it, from an empty directory."""
+    log = open(place / "log.txt", "a")
+    return subprocess.Popen([*script, *arguments], cwd=place, stdout=log, stderr=subprocess.STDOUT, **kwargs)
+
+
+@pytest.fixture
+def lone(tmp_path):
+    """A directory with nothing but a copy of the script."""
+    place = tmp_path / "lone"
+    place.mkdir()
+    shutil.copy(ROOT / "training_rl.py", place)
+    return place
+
+
+def test_a_killed_process_resumes_to_the_same_bytes(rl, chain, tmp_path, lone):
+    """Item 23: SIGKILL at random moments, also while a checkpoint is written, then the same command with
+    --resume_from_checkpoint; the script is a lone file in an empty directory."""
+    flags = (
+        "--total_episodes 120 --save_steps 1 --eval_steps 4 --target_kl 0.01 --normalize_reward --save_total_limit 3"
+    )
+    run(rl, chain, tmp_path / "whole", flags)
+    out = lone / "out"
+    arguments = command(chain, out, flags + " --resume_from_checkpoint")
+    chance, reached = random.Random(time.time_ns()), []
+    for target in (chance.randrange(2, 7), chance.randrange(9, 16)):
+        process = start([sys.executable, "training_rl.py"], arguments, lone)
+        while process.poll() is None and newest(out) < target:
+            time.sleep(0.005)
+        time.sleep(chance.random() * 0.2)
+        assert process.poll() is None, (lone / "log.txt").read_text()
+        process.kill()
+        process.wait()
+        reached.append(newest(out))
+    assert not (out / "final_checkpoint").exists() and 2 <= reached[0] < reached[1] < 30
+    process = start([sys.executable, "training_rl.py"], arguments, lone)
+    assert process.wait(timeout=120) == 0, (lone / "log.txt").read_text()
+    assert_same_run(out, tmp_path / "whole", 30)
+
+
+def test_resuming_a_run_that_only_has_to_be_finished(rl, chain, tmp_path):
+    """Item 23: killed between the last checkpoint and the end, in the middle of a pass over the data: no step more."""
+    run(rl, chain, tmp_path / "whole", FLAGS)
+    part = tmp_path / "part"
+    shutil.copytree(tmp_path / "whole", part, ignore=shutil.ignore_patterns("final_checkpoint", "metrics.json"))
+    rl.main(command(chain, part, FLAGS + "--resume_from_checkpoint"))
+    assert_same_run(part, tmp_path / "whole", 7)
+    ours, theirs = (json.loads((place / "metrics.json").read_text()) for place in (part, tmp_path / "whole"))
+    for key in theirs.keys() - {"train_loss", "total_flos"}:
+        assert key.startswith(TIMED) or ours[key] == theirs[key], key
+
+
+def test_bad_input_is_one_line_and_exit_code_2(chain, lone):
+    """As a user sees it: no traceback, nothing written."""
+    arguments = command(chain, lone / "out", "--num_mini_batches 3")
+    done = subprocess.run([sys.executable, "training_rl.py", *arguments], cwd=lone, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: --num_mini_batches 3 does not divide")
+    assert "Traceback" not in done.stderr and not (lone / "out").exists()
+
+
+DRIVER = """
+import random, sys
+sys.path.insert(0, {root!r})
+import training_rl as rl
+
+def generate(self, role, prompts, sample=True, original=rl.PPOTrainer.generate):
+    return [choose(prompt) for prompt in prompts] if sample else original(self, role, prompts, sample)
+
+def choose(prompt):
+    chance = random.Random(str(prompt))
+    return [chance.randrange(3, 300) for _ in range(chance.randrange(1, 8))] + [2]
+
+rl.PPOTrainer.generate = generate
+rl.main(sys.argv[1:])
+"""
+
+
+def test_two_processes_of_two_equal_one_of_four(chain, tmp_path):
+    """Item 26: the gradients, counts, moments and metrics of both processes enter; it saves, and it resumes."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER.format(root=str(ROOT)))
+    flags = "--set optim=sgd --learning_rate 0.1 --total_episodes 12 --save_steps 2 --num_ppo_epochs 2 --whiten_rewards"
+    flags += " --per_device_train_batch_size"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    alone = start([sys.executable, str(driver)], command(chain, tmp_path / "one", flags + " 4"), tmp_path)
+    pair = start([sys.executable, *launch, str(driver)], command(chain, tmp_path / "two", flags + " 2"), tmp_path)
+    assert alone.wait(timeout=120) == 0 and pair.wait(timeout=120) == 0, (tmp_path / "log.txt").read_text()[-5000:]
+    one, two = (adapters(tmp_path / name / "final_checkpoint") for name in ("one", "two"))
+    for i, name in enumerate(("sft", "rm")):
+        before = load_file(Path(chain[name]) / "adapter_model.safetensors")
+        assert max((one[i][key] - before[key]).abs().max() for key in before) > 1e-3
+        assert_close(one[i], two[i], 1e-6)
+    updates = [test_rl.read_updates(tmp_path / name) for name in ("one", "two")]
+    assert [update["episode"] for update in updates[1]] == [4, 8, 12]
+    for mine, other in zip(*updates):
+        for key in mine:
+            if not key.startswith(("speed/", "epoch")):
+                assert mine[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5), key
+    assert (tmp_path / "one" / "samples.jsonl").exists()
+    assert len(read_lines(tmp_path / "one" / "samples.jsonl")) == len(read_lines(tmp_path / "two" / "samples.jsonl"))
+    states = list((tmp_path / "two" / "checkpoint-2").glob("rng_state_*.pth"))
+    assert len(states) == 2
+    shutil.rmtree(tmp_path / "two" / "final_checkpoint")
+    shutil.rmtree(tmp_path / "two" / "checkpoint-3")
+    again = command(chain, tmp_path / "two", flags + " 2 --resume_from_checkpoint")
+    assert start([sys.executable, *launch, str(driver)], again, tmp_path).wait(timeout=120) == 0
+    for i in range(2):
+        assert_close(adapters(tmp_path / "two" / "final_checkpoint")[i], two[i], 0)
