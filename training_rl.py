@@ -293,6 +293,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -894,6 +895,16 @@ def split_head(weights):
     return (lora, rest[0]) if single else (None, None)
 
 
+def load_scorer(source):
+    """(LoRA weights, head weight) of a reward model's adapter."""
+    lora, head = split_head(load_file(source.adapter / "adapter_model.safetensors"))
+    if head is None:
+        raise UserError(
+            f"{source.adapter} is not a reward model's adapter: it should hold LoRA weights and one scalar head"
+        )
+    return lora, head
+
+
 def build_roles(args, policy_source, reward_source, value_source, same_tokens):
     """Load every base model once and put the roles on them.
 
@@ -922,15 +933,11 @@ def build_roles(args, policy_source, reward_source, value_source, same_tokens):
     def add_scorer(name, source, trainable):
         """A Role from a reward model's checkpoint: an adapter where it is one, else a full classifier."""
         if source.adapter:
-            lora, head = split_head(load_file(source.adapter / "adapter_model.safetensors"))
-            if head is not None:
-                config = LoraConfig.from_pretrained(source.adapter)
-                config.task_type = None  # PEFT would make a head of its own for SEQ_CLS
-                return Role(
-                    add_adapter(name, source, config, lora, AutoModelForSequenceClassification), name, scalar_head(head)
-                )
-            raise UserError(
-                f"{source.adapter} is not a reward model's adapter: it should hold LoRA weights and one scalar head"
+            lora, head = load_scorer(source)
+            config = LoraConfig.from_pretrained(source.adapter)
+            config.task_type = None  # PEFT would make a head of its own for SEQ_CLS
+            return Role(
+                add_adapter(name, source, config, lora, AutoModelForSequenceClassification), name, scalar_head(head)
             )
         if trainable and args.use_lora:  # a new adapter on the frozen classifier
             shared = reward_source is not None and source.base == reward_source.base
@@ -1729,6 +1736,22 @@ def main(argv=None):
             f"an update takes {episodes * processes} episodes (--per_device_train_batch_size x "
             f"--gradient_accumulation_steps x processes), but there are only {len(train_rows)} prompts"
         )
+    try:
+        model_config = AutoConfig.from_pretrained(policy_source.base, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the configuration of {policy_source.base} cannot be loaded: {error}") from error
+    longest = max(len(ids) for rows in (train_rows, eval_rows) for ids in rows["prompt_ids"])
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", longest + args.response_length)
+    if longest + args.response_length > positions:
+        raise UserError(
+            f"the model has {positions} positions, but a prompt has {longest} tokens and its answer may have "
+            f"{args.response_length}: lower --max_prompt_length {args.max_prompt_length} or --response_length"
+        )
+    if args.use_lora:
+        lora_config(args, policy_source, "CAUSAL_LM")
+    for source in (reward_source, value_source):
+        if source and source.adapter:
+            load_scorer(source)
     updates = math.ceil((args.total_episodes or len(train_rows)) / (episodes * processes))
 
     config = make_config(
