@@ -122,14 +122,13 @@ def convert():
 
     files = importlib.metadata.files(MODEL_PACKAGE)
     gguf = Path(next(file for file in files if file.suffix == ".gguf").locate())
-    # The published weights are bfloat16; the GGUF file holds them in 4 bits.
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model.hf_quantizer = None  # the weights are no longer quantized, and saving them as such is refused
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     draft = MODEL.with_name(MODEL.name + ".partial")
-    model.save_pretrained(draft)
+    model.to(torch.bfloat16).save_pretrained(draft)  # as it was published; the 4 bits of the file hold no more
     tokenizer.save_pretrained(draft)
     draft.rename(MODEL)
     print(f"wrote {MODEL}")
@@ -158,7 +157,7 @@ def stages(model_path, output_dir, seed, precision):
                 *("--model_path", model_path, "--dataset_name", "json", "--subset", "data/reward"),
                 *("--train_split", "train", "--eval_subset", "data/evaluation", "--eval_split", "test"),
                 *("--output_dir", reward, "--prompt_format", "qa", "--max_length", 160),
-                *("--per_device_train_batch_size", 8, "--max_steps", 45, "--learning_rate", "5e-4"),
+                *("--per_device_train_batch_size", 8, "--max_steps", 40, "--learning_rate", "5e-4"),
                 *("--center_rewards_coefficient", 0.01, *common, *layers),
             ],
         ),
@@ -169,8 +168,8 @@ def stages(model_path, output_dir, seed, precision):
                 *("--model_path", sft / "final_checkpoint", "--reward_model_path", reward / "final_checkpoint"),
                 *("--dataset_name", "json", "--subset", "data/rl", "--split", "train", "--output_dir", ppo),
                 *("--max_prompt_length", 64, "--response_length", RESPONSE_LENGTH, "--temperature", TEMPERATURE),
-                *("--per_device_train_batch_size", 16, "--total_episodes", 288, "--num_ppo_epochs", 2),
-                *("--kl_coef", 0.05, "--missing_eos_penalty", 1.0, "--learning_rate", "2e-4", *common),
+                *("--per_device_train_batch_size", 16, "--total_episodes", 192, "--num_ppo_epochs", 2),
+                *("--kl_coef", 0.05, "--missing_eos_penalty", 1.0, "--learning_rate", "3e-4", *common),
             ],
         ),
         (
