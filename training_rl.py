@@ -1009,21 +1009,26 @@ def describe_roles(roles):
 
 @dataclasses.dataclass
 class MicroBatch:
-    """Some episodes of a rollout, prompts padded on the left and responses on the right.
+    """Some episodes of a rollout, laid into one row of S tokens without padding: the tokens that all prompts begin with
+    once, then of each episode the rest of its prompt and its response. `mask` keeps the episodes apart.
 
-    B sequences, C prompt tokens, W response positions; a response of length n has actions at 0..n-1, and where W allows
-    the state after its last token at n. Per position (B, W): `logprobs` of the sampled tokens and `ref_logprobs`,
+    B episodes, W response positions; a response of length n has actions at 0..n-1, and where W allows the state after
+    its last token at n. Per position (B, W): `logprobs` of the sampled tokens and `ref_logprobs`, their `entropy`,
     `values` of the state before the token, `rewards`, `advantages`, `returns`."""
 
     rows: list
-    input_ids: torch.Tensor  # (B, C + W)
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
-    context: int
-    width: int
+    responses: list
+    input_ids: torch.Tensor  # (1, S)
+    position_ids: torch.Tensor  # (1, S)
+    mask: torch.Tensor | None  # (1, 1, S, S), or None where a causal mask does
+    state_index: torch.Tensor  # (B, W) place in the row of the token whose hidden state is the state
+    action_index: torch.Tensor  # (sum of lengths,) the same for the actions alone
+    tokens: torch.Tensor  # (sum of lengths,) the sampled tokens
     lengths: torch.Tensor  # (B,) response lengths
+    ended: torch.Tensor  # (B,) bool: the response ends with a stop id
     actions: torch.Tensor  # (B, W) bool: a sampled token
     states: torch.Tensor  # (B, W) bool: an action, or the state after the last one
+    width: int
     logprobs: torch.Tensor = None
     ref_logprobs: torch.Tensor = None
     entropy: torch.Tensor = None
@@ -1071,6 +1076,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         self.model_accepts_loss_kwargs = False
         self.device = self.accelerator.device
         self.stop_ids = self.stop_ids.to(self.device)
+        self.packing = self.find_packing()
+        roles.mark_trained()
 
     train = Trainer.train
     get_train_dataloader = Trainer.get_train_dataloader
@@ -1106,107 +1113,144 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                 model.generation_config = kept
         return responses
 
-    def make_groups(self, lengths):
+    @torch.no_grad()
+    def find_packing(self):
+        """How several sequences can lie in one row without seeing each other: `tree` (they share the prompts' common
+        start under a mask of four dimensions), `rows` (position ids restart, as for flash-attention), or None, where
+        every sequence gets a row of its own (recurrent layers, say). Tried out on every model that is loaded."""
+        prompts, responses, rows = [[3, 4, 5], [3, 4, 6, 7]], [[8, 9], [10]], [{}, {}]
+        models = {id(role.model): role for role in (self.roles.policy, self.roles.value, self.roles.reward) if role}
+        if self.reward_format is not None:  # it reads texts, one at a time
+            models.pop(id(self.roles.reward.model), None)
+        for self.packing in ("tree", "rows"):
+            try:
+                batches = [self.collate(group, prompts, responses, rows, 2) for group in ([0, 1], [0], [1])]
+                for role in models.values():
+                    with role.active():
+                        states = [self.hidden_states(role, b.input_ids, b.position_ids, b.mask) for b in batches]
+                    both, *alone = (h[b.state_index[b.actions]] for h, b in zip(states, batches))
+                    torch.testing.assert_close(both, torch.cat(alone), rtol=0.05, atol=0.05 * both.abs().max().item())
+                return self.packing
+            except (AssertionError, RuntimeError, TypeError, ValueError, IndexError):
+                continue
+        self.group_size = 1
+
+    def make_groups(self, prompts, responses):
         """Indices of the episodes of each micro-batch, sequences of like length together.
 
-        Every group has the tokens, padding included, of `group_size` longest sequences at most; with several
-        mini-batches every group has `group_size` sequences, so that mini-batches are equal in number."""
-        order, groups = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
-        limit = self.group_size * max(lengths)
-        for i in order:
-            full = not groups or (
-                len(groups[-1]) == self.group_size
-                if self.args.num_mini_batches > 1
-                else (len(groups[-1]) + 1) * lengths[groups[-1][0]] > limit
-            )
-            groups.append([i]) if full else groups[-1].append(i)
+        A row holds the tokens of `group_size` sequences of the longest kind that the flags allow, so that short ones
+        share passes, but no more than the hidden size unless one sequence has more: there attention, which is not
+        sparse in a shared row, costs about a sixth of the linear layers. With several mini-batches every group has
+        `group_size` sequences, so that mini-batches are equal in number."""
+        lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
+        shared = len(os.path.commonprefix(prompts)) if self.packing == "tree" else 0
+        allowed = self.group_size * (self.options.max_prompt_length + self.args.response_length)
+        limit = min(allowed, self.roles.config.get_text_config().hidden_size) if self.packing else 0
+        groups = []
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            if groups and self.args.num_mini_batches > 1:
+                fits = len(groups[-1]) < self.group_size
+            else:
+                fits = groups and shared + sum(lengths[k] - shared for k in [*groups[-1], i]) <= limit
+            groups[-1].append(i) if fits else groups.append([i])
         return groups
 
     def collate(self, group, prompts, responses, rows, total_width):
         """A MicroBatch of the episodes `group`."""
         prompts, responses = [prompts[i] for i in group], [responses[i] for i in group]
-        context, longest = max(map(len, prompts)), max(map(len, responses))
-        width, pad = min(longest + 1, total_width), self.tokenizer.pad_token_id
-        ids, mask = [], []
-        for prompt, response in zip(prompts, responses):
-            left, right = context - len(prompt), width - len(response)
-            ids.append([pad] * left + prompt + response + [pad] * right)
-            mask.append([0] * left + [1] * (len(prompt) + len(response)) + [0] * right)
-        mask = torch.tensor(mask, device=self.device)
-        lengths = torch.tensor([len(response) for response in responses], device=self.device)
-        steps = torch.arange(width, device=self.device)
+        shared = 0  # tokens that all prompts begin with; the last one of each stays its own
+        if self.packing == "tree" and len(group) > 1:
+            shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+        ids, positions, owners, starts = prompts[0][:shared], list(range(shared)), [-1] * shared, []
+        for i, (prompt, response) in enumerate(zip(prompts, responses)):
+            starts.append(len(ids) + len(prompt) - shared - 1)
+            ids = ids + prompt[shared:] + response
+            positions += range(shared, len(prompt) + len(response))
+            owners += [i] * (len(prompt) - shared + len(response))
+        mask = None
+        if self.packing == "tree" and len(group) > 1:
+            owner = torch.tensor(owners, device=self.device)
+            mask = (owner == owner[:, None]) | (owner == -1)
+            mask = mask.tril()[None, None]
+            if self.roles.config._attn_implementation == "eager":  # it adds its mask to the scores
+                mask = torch.zeros(mask.shape, device=self.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+        lengths = [len(response) for response in responses]
+        width = min(max(lengths) + 1, total_width)
+        index = [[start + min(j, n) for j in range(width)] for start, n in zip(starts, lengths)]
+        steps, lengths_ = torch.arange(width, device=self.device), torch.tensor(lengths, device=self.device)
+
+        def tensor(values):
+            return torch.tensor(values, device=self.device)
+
         return MicroBatch(
             rows=[rows[i] for i in group],
-            input_ids=torch.tensor(ids, device=self.device),
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            context=context,
+            responses=responses,
+            input_ids=tensor([ids]),
+            position_ids=tensor([positions]),
+            mask=mask,
+            state_index=tensor(index),
+            action_index=tensor([start + j for start, n in zip(starts, lengths) for j in range(n)]),
+            tokens=tensor([token for response in responses for token in response]),
+            lengths=lengths_,
+            ended=torch.isin(tensor([response[-1] for response in responses]), self.stop_ids),
+            actions=steps < lengths_[:, None],
+            states=steps <= lengths_[:, None],
             width=width,
-            lengths=lengths,
-            actions=steps < lengths[:, None],
-            states=steps <= lengths[:, None],
         )
 
-    def policy_logprobs(self, role, batch, train=False, entropy=False):
-        """Log-probabilities (B, W) of the response tokens at the sampling temperature, float32; with `entropy` that too.
+    def policy_logprobs(self, role, batch, entropy=False):
+        """Log-probabilities (B, W) of the response tokens at the sampling temperature, float32, 0 where there is none;
+        with `entropy` a pair, with that of the distributions.
 
         The one code path for old, new and reference log-probabilities: the first ratio is 1 and the first KL is 0."""
         with self.accelerator.autocast():
-            output = role.model.get_base_model() if isinstance(role.model, PeftModel) else role.model
-            logits = output(
+            model = role.model.get_base_model() if isinstance(role.model, PeftModel) else role.model
+            logits = model(
                 input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
+                attention_mask=batch.mask,
                 position_ids=batch.position_ids,
-                logits_to_keep=batch.width + 1,
+                logits_to_keep=batch.action_index,
                 use_cache=False,
-            ).logits[:, :-1]
+            ).logits
         logits = logits.float() / self.args.temperature
-        logprobs = selective_log_softmax(logits, batch.input_ids[:, batch.context :])
-        return (logprobs, entropy_from_logits(logits)) if entropy else logprobs
+        found = [selective_log_softmax(logits, batch.tokens[None])] + ([entropy_from_logits(logits)] if entropy else [])
+        spread = [torch.zeros_like(batch.actions, dtype=v.dtype).masked_scatter(batch.actions, v) for v in found]
+        return spread if entropy else spread[0]
 
-    def scalars(self, role, input_ids, attention_mask, position_ids):
-        """The role's head on the last hidden state of every position, (B, length) float32."""
+    def hidden_states(self, role, input_ids, position_ids, mask=None):
+        """Last hidden states (S, hidden) of one row."""
         model = role.model.get_base_model() if isinstance(role.model, PeftModel) else role.model
         with self.accelerator.autocast():
-            hidden = model.base_model(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-            ).last_hidden_state
-        return torch.nn.functional.linear(hidden.float(), role.head.weight.float()).squeeze(-1)
+            output = model.base_model(
+                input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
+            )
+        return output.last_hidden_state[0]
 
     def state_values(self, batch):
-        """Values (B, W) of the state before each response token."""
-        values = self.scalars(self.roles.value, batch.input_ids, batch.attention_mask, batch.position_ids)
-        return values[:, batch.context - 1 : -1]
+        """Values (B, W) of the state before each response token, float32."""
+        states = self.hidden_states(self.roles.value, batch.input_ids, batch.position_ids, batch.mask)
+        weight = self.roles.value.head.weight.float()
+        return torch.nn.functional.linear(states[batch.state_index].float(), weight).squeeze(-1)
 
     def model_scores(self, batch):
-        """The reward model's score (B,) of each response, read at its last token."""
-        with self.roles.reward.active():
+        """The reward model's score (B,) of each response, read at its last token, float32."""
+        role = self.roles.reward
+        with role.active():
             if self.reward_format is None:
-                scores = self.scalars(self.roles.reward, batch.input_ids, batch.attention_mask, batch.position_ids)
-                return scores.gather(1, (batch.context + batch.lengths - 1)[:, None]).squeeze(1)
-            texts = self.response_texts(batch)
-            ids = []
-            for row, text, ended in zip(batch.rows, texts, self.ended(batch).tolist()):
-                answer = [*row["messages"], {"role": "assistant", "content": text}]
-                tokens = self.reward_format.encode(answer)[0]
-                ids.append(tokens if ended else tokens[:-1])  # an answer that was cut off has no end token
-            lengths = torch.tensor([len(tokens) for tokens in ids], device=self.device)
-            padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens in ids], batch_first=True)
-            padded = padded.to(self.device)
-            mask = torch.arange(padded.shape[1], device=self.device) < lengths[:, None]
-            scores = self.scalars(self.roles.reward, padded, mask.long(), (mask.cumsum(1) - 1).clamp(min=0))
-            return scores.gather(1, lengths[:, None] - 1).squeeze(1)
-
-    def ended(self, batch):
-        """(B,) bool: the response ends with a stop id."""
-        last = batch.input_ids.gather(1, (batch.context + batch.lengths - 1)[:, None])
-        return torch.isin(last, self.stop_ids).squeeze(1)
+                states = self.hidden_states(role, batch.input_ids, batch.position_ids, batch.mask)
+                last = states[batch.state_index[:, 0] + batch.lengths]
+            else:
+                last = []
+                for row, text, ended in zip(batch.rows, self.response_texts(batch), batch.ended.tolist()):
+                    ids = self.reward_format.encode([*row["messages"], {"role": "assistant", "content": text}])[0]
+                    ids = torch.tensor([ids if ended else ids[:-1]], device=self.device)  # cut off: no end token
+                    positions = torch.arange(ids.shape[1], device=self.device)[None]
+                    last.append(self.hidden_states(role, ids, positions)[-1])
+                last = torch.stack(last)
+        return torch.nn.functional.linear(last.float(), role.head.weight.float()).squeeze(-1)
 
     def response_texts(self, batch):
-        responses = [
-            ids[batch.context : batch.context + n] for ids, n in zip(batch.input_ids.tolist(), batch.lengths.tolist())
-        ]
-        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(batch.responses, skip_special_tokens=True)
         # in `qa` the space of "Answer: x" is part of the answer's first token
         return [text.removeprefix(" ") for text in texts] if self.prompt_format.name == "qa" else texts
 
@@ -1226,8 +1270,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         responses = self.generate(self.roles.policy, prompts)
         longest = torch.tensor([max(map(len, responses))], device=self.device)
         total_width = self.accelerator.gather(longest).max().item()
-        lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
-        batches = [self.collate(group, prompts, responses, rows, total_width) for group in self.make_groups(lengths)]
+        groups = self.make_groups(prompts, responses)
+        batches = [self.collate(group, prompts, responses, rows, total_width) for group in groups]
         for role, name in ((self.roles.policy, "logprobs"), (self.roles.reference, "ref_logprobs")):
             with role.active():
                 for batch in batches:
@@ -1269,7 +1313,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         if self.options.reward_clip:
             score = score.clamp(-self.options.reward_clip, self.options.reward_clip)
         if self.args.missing_eos_penalty:
-            score = score - self.args.missing_eos_penalty * ~self.ended(batch)
+            score = score - self.args.missing_eos_penalty * ~batch.ended
         batch.shaped_scores = score
         log_ratio = (batch.ref_logprobs - batch.logprobs) * batch.actions
         batch.kl = -log_ratio
@@ -1368,7 +1412,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         Policy first, then value: the activations of one are freed before the other's, and only one adapter is active
         at a time."""
         with self.roles.policy.active(train=True):
-            difference = (self.policy_logprobs(self.roles.policy, batch, train=True) - batch.logprobs) * batch.actions
+            difference = (self.policy_logprobs(self.roles.policy, batch) - batch.logprobs) * batch.actions
             ratio = difference.exp()
             clipped = ratio.clamp(1 - self.args.cliprange, 1 + self.args.cliprange)
             loss, clipped_loss = -batch.advantages * ratio, -batch.advantages * clipped
@@ -1414,8 +1458,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             "shaped": total(lambda b: b.shaped_scores),
             "penalty": total(lambda b: b.penalty),
             "length": total(lambda b: b.lengths),
-            "ended": total(self.ended),
-            "tokens": total(lambda b: b.attention_mask),
+            "ended": total(lambda b: b.ended),
+            "tokens": total(lambda b: b.input_ids > -1),
             "entropy": total(lambda b: b.entropy * b.actions),
             "surprise": total(lambda b: -b.logprobs * b.actions),
             "states": total(lambda b: b.states),
@@ -1508,7 +1552,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         responses = self.generate(role, prompts, sample=False)
         for i, response in enumerate(responses):
             batch = self.collate([i], prompts, responses, rows, len(response))
-            text, ended = self.response_texts(batch)[0], bool(self.ended(batch))
+            text, ended = self.response_texts(batch)[0], batch.ended.item()
             found.append({"answer": text, "score": self.score(batch).item(), "length": len(response), "ended": ended})
         return found
 

@@ -58,6 +58,7 @@ def run_ours(args):
     train = training_rl.PPOTrainer.train
 
     def timed(self, **kwargs):
+        self.args.save_strategy = "no"  # the stock trainer saves nothing either
         start = time.perf_counter()
         output = train(self, **kwargs)
         seconds["train"] = time.perf_counter() - start
