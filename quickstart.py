@@ -70,15 +70,18 @@ def run(*command, capture=False):
     environment = {**os.environ, "PYTHONUTF8": "1"}
     if not sys.stdout.isatty():
         environment.setdefault("TQDM_MININTERVAL", "30")  # seconds between two progress bars in a log file
-    try:
-        done = subprocess.run(words, env=environment, stdout=subprocess.PIPE if capture else None, encoding="utf-8")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    if done.returncode in (2, 130):  # the script has said why in a line of its own
-        sys.exit(done.returncode)
-    if done.returncode:
-        sys.exit(f"error: this command ended with exit code {done.returncode}: {' '.join(quoted)}")
-    return done.stdout.strip() if capture else None
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE if capture else None, encoding="utf-8")
+    while True:
+        try:
+            printed = process.communicate()[0]
+            break
+        except KeyboardInterrupt:  # the command has got it too, and saves what it has done
+            continue
+    if process.returncode in (2, 130):  # the script has said why in a line of its own
+        sys.exit(process.returncode)
+    if process.returncode:
+        sys.exit(f"error: this command ended with exit code {process.returncode}: {' '.join(quoted)}")
+    return printed.strip() if capture else None
 
 
 def digest(*paths):

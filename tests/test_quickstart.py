@@ -6,8 +6,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,28 @@ def test_a_command_that_fails_ends_it(code, capfd):
     assert errors == ["error: so"]
     # Codes 2 and 130 are those of the scripts, which have said why; any other is explained.
     assert stop.value.code == code if code != 3 else "exit code 3" in stop.value.code
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends the signal that Ctrl-C sends on POSIX")
+def test_ctrl_c_leaves_the_stage_time_to_save(tmp_path):
+    stage = """if 1:
+        import pathlib, sys, time
+        pathlib.Path("started").touch()
+        try:
+            time.sleep(30)
+        except KeyboardInterrupt:
+            time.sleep(1)  # longer than subprocess.run would wait before it kills
+            pathlib.Path("saved").touch()
+            sys.exit(130)
+    """
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import quickstart; quickstart.run(sys.executable, '-c', {stage!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, start_new_session=True)
+    deadline = time.time() + 30
+    while not (tmp_path / "started").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert (tmp_path / "saved").exists()
 
 
 @pytest.fixture
