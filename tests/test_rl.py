@@ -36,7 +36,7 @@ def not_a_number(prompts, responses):
     return [float('nan')] * len(responses)
 
 def too_few(prompts, responses):
-    return [1.0]
+    return []
 """
 
 
@@ -76,6 +76,15 @@ def chain(llama, tmp_path_factory):
         "data": str(place / "rl"),
         "place": place,
     }
+
+
+@pytest.fixture(scope="session", params=["llama", "gpt2"])
+def wide(chain, request):
+    """A chain of models that are wide enough for four episodes to share a pass (hidden size = tokens of a pass)."""
+    place, size = chain["place"] / f"wide_{request.param}", "hidden_size" if request.param == "llama" else "n_embd"
+    base = make_model(place / "base", kind=request.param, chat=request.param == "llama", **{size: 256})
+    kinds = {"sft": "CAUSAL_LM", "rm": "SEQ_CLS"}
+    return {**chain, "base": base, **{name: make_adapter(base, place / name, kinds[name], 1) for name in kinds}}
 
 
 @pytest.fixture(scope="session")
@@ -128,6 +137,14 @@ def fix_responses(monkeypatch, rl, choose=choose_response):
 
     monkeypatch.setattr(rl.PPOTrainer, "generate", generate)
     return asked
+
+
+def prompts_of(rl, chain):
+    """The token ids of all prompts."""
+    tokenizer = AutoTokenizer.from_pretrained(chain["base"])
+    encoder = rl.PromptFormat(tokenizer, "chat" if tokenizer.chat_template else "qa")
+    texts = [row["prompt"] for row in read_lines(Path(chain["data"]) / "rl.jsonl")]
+    return [encoder.encode([{"role": "user", "content": text}], open_end=True)[0] for text in texts]
 
 
 def spy_roles(monkeypatch, rl, change=None):
@@ -264,16 +281,16 @@ def test_the_saved_value_model_is_a_reward_model_checkpoint(rl, chain, tmp_path,
     assert torch.equal(seen["start"]["heads.1.weight"], saved["base_model.model.score.weight"])
 
 
-def test_scores_are_read_at_the_last_token_of_the_response(rl, chain, tmp_path, monkeypatch):
-    """Items 5, 17 and 20: reward adapter, EOS or none, in a padded batch of four; the same as unpadded by hand."""
+def test_scores_are_read_at_the_last_token_of_the_response(rl, wide, tmp_path, monkeypatch):
+    """Items 5, 17 and 20: reward adapter, EOS or none, four episodes in a pass; the same as one by one by hand."""
     asked, batches = fix_responses(monkeypatch, rl), spy_rollouts(monkeypatch, rl)
-    updates = run(rl, chain, tmp_path / "out", "--total_episodes 12")
-    scorer = load_scorer(chain["rm"])
+    updates = run(rl, wide, tmp_path / "out", "--total_episodes 12")
+    scorer = load_scorer(wide["rm"])
     for prompts, update in zip(asked, updates):
         by_hand = [scalars_of(scorer, prompt + choose_response(prompt))[-1].item() for prompt in prompts]
         assert update["objective/scores"] == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-5)
-    ended = torch.cat([batch.input_ids[:, -1] == STOP for group in batches for batch in group])
-    assert ended.any() and not ended.all()
+    ended = [choose_response(prompt)[-1] == STOP for prompts in asked for prompt in prompts]
+    assert any(ended) and not all(ended) and [len(group) for group in batches] == [1, 1, 1]
 
 
 # ---- optimisation ----
@@ -321,18 +338,22 @@ def test_every_update_takes_its_full_number_of_prompts(rl, chain, tmp_path, monk
     assert asked[0] != asked[2]
 
 
-@pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
-def test_one_micro_batch_of_four_equals_four_of_one(rl, chain, tmp_path, monkeypatch, optim):
+@pytest.mark.parametrize(
+    "flags", ["--set optim=sgd --learning_rate 0.1", "--attn_implementation eager --learning_rate 1e-4"]
+)
+def test_one_micro_batch_of_four_equals_four_of_one(rl, wide, tmp_path, monkeypatch, flags):
     """Item 9: each token counts the same whatever micro-batch it is in, over several optimizer steps and updates."""
     fix_responses(monkeypatch, rl)
-    rate = 0.1 if optim == "sgd" else 1e-4
-    flags = f"--set optim={optim} --learning_rate {rate} --num_ppo_epochs 2 --whiten_rewards"
-    run(rl, chain, tmp_path / "one", flags)
-    run(rl, chain, tmp_path / "four", flags + " --per_device_train_batch_size 1 --gradient_accumulation_steps 4")
-    run(rl, chain, tmp_path / "two", flags + " --per_device_train_batch_size 2 --gradient_accumulation_steps 2")
+    flags += " --num_ppo_epochs 2 --whiten_rewards --response_length 8 --max_prompt_length"
+    limit = max(len(prompt) for prompt in prompts_of(rl, wide))  # a pass takes as many tokens as the longest would
+    batches = spy_rollouts(monkeypatch, rl)
+    for name, (size, steps) in {"one": (4, 1), "four": (1, 4), "two": (2, 2)}.items():
+        sizes = f" --per_device_train_batch_size {size} --gradient_accumulation_steps {steps}"
+        run(rl, wide, tmp_path / name, f"{flags} {limit}{sizes}")
+    assert [len(groups) for groups in batches[:4]] == [1, 1, 4, 4] and len(batches[4]) == 2
     one, four, two = (adapters(tmp_path / name / "final_checkpoint") for name in ("one", "four", "two"))
     for i, start in enumerate(("sft", "rm")):
-        start = load_file(Path(chain[start]) / "adapter_model.safetensors")
+        start = load_file(Path(wide[start]) / "adapter_model.safetensors")
         assert max((one[i][name] - start[name]).abs().max() for name in start) > 1e-4
         assert_close(one[i], four[i], 1e-6)
         assert_close(one[i], two[i], 1e-6)
@@ -449,19 +470,19 @@ def test_gradient_checkpointing_gives_the_same_update(rl, chain, tmp_path, monke
         assert_close(ours, theirs, 1e-6)
 
 
-def test_logits_are_asked_for_response_positions_only(rl, chain, tmp_path, monkeypatch):
-    """Item 15: with prompts of 15 tokens and more, the head never sees more than the response and one position."""
+def test_logits_are_asked_for_response_positions_only(rl, wide, tmp_path, monkeypatch):
+    """Item 15: with four prompts of 15 tokens and more, the head never sees more than the answers' positions."""
     shapes = []
 
     def watch(roles):
         head = roles.policy.model.get_output_embeddings()
-        head.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
+        head.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape[:-1].numel()))
 
     spy_roles(monkeypatch, rl, watch)
-    batches = spy_rollouts(monkeypatch, rl)
-    run(rl, chain, tmp_path / "out", "--response_length 4")
-    assert min(batch.context for group in batches for batch in group) >= 15
-    assert max(shape[1] for shape in shapes) in (5, 6)
+    asked = fix_responses(monkeypatch, rl)
+    run(rl, wide, tmp_path / "out", "--eval_steps 1")
+    assert min(len(prompt) for prompts in asked for prompt in prompts) >= 15
+    assert 8 < max(shapes) <= 4 * (8 + 1)
 
 
 # ---- tokens ----
@@ -483,24 +504,17 @@ def test_stopping_is_trained_where_eos_is_the_pad_token(rl, chain, tmp_path, mon
         assert after > before + 0.01
 
 
-def test_logprobs_are_those_of_the_unpadded_sequences(rl, chain, tmp_path, monkeypatch):
+def test_logprobs_are_those_of_the_unpadded_sequences(rl, wide, tmp_path, monkeypatch):
     """Items 17 and 20: EOS inside the prompt is seen, left padding is not; values and log-probabilities to 1e-5."""
     asked, batches = fix_responses(monkeypatch, rl), spy_rollouts(monkeypatch, rl)
-    run(rl, chain, tmp_path / "out", "--total_episodes 4")
+    run(rl, wide, tmp_path / "out", "--total_episodes 4")
     (prompts,), (group,) = asked, batches
-    assert (
-        len(group) == 1 and len({len(prompt) for prompt in prompts}) > 1 and all(STOP in prompt for prompt in prompts)
-    )
-    batch, scorer, checked = group[0], load_scorer(chain["rm"]), 0
-    for i in range(4):
-        ids = batch.input_ids[i][batch.attention_mask[i].bool()].tolist()
-        prompt = next(
-            prompt
-            for prompt in prompts
-            if ids[: len(prompt)] == prompt and ids[len(prompt) :] == choose_response(prompt)
-        )
-        response = choose_response(prompt)
-        by_hand, entropy = logprobs_of(chain["sft"], prompt, response)
+    assert len(group) == 1 and len({len(prompt) for prompt in prompts}) > 1
+    assert "wide_gpt2" in wide["base"] or all(STOP in prompt for prompt in prompts)
+    batch, scorer, checked = group[0], load_scorer(wide["rm"]), 0
+    for i, row in enumerate(batch.rows):
+        prompt, response = row["prompt_ids"], choose_response(row["prompt_ids"])
+        by_hand, entropy = logprobs_of(wide["sft"], prompt, response)
         values = scalars_of(scorer, prompt + response)[len(prompt) - 1 : -1]
         torch.testing.assert_close(batch.logprobs[i][batch.actions[i]], by_hand, atol=1e-5, rtol=0)
         torch.testing.assert_close(batch.entropy[i][batch.actions[i]], entropy, atol=1e-5, rtol=0)
@@ -989,7 +1003,7 @@ BAD_INPUT = {
     "no such file": (None, "--reward_function nowhere.py:fn", "should read FILE.py:NAME"),
     "no colon": (None, "--reward_function RULES", "should read FILE.py:NAME"),
     "no such function": (None, "--reward_function RULES:absent", "has no function absent"),
-    "too few numbers": (None, "--reward_function RULES:too_few", "returned 1 numbers for 4 responses"),
+    "too few numbers": (None, "--reward_function RULES:too_few", "returned 0 numbers for"),
     "not finite": (None, "--reward_function RULES:not_a_number", "reward is not finite"),
     "no such split": ("rm", "--eval_subset nowhere", "nowhere"),
     "reward model is an SFT adapter": ("sft", "", "is not a reward model's adapter"),

@@ -182,32 +182,62 @@ def test_bad_input_is_one_line_and_exit_code_2(chain, lone):
 
 
 DRIVER = """
-import random, sys
+import json, random, sys
+from pathlib import Path
 sys.path.insert(0, {root!r})
 import training_rl as rl
 
-def generate(self, role, prompts, sample=True, original=rl.PPOTrainer.generate):
+original = rl.PPOTrainer.generate
+
+def by_prompt(self, role, prompts, sample=True):
     return [choose(prompt) for prompt in prompts] if sample else original(self, role, prompts, sample)
 
 def choose(prompt):
     chance = random.Random(str(prompt))
     return [chance.randrange(3, 300) for _ in range(chance.randrange(1, 8))] + [2]
 
-rl.PPOTrainer.generate = generate
-rl.main(sys.argv[1:])
+def recorded(self, role, prompts, sample=True):
+    responses = original(self, role, prompts, sample)
+    with open(Path(self.args.output_dir) / f"rank_{{self.args.process_index}}.jsonl", "a") as file:
+        file.write(json.dumps([prompts, responses, sample]) + "\\n")
+    return responses
+
+for name, arguments in json.loads(Path(sys.argv[1]).read_text()):
+    rl.PPOTrainer.generate = {{"by_prompt": by_prompt, "recorded": recorded}}[name]
+    rl.main(arguments)
 """
 
 
-def test_two_processes_of_two_equal_one_of_four(chain, tmp_path):
-    """Item 26: the gradients, counts, moments and metrics of both processes enter; it saves, and it resumes."""
-    driver = tmp_path / "driver.py"
-    driver.write_text(DRIVER.format(root=str(ROOT)))
+def run_driver(tmp_path, name, processes, commands):
+    """The commands one after another in `processes` processes."""
+    (tmp_path / "driver.py").write_text(DRIVER.format(root=str(ROOT)))
+    (tmp_path / f"{name}.json").write_text(json.dumps(commands))
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    )
+    done = subprocess.run(
+        [sys.executable, *launch, "driver.py", f"{name}.json"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+def test_two_processes_of_two_equal_one_of_four(rl, chain, full_rm, tmp_path):
+    """Items 9 and 26: the gradients, counts, moments and metrics of both processes enter; both save, full fine-tuning
+    too; a resumed pair of processes ends as an uninterrupted one; the two sample answers of their own."""
     flags = "--set optim=sgd --learning_rate 0.1 --total_episodes 12 --save_steps 2 --num_ppo_epochs 2 --whiten_rewards"
     flags += " --per_device_train_batch_size"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    alone = start([sys.executable, str(driver)], command(chain, tmp_path / "one", flags + " 4"), tmp_path)
-    pair = start([sys.executable, *launch, str(driver)], command(chain, tmp_path / "two", flags + " 2"), tmp_path)
-    assert alone.wait(timeout=120) == 0 and pair.wait(timeout=120) == 0, (tmp_path / "log.txt").read_text()[-5000:]
+    full = "--per_device_train_batch_size 2 --normalize_reward --save_steps 1 --total_episodes 8 --save_total_limit 9"
+    models = {**chain, "full_rm": full_rm}
+    run_driver(tmp_path, "one", 1, [("by_prompt", command(chain, tmp_path / "one", flags + " 4"))])
+    run_driver(
+        tmp_path,
+        "two",
+        2,
+        [
+            ("by_prompt", command(chain, tmp_path / "two", flags + " 2")),
+            ("recorded", command(models, tmp_path / "full", full, model="base", reward="full_rm")),
+        ],
+    )
     one, two = (adapters(tmp_path / name / "final_checkpoint") for name in ("one", "two"))
     for i, name in enumerate(("sft", "rm")):
         before = load_file(Path(chain[name]) / "adapter_model.safetensors")
@@ -219,13 +249,25 @@ def test_two_processes_of_two_equal_one_of_four(chain, tmp_path):
         for key in mine:
             if not key.startswith(("speed/", "epoch")):
                 assert mine[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5), key
-    assert (tmp_path / "one" / "samples.jsonl").exists()
-    assert len(read_lines(tmp_path / "one" / "samples.jsonl")) == len(read_lines(tmp_path / "two" / "samples.jsonl"))
-    states = list((tmp_path / "two" / "checkpoint-2").glob("rng_state_*.pth"))
-    assert len(states) == 2
-    shutil.rmtree(tmp_path / "two" / "final_checkpoint")
-    shutil.rmtree(tmp_path / "two" / "checkpoint-3")
-    again = command(chain, tmp_path / "two", flags + " 2 --resume_from_checkpoint")
-    assert start([sys.executable, *launch, str(driver)], again, tmp_path).wait(timeout=120) == 0
-    for i in range(2):
-        assert_close(adapters(tmp_path / "two" / "final_checkpoint")[i], two[i], 0)
+    samples = [read_lines(tmp_path / name / "samples.jsonl") for name in ("one", "two")]
+    assert len(samples[0]) == len(samples[1]) == 8
+
+    rollouts = [[line for line in read_lines(tmp_path / "full" / f"rank_{rank}.jsonl") if line[2]] for rank in (0, 1)]
+    assert rollouts[0][0][0] == rollouts[1][0][0] and rollouts[0][0][1] != rollouts[1][0][1]  # the reference's answers
+    for mine, other in zip(rollouts[0][1:], rollouts[1][1:]):
+        assert not [prompt for prompt in mine[0] if prompt in other[0]]
+    assert rl.AutoModelForCausalLM.from_pretrained(tmp_path / "full" / "final_checkpoint")
+    assert rl.AutoModelForSequenceClassification.from_pretrained(tmp_path / "full" / "final_checkpoint" / "value")
+
+    commands = []
+    for name, mode, some in (("two", "by_prompt", {}), ("full", "recorded", {"model": "base", "reward": "full_rm"})):
+        part = tmp_path / f"{name}_resumed"
+        last = max((tmp_path / name).glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+        shutil.copytree(
+            tmp_path / name, part, ignore=shutil.ignore_patterns("final_checkpoint", last.name, "metrics.json")
+        )
+        again = (flags + " 2" if name == "two" else full) + " --resume_from_checkpoint"
+        commands.append((mode, command(models, part, again, **some)))
+    run_driver(tmp_path, "again", 2, commands)
+    assert_same_run(tmp_path / "two_resumed", tmp_path / "two", 3)
+    assert_same_run(tmp_path / "full_resumed", tmp_path / "full", 2)
