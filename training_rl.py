@@ -425,9 +425,12 @@ class PromptFormat:
         ids = list(self.bos) if self.name == "qa" else []  # a chat template writes its own BOS
         mask, done = [0] * len(ids), 0
         for cut, trained in [piece for begin, end in spans for piece in ((begin, 0), (end, 1))] + [(len(text), 0)]:
-            # A piece reads as it does after the text before it, unless a token of that reading lies across the cut;
-            # then as after a line break or a letter (alone, SentencePiece would begin it with a space).
-            for before in (text[:done], "\n", "a", ""):
+            # A piece reads as it does after the text before it (from the last special token on), unless a token of
+            # that reading lies across the cut; then as after a line break or a letter (alone, SentencePiece would
+            # begin it with a space).
+            special = () if self.name == "qa" else self.special.finditer(text, 0, done)
+            start = max((match.start() for match in special), default=0)
+            for before in (text[start:done], "\n", "a", ""):
                 known, both = self._ids(before), self._ids(before + text[done:cut])
                 if both[: len(known)] == known:
                     break
@@ -508,8 +511,8 @@ def check_shared(args):
         raise UserError(f"--lr_scheduler_type {args.lr_scheduler_type} is not one of the schedulers of transformers")
 
 
-def pick_checkpoint(args):
-    """The checkpoint to resume from, or None. Refuses to write into a directory that holds something else.
+def pick_checkpoint(args, stage):
+    """The checkpoint of this stage to resume from, or None. Refuses to write into a directory that holds something else.
 
     A checkpoint counts as complete when its trainer_state.json can be read: Trainer writes that file last."""
     output_dir = Path(args.output_dir)
@@ -529,6 +532,11 @@ def pick_checkpoint(args):
                 f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)"
             )
         read_json(checkpoint / "trainer_state.json")
+        found = read_json(checkpoint / "run.json").get("stage") if (checkpoint / "run.json").is_file() else stage
+        if found != stage:
+            raise UserError(
+                f"--resume_from_checkpoint {checkpoint} is of the stage {found!r}; this script goes on with {stage!r}"
+            )
         return checkpoint
     numbered = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
     for checkpoint in sorted(numbered, key=lambda path: -int(path.name[11:])):
@@ -776,6 +784,39 @@ class RunCallback(TrainerCallback):
         self.restore()
 
 
+def hash_base(base, names=None):
+    """{name: hash} of a few tensors (first, middle and last by name, or `names`) of a local base model; {} for others.
+
+    Of each the type, the shape and the first 64 KiB; the layout is that of https://huggingface.co/docs/safetensors."""
+    places = {}
+    for path in sorted(Path(base).glob("model*.safetensors")):
+        with open(path, "rb") as file:
+            data = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(data - 8))
+        places |= {name: (path, data, info) for name, info in header.items() if name != "__metadata__"}
+    found = sorted(places)
+    hashes = {}
+    for name in names or ({found[0], found[len(found) // 2], found[-1]} if found else ()):
+        if name in places:
+            path, data, info = places[name]
+            with open(path, "rb") as file:
+                start, end = info["data_offsets"]
+                file.seek(data + start)
+                text = f"{info['dtype']} {info['shape']} ".encode() + file.read(min(2**16, end - start))
+            hashes[name] = hashlib.sha256(text).hexdigest()[:16]
+    return hashes
+
+
+def check_base(source, args):
+    """Refuse an adapter whose base model is no longer the one that it was trained on, as far as run.json tells."""
+    recorded = source.run.get("base_hash") if source.adapter else None
+    if recorded and Path(source.base).is_dir() and hash_base(source.base, recorded) != recorded:
+        text = f"the base model {source.base} is not the one that the adapter {source.adapter} was trained on"
+        if not args.force:
+            raise UserError(f"{text}; put that one back, or pass --force")
+        print(text)
+
+
 def describe_run(stage, args, source, prompt_format, tokenizer, rows):
     """run.json: what the next stage, and whoever finds the checkpoint, needs to know."""
 
@@ -785,6 +826,7 @@ def describe_run(stage, args, source, prompt_format, tokenizer, rows):
     return {
         "stage": stage,
         "base_model": source.base,
+        "base_hash": hash_base(source.base) if source.adapter or args.use_lora else {},
         "parent": str(source.adapter or source.base),
         "prompt_format": prompt_format.name,
         "chat_template_hash": digest(tokenizer.chat_template) if prompt_format.name == "chat" else None,
@@ -1353,6 +1395,11 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         rolled_out = time.perf_counter()
         kl = self.accelerator.reduce(torch.stack([batch.kl.sum() for batch in batches]).sum(), "sum")
         kl = (kl / (self.args.per_device_train_batch_size * self.accelerator.num_processes)).item()
+        if self.state.global_step == 0 and not any(batch.ended.any() for batch in batches):
+            print(
+                f"none of the first answers ended within {self.args.response_length} tokens: the policy may not have "
+                "learned to stop; see --response_length, or train it longer on answers that end (training_sft.py)"
+            )
         if self.options.max_kl and kl > self.options.max_kl:
             return self.stop_for_kl(kl)
         if self.options.max_kl:
@@ -1744,10 +1791,13 @@ def main(argv=None):
     policy_source = locate_model(args.model_path, "--model_path")
     reward_source = args.reward_model_path and locate_model(args.reward_model_path, "--reward_model_path")
     value_source = args.value_model_path and locate_model(args.value_model_path, "--value_model_path")
+    for source in (policy_source, reward_source, value_source):
+        if source:
+            check_base(source, args)
     args.use_lora = args.use_lora or policy_source.adapter is not None
     if args.learning_rate is None:
         args.learning_rate = 5e-5 if args.use_lora else 3e-6
-    checkpoint = pick_checkpoint(args)
+    checkpoint = pick_checkpoint(args, "rl")
 
     tokenizer = load_tokenizer(policy_source, args)
     prompt_format = pick_format(args.prompt_format, "chat", policy_source.run.get("prompt_format"), tokenizer)

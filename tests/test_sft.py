@@ -38,12 +38,13 @@ def run(sft, tmp_path, monkeypatch):
     """run(rows, model, *flags) -> the trainer, after main() with the rows as data set; output in tmp_path / `out`."""
     made = []
 
-    class Trainer(sft.SFTTrainer):
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs)
-            made.append(self)
+    init = sft.SFTTrainer.__init__
 
-    monkeypatch.setattr(sft, "SFTTrainer", Trainer)
+    def remember(self, **kwargs):
+        init(self, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(sft.SFTTrainer, "__init__", remember)
 
     def run(rows, model, *flags, out="out"):
         data = write_rows(tmp_path / "data" / "train.jsonl", rows)
@@ -166,28 +167,38 @@ STEP = [
 
 
 @pytest.mark.parametrize(
-    ("flags", "on_gpu"),
+    ("flags", "how"),
     [
-        (["--batch_size", 8], False),
-        (["--batch_size", 8], True),
-        (["--batch_size", 2, "--gradient_accumulation_steps", 4], False),
-        (["--batch_size", 2, "--gradient_accumulation_steps", 4], True),
-        (["--batch_size", 8, "--gradient_checkpointing"], False),
-        (["--batch_size", 1, "--packing", "--max_length", 512], False),
-        (["--batch_size", 8, "--train_on_prompt"], True),
+        (["--batch_size", 8], "row by row"),
+        (["--batch_size", 8], "long answers"),
+        (["--batch_size", 8], "gpu"),
+        (["--batch_size", 2, "--gradient_accumulation_steps", 4], "row by row"),
+        (["--batch_size", 2, "--gradient_accumulation_steps", 4], "gpu"),
+        (["--batch_size", 8, "--gradient_checkpointing"], "row by row"),
+        (["--batch_size", 1, "--packing", "--max_length", 512], "row by row"),
+        (["--batch_size", 8, "--train_on_prompt"], "row by row"),
+        (["--batch_size", 8, "--train_on_prompt"], "gpu"),
     ],
 )
-def test_a_step_is_that_of_the_padded_batch(sft, run, tmp_path, plain_llama, monkeypatch, flags, on_gpu):
+def test_a_step_is_that_of_the_padded_batch(sft, run, tmp_path, plain_llama, monkeypatch, flags, how):
     """However the eight rows are laid out, each trained token counts the same and no row sees another.
 
-    `on_gpu` takes the layout of a GPU: the rows of a batch one after the other in one row."""
-    if on_gpu:
+    "gpu" is the layout of a GPU: the rows of a batch one after the other in one row."""
+    if how == "long answers":
+        monkeypatch.setattr(sft.RowTrainer, "LOGITS", 400 * 40)  # 3 rows are longer than 40 tokens, 5 are not
+    if how == "gpu":
         monkeypatch.setattr(sft.torch.accelerator, "is_available", lambda: True)
         fields = sft.config_fields
         monkeypatch.setattr(sft, "config_fields", lambda args, **own: {**fields(args, **own), "use_cpu": True})
     trainer = run(PAIRS, plain_llama, *STEP, *flags)
-    if not on_gpu and "--packing" not in flags:
-        assert trainer.args.per_device_train_batch_size == 1
+    assert trainer.args.per_device_train_batch_size == (flags[1] if how == "gpu" else 1)
+    if how == "long answers":
+        lengths = sorted(sum(label != -100 for label in row) for row in trainer.train_dataset["labels"])
+        assert (
+            lengths[0] * len(trainer.processing_class)
+            < sft.RowTrainer.LOGITS
+            < lengths[-1] * len(trainer.processing_class)
+        )
     assert trainer.state.global_step == 1
     if "--packing" in flags:
         assert len(trainer.train_dataset) == 1 and len(trainer.train_dataset[0]["seq_lengths"]) == 8
@@ -208,12 +219,18 @@ def reference_row(sft, trainer, row, everything):
     return prompt + answer, (prompt if everything else [-100] * len(prompt)) + answer
 
 
-def test_no_example_sees_another_in_a_flattened_row(run, plain_llama):
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_no_example_sees_another_in_a_flattened_row(run, plain_llama, gpt2, kind):
     """Other tokens in one example leave the loss and the gradient of its neighbour as they are, bit for bit."""
     trainer = run(PAIRS, plain_llama, "--max_steps", 1)
     first, second = trainer.train_dataset[0], trainer.train_dataset[5]
     changed = {**second, "input_ids": [(token + 7) % 300 for token in second["input_ids"]]}
-    model = AutoModelForCausalLM.from_pretrained(plain_llama)
+    model = AutoModelForCausalLM.from_pretrained(
+        plain_llama if kind == "llama" else gpt2
+    )  # from_pretrained: no dropout
+    weight = (
+        model.model.layers[0].self_attn.q_proj.weight if kind == "llama" else model.transformer.h[0].attn.c_attn.weight
+    )
 
     def gradient(*examples, look_at):
         hidden = [{**example, "labels": [-100] * len(example["labels"])} for example in examples]
@@ -223,7 +240,7 @@ def test_no_example_sees_another_in_a_flattened_row(run, plain_llama):
         model.zero_grad()
         loss = model(**batch, use_cache=False).loss  # with a cache there would be no mask per example
         loss.backward()
-        return loss.item(), model.model.layers[0].self_attn.q_proj.weight.grad.clone()
+        return loss.item(), weight.grad.clone()
 
     for order, look_at in (((first, second), 0), ((second, first), 1)):
         loss, grad = gradient(*order, look_at=look_at)

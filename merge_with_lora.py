@@ -1,0 +1,867 @@
+"""Merge a LoRA adapter into its base model: a full model that loads without PEFT, checked against base + adapter.
+
+In: an adapter directory (`final_checkpoint/` of any stage, or one of your own) and its base model in safetensors.
+Out, in --output_dir: the full model in safetensors, config, tokenizer, chat template, generation config and run.json;
+from a reward model's adapter a sequence classifier with its score head.
+
+The weights are streamed: a tensor that the adapter changes is summed in float32 and rounded once, block by block; the
+others are copied byte for byte. Memory does not grow with the model.
+
+    python merge_with_lora.py --adapter_path checkpoints/ppo/final_checkpoint --output_dir checkpoints/merged
+    python merge_with_lora.py --adapter_path my_adapter --base_model_path models/llama --output_dir merged --dtype bfloat16
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "transformers>=5.20,<6", "peft>=0.21,<1", "accelerate>=1.15,<2", "bitsandbytes>=0.49"]
+# ///
+
+import argparse
+import concurrent.futures
+import contextlib
+import copy
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+# >>> block base: the same in training_sft.py, training_reward_model.py, training_rl.py, merge_with_lora.py (tests/test_blocks.py)
+TRL_VERSION = "1.12.0"  # the last release with PPOTrainer; the four scripts are tested with this one
+
+
+class UserError(Exception):
+    """What is wrong, where, and what would be right: shown as one line, exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Full flag names only; the default value in the help; a mistake is one line."""
+
+    def __init__(self, description):
+        summary = description.split("\n\n")[0]
+        super().__init__(
+            description=summary, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def run_as_script(function):
+    """Call `function()`; what a user can mend becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    code = 0
+    try:
+        function()
+    except (UserError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    if code:
+        sys.exit(code)
+
+
+def check_trl():
+    """Refuse another trl than the one that the scripts are written for."""
+    found = importlib.metadata.version("trl")
+    if found != TRL_VERSION:
+        raise UserError(f"this script needs trl {TRL_VERSION}, found {found}: pip install trl=={TRL_VERSION}")
+
+
+def read_json(path):
+    """The JSON object in the file `path`."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} should hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def write_json(path, value):
+    """Write `value` as JSON; the file is either the old one or the whole new one."""
+    draft = Path(f"{path}.partial")
+    draft.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def publish(directory):
+    """Yield an empty directory to fill; it takes the name `directory` only when it is complete."""
+    directory = Path(directory)
+    draft, old = directory.with_name(directory.name + ".partial"), directory.with_name(directory.name + ".old")
+    for leftover in (draft, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    draft.mkdir(parents=True)
+    yield draft
+    if directory.exists():
+        os.replace(directory, old)
+    os.replace(draft, directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclasses.dataclass
+class Source:
+    """Where a model comes from: `base`, a full model (hub id or absolute directory); `adapter`, a directory with a
+    LoRA adapter for it, or None; `run`, the run.json that an earlier stage left beside it, or {}."""
+
+    base: str
+    adapter: Path | None
+    run: dict
+
+
+def locate_model(path, flag):
+    """Find out what `path` (a hub id, a model directory or an adapter directory) is, without loading weights."""
+    folder = Path(path)
+    if folder.is_file():
+        raise UserError(f"{flag} {path} is a file; it should be a model directory or a hub id")
+    if not folder.is_dir():
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
+            raise UserError(f"{flag} {path} does not exist; it should be a model directory or a hub id")
+        return Source(str(path), None, {})
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        inside = [child.parent.name for child in folder.glob("*/*config.json")]
+        hint = f"; did you mean {folder / sorted(inside)[0]}?" if inside else ""
+        raise UserError(f"{flag} {path} holds neither config.json nor adapter_config.json{hint}")
+    run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    if not (folder / "adapter_config.json").is_file():
+        return Source(str(folder.resolve()), None, run)
+    config = read_json(folder / "adapter_config.json")
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{folder / 'adapter_config.json'} names no base model (base_model_name_or_path)")
+    looks_local = Path(base).is_absolute() or base.startswith(".") or "\\" in base or base.count("/") > 1
+    if looks_local and not Path(base).is_dir():
+        raise UserError(
+            f"{flag} {path} is an adapter for the base model {base}, which is not there; put the base model back or "
+            f"write its new place into base_model_name_or_path in {folder / 'adapter_config.json'}"
+        )
+    return Source(str(Path(base).resolve()) if Path(base).is_dir() else base, folder.resolve(), run)
+
+
+# <<< block base
+
+
+def build_parser():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--adapter_path", required=True, help="directory or hub id of the LoRA adapter")
+    add("--output_dir", required=True, help="directory for the merged model; empty, or with --overwrite_output_dir")
+    add("--base_model_path", help="directory or hub id of the base model (the one that the adapter's config names)")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: that of the base")
+    add("--max_shard_size", default="5GB", help="largest file of weights, e.g. 500MB or 5GB")
+    add("--verify", action="store_true", default=True, help="compare with base + adapter on a few short texts")
+    add("--no_verify", dest="verify", action="store_false", help="leave that comparison out")
+    add("--overwrite_output_dir", action="store_true", help="replace the model in --output_dir")
+    add("--push_to_hub", action="store_true", help="upload the merged model under the name of --output_dir")
+    add("--force", action="store_true", help="go on with a base that is not the one the adapter was trained on")
+    return parser
+
+
+if __name__ == "__main__":  # before the slow imports: --help and a mistyped flag answer at once
+    run_as_script(build_parser().parse_args)
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional CPU kernel at every start
+warnings.filterwarnings("ignore", module="peft")  # advice on tied embeddings, which are untied here where they differ
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import HfApi, snapshot_download, split_state_dict_into_shards_factory
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch.nn.utils import parametrize
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BLOCK = 2**19  # weights summed at a time: 2 MiB in float32 stay in the processor's cache
+COPY = 2**23  # bytes copied at a time
+FACTOR = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?")
+# What a LoRA config may set and still be read below. An adapter that uses anything else (target_parameters,
+# trainable_token_indices, lora_bias, ...) is left to PEFT.
+FIELDS = set(
+    "alpha_pattern auto_mapping base_model_name_or_path bias eva_config exclude_modules fan_in_fan_out inference_mode "
+    "init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout megatron_core "
+    "modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision runtime_config target_modules "
+    "task_type use_dora use_rslora".split()
+)
+TEXT = (
+    "The capital of France is Paris, and the sky is blue because air scatters blue light more than red light. Water "
+    "boils at 100 degrees Celsius at sea level; on a high mountain it boils sooner. Question: How many legs does a "
+    "spider have? Answer: A spider has eight legs, two more than an insect."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file; `start` and `end` are bytes from the beginning of the file."""
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple
+    start: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What an adapter does to a tensor: it puts `whole` in its place, or adds scaling * B @ A (transposed where the
+    tensor's rows are inputs), and for DoRA then scales every output of the sum to the norm in `magnitude`."""
+
+    whole: Stored | None = None
+    a: Stored | None = None
+    b: Stored | None = None
+    magnitude: Stored | None = None
+    scaling: float = 1.0
+    transposed: bool = False
+
+    @property
+    def shape(self):
+        """The shape of the tensor that this step fits."""
+        if self.whole:
+            return self.whole.shape
+        outputs, inputs = self.b.shape[0], self.a.shape[1]
+        return (inputs, outputs) if self.transposed else (outputs, inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """A tensor of the merged model: `source`, as the steps change it."""
+
+    name: str
+    dtype: str
+    shape: tuple
+    source: Stored | None
+    steps: tuple
+
+    @property
+    def computed(self):
+        return bool(self.steps) or self.dtype != self.source.dtype
+
+    @property
+    def size(self):
+        """Bytes."""
+        if self.computed:
+            return math.prod(self.shape) * FLOATS[self.dtype].itemsize
+        return self.source.end - self.source.start
+
+
+def shorten(names):
+    """The first three of some names, for an error."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def fetch_folder(path, flag, revision=None):
+    """The directory of a model or an adapter; for a hub id the one in the hub's cache."""
+    if Path(path).is_dir():
+        return Path(path).resolve()
+    locate_model(path, flag)  # refuses what cannot be a hub id
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub's client has a dozen types of its own
+        raise UserError(f"{flag} {path} is not a directory here, and not to be had from the hub: {error}") from error
+
+
+def follow_chain(args):
+    """The adapters, from the one on the full model to --adapter_path, and the directory of the full model."""
+    folder, chain, override = fetch_folder(args.adapter_path, "--adapter_path"), [], args.base_model_path
+    while (folder / "adapter_config.json").is_file():
+        if folder in chain:
+            raise UserError(f"the adapter {folder} is its own base model")
+        chain.insert(0, folder)
+        config = read_json(folder / "adapter_config.json")
+        base = config.get("base_model_name_or_path")
+        if override and not (base and (Path(base) / "adapter_config.json").is_file()):
+            folder, override = fetch_folder(override, "--base_model_path"), None
+        elif not isinstance(base, str) or not base:
+            raise UserError(f"{folder / 'adapter_config.json'} names no base model; pass it as --base_model_path")
+        else:
+            flag = f"the adapter {folder} needs its base model (--base_model_path names another):"
+            folder = fetch_folder(base, flag, config.get("revision"))
+    locate_model(folder, "--base_model_path" if chain else "--adapter_path")  # refuses a directory without a model
+    if not chain:
+        raise UserError(
+            f"--adapter_path {args.adapter_path} is a full model, not an adapter: there is nothing to merge"
+        )
+    return chain, folder
+
+
+def read_headers(folder, stem):
+    """{name: Stored} of `stem`.safetensors, or of the files that its index names, in the order of their bytes."""
+    files, index = [f"{stem}.safetensors"], {}
+    if not (folder / files[0]).is_file():
+        if not (folder / f"{files[0]}.index.json").is_file():
+            raise UserError(f"{folder} holds no {files[0]}; weights in other formats (pickle, GGUF) are not read")
+        index = read_json(folder / f"{files[0]}.index.json").get("weight_map") or {}
+        files = sorted(set(index.values()))
+        if any(Path(file).name != file for file in files):
+            raise UserError(f"{folder / stem}.safetensors.index.json names files in other directories")
+    tensors = {}
+    for path in [folder / file for file in files]:
+        try:
+            with safe_open(path, framework="pt"):  # checks the header against the length of the file
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is not a complete safetensors file: {error}") from error
+        with open(path, "rb") as file:  # the format: https://huggingface.co/docs/safetensors
+            data = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(data - 8))
+        header.pop("__metadata__", None)
+        for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = info["data_offsets"]
+            tensors[name] = Stored(name, path, info["dtype"], tuple(info["shape"]), data + start, data + end)
+    if set(index) - set(tensors):
+        raise UserError(f"the files in {folder} lack tensors of their index: {shorten(set(index) - set(tensors))}")
+    return tensors
+
+
+def read_bytes(tensor, begin, end):
+    data = bytearray(end - begin)
+    with open(tensor.path, "rb") as file:
+        file.seek(tensor.start + begin)
+        if file.readinto(data) != len(data):
+            raise UserError(f"{tensor.path} was cut while it was read")
+    return data
+
+
+def read_rows(tensor, begin=0, end=None):
+    """Rows of a stored tensor (all by default) in float32."""
+    end = (tensor.shape or (1,))[0] if end is None else end
+    row = math.prod(tensor.shape[1:]) * FLOATS[tensor.dtype].itemsize
+    values = torch.frombuffer(read_bytes(tensor, begin * row, end * row), dtype=FLOATS[tensor.dtype]).float()
+    return values.view(end - begin, *tensor.shape[1:]) if tensor.shape else values[0]
+
+
+read_factor = functools.lru_cache(maxsize=8)(read_rows)  # A, B and magnitude: needed for every block of a tensor
+
+
+def merge_rows(source, steps, begin=0, end=None):
+    """Rows of `source` (all by default) in float32, as the steps change them."""
+    weight = read_rows(source, begin, end) if source else None
+    for step in steps:
+        if step.whole:
+            weight = read_rows(step.whole, begin, end)
+            continue
+        a, b = read_factor(step.a), read_factor(step.b)
+        delta = (b @ a[:, begin:end]).T if step.transposed else b[begin:end] @ a
+        weight = delta.mul_(step.scaling).add_(weight)
+        if step.magnitude:
+            magnitude = read_factor(step.magnitude).flatten()
+            magnitude = magnitude[None] if step.transposed else magnitude[begin:end, None]
+            weight *= magnitude / torch.linalg.norm(weight, dim=0 if step.transposed else 1, keepdim=True)
+    return weight
+
+
+def split_rows(shape, steps=()):
+    """(begin, end) of the blocks of rows that a tensor is read and summed in."""
+    rows = (shape or (1,))[0]
+    block = max(1, BLOCK // max(1, math.prod(shape[1:])))
+    if any(step.magnitude and step.transposed for step in steps):  # their norms run over all rows
+        block = rows
+    return [(begin, min(begin + block, rows)) for begin in range(0, rows, block)]
+
+
+def output_bytes(output):
+    """The bytes of a tensor of the merged model, in pieces."""
+    if not output.computed:
+        for begin in range(0, output.size, COPY):
+            yield read_bytes(output.source, begin, min(begin + COPY, output.size))
+        return
+    for begin, end in split_rows(output.shape, output.steps):
+        block = merge_rows(output.source, output.steps, begin, end).to(FLOATS[output.dtype])
+        if not torch.isfinite(block).all():
+            raise UserError(f"{output.name} would hold NaN or infinity in {FLOATS[output.dtype]}")
+        yield block.contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def flush_file(path):
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def write_weights(folder, outputs, max_shard_size, pool):
+    """Write the merged model's tensors as safetensors, in files of at most `max_shard_size`.
+
+    Returns the jobs in `pool` (of one thread) that bring them onto the disk, so that it works from the first block on."""
+    outputs = {output.name: output for output in outputs}
+    split = split_state_dict_into_shards_factory(
+        outputs,
+        get_storage_size=lambda output: output.size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    total, jobs = sum(output.size for output in outputs.values()), []
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Merging") as bar:
+        for filename, names in split.filename_to_tensors.items():
+            # Wide types first, so that every tensor starts at a multiple of its width, as the format's own writer does.
+            shard = sorted((outputs[name] for name in names), key=lambda o: -o.size // max(1, math.prod(o.shape)))
+            header, offset = {"__metadata__": {"format": "pt"}}, 0
+            for output in shard:
+                span = [offset, offset + output.size]
+                header[output.name] = {"dtype": output.dtype, "shape": output.shape, "data_offsets": span}
+                offset += output.size
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)
+            with open(folder / filename, "wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                for output in shard:
+                    for data in output_bytes(output):
+                        bar.update(file.write(data))
+                        if not jobs or jobs[-1].done():
+                            jobs.append(pool.submit(flush_file, folder / filename))
+            jobs.append(pool.submit(flush_file, folder / filename))
+    if split.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+    return jobs
+
+
+def build_model(auto, config):
+    """The model without its weights; `auto` is AutoModelForCausalLM, or for reward models ...SequenceClassification."""
+    try:
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            return auto.from_config(copy.deepcopy(config), dtype=torch.float32).eval()  # from_config writes into it
+    except (ValueError, ImportError) as error:
+        raise UserError(f"the base model cannot be built: {error}") from error
+
+
+def match_names(model, tensors):
+    """What each parameter of `model` is loaded from, by the names that transformers' own loader gives the tensors.
+
+    Returns places, {parameter: [(tensor name, pattern, converter)]}, where a converter of transformers (or None) makes
+    the parameter out of one or several tensors; and tied, {parameter without a tensor: the parameter it equals}."""
+    places, state, conversions = {}, model.state_dict(), get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    for name in tensors:
+        place, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if place not in state and name in state:
+            place, pattern = name, None
+        converter = next((entry for entry in converters if pattern in entry.source_patterns), None)
+        for target in converter.target_patterns if converter else [place]:
+            parameter = place.replace(converter.target_patterns[0], target) if converter else place
+            if parameter in state:
+                places.setdefault(parameter, []).append((name, pattern, converter))
+    pairs = model.all_tied_weights_keys.items()
+    return places, {a: b for pair in pairs for a, b in (pair, pair[::-1]) if a not in places and b in places}
+
+
+def read_adapter(folder, model, tensors, places):
+    """(steps, reason): what an adapter does, {parameter or tensor: [step]}, or why that is left to PEFT."""
+    config, stored = read_json(folder / "adapter_config.json"), read_headers(folder, "adapter_model")
+    if config.get("peft_type") != "LORA":
+        return {}, f"a {config.get('peft_type')} adapter"
+    special = [name for name, value in config.items() if value and name not in FIELDS]
+    if config.get("init_lora_weights") not in (None, True, False, "gaussian", "eva", "orthogonal"):
+        special.append("init_lora_weights")  # the other ways to start change the base model
+    if special:
+        return {}, f"it uses {', '.join(special)}"
+    steps, factors, wrong, state = {}, {}, [], model.state_dict()
+    parameters = {place[0][0]: name for name, place in places.items() if not place[0][2]}
+
+    def find(name):
+        """The parameter of that name, or the one made out of the tensor of that name, or the tensor."""
+        return name if name in state else parameters.get(name, name)
+
+    for key, tensor in stored.items():
+        name = key.removeprefix("base_model.model.")
+        if match := FACTOR.fullmatch(name):
+            factors.setdefault(match[1], {})[match[2].replace("_embedding", "")] = tensor
+        elif not name.endswith(".base_layer.weight"):  # PEFT's copy of an embedding that has LoRA factors
+            steps[find(re.sub(r"\.(base_layer|modules_to_save)(?=\.)", "", name))] = [Step(whole=tensor)]
+    for module, parts in factors.items():
+        name = find(f"{module}.weight")
+        if not {"lora_A", "lora_B"} <= set(parts):
+            wrong.append(f"{module} has only {', '.join(parts)}")
+            continue
+        a, b, magnitude = (parts.get(part) for part in ("lora_A", "lora_B", "lora_magnitude_vector"))
+        if len(a.shape) != 2 or len(b.shape) != 2:
+            return {}, f"{name} is not a matrix"
+        if a.shape[0] != b.shape[1] or (magnitude and math.prod(magnitude.shape) != b.shape[0]):
+            wrong.append(f"the LoRA factors of {module} do not fit each other")
+        patterns, rank = config.get("alpha_pattern") or {}, a.shape[0]
+        alpha = patterns.get(get_pattern_key(patterns, module), config.get("lora_alpha", 8))
+        owner = model.get_submodule(name.removesuffix(".weight")) if name in state else None
+        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        transposed = isinstance(owner, (Conv1D, torch.nn.Embedding))
+        step = Step(a=a, b=b, magnitude=magnitude, scaling=scaling, transposed=transposed)
+        steps.setdefault(name, []).append(step)
+    for name, own in steps.items():
+        if places.get(name, [(None, None, None)])[0][2]:
+            return {}, f"{name} is made out of several tensors when the model is loaded"
+        shape = tuple(state[name].shape) if name in state else tensors[name].shape if name in tensors else "missing"
+        if shape != own[0].shape:
+            wrong.append(f"{name} is {shape} in the base model, {own[0].shape} in the adapter")
+    if wrong:
+        raise UserError(f"the adapter {folder} does not fit the base model: {shorten(wrong)}")
+    return steps, None
+
+
+def plan_merge(model, tensors, places, tied, steps, dtype):
+    """The tensors of the merged model, and the parameters that are tied no longer."""
+    floats = [tensor.dtype for tensor in tensors.values() if tensor.dtype in FLOATS]
+    owners = {place[0][0]: name for name, place in places.items() if not place[0][2]}
+    sources = {owners.get(name, name): tensor for name, tensor in tensors.items()}
+    if model.get_output_embeddings() is None:  # a classifier has no use for the head of the language model
+        used = {name for place in places.values() for name, *_ in place}
+        sources = {name: tensor for name, tensor in sources.items() if tensor.name in used}
+    untied = [name for name, source in tied.items() if steps.get(name) != steps.get(source)]
+    state = model.state_dict()
+    if odd := [
+        tensors[owner].name for owner, name in owners.items() if tensors[owner].shape != tuple(state[name].shape)
+    ]:
+        raise UserError(f"the base model's weights do not have the shapes of its config.json: {shorten(odd)}")
+    if odd := [tensor.name for name, tensor in sources.items() if name in steps and tensor.dtype not in FLOATS]:
+        raise UserError(f"the base model is stored quantized ({shorten(odd)}); it is needed in full precision")
+    if odd := [name for name, _ in model.named_parameters() if not {name} & {*places, *tied, *steps}]:
+        raise UserError(f"neither the base model nor the adapter has a tensor for {shorten(odd)}")
+    outputs = []
+    for name in dict.fromkeys([*sources, *untied, *steps]):
+        if name in tied and name not in untied:
+            continue
+        source, own = sources.get(tied.get(name, name)), tuple(steps.get(name, []))
+        kind = source.dtype if source else floats[0]
+        kind = dtype if dtype and kind in FLOATS else kind
+        stored_as = name if name in tied or not source else source.name
+        outputs.append(Output(stored_as, kind, source.shape if source else own[0].shape, source, own))
+    return outputs, untied
+
+
+class FromFile(torch.nn.Module):
+    """Stands in for a parameter; its values are read each time they are used."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+
+    def forward(self, _):
+        return self.read()
+
+
+@torch.no_grad()
+def run_lazily(model, tensors, steps, ids, adapter=None, change=None):
+    """The logits of `model` for `ids`, its parameters read as they are used: from `tensors`, as `steps` change them and
+    then `change(name, rows)`; with an adapter, in PEFT.
+
+    Memory: one matrix in float32; of linear layers a block of rows, of the input embedding the rows of `ids`."""
+    (places, tied), embedding, base = match_names(model, tensors), model.get_input_embeddings(), model
+
+    def read(name, begin=0, end=None):
+        place = places[tied.get(name, name)]
+        tensor, _, converter = place[0]
+        if converter:
+            converter = copy.deepcopy(converter)
+            for tensor, pattern, _ in place:
+                converter.add_tensor(name, tensor, pattern, merge_rows(tensors[tensor], steps.get(tensor, [])))
+            rows = converter.convert(name, model=base, config=base.config)[name]
+            rows = (rows[0] if isinstance(rows, list) else rows)[begin:end]
+        else:
+            rows = merge_rows(tensors[tensor], steps.get(name, []), begin, end)
+        return change(name, rows) if change else rows
+
+    def read_embedding(name):
+        values = torch.empty(embedding.num_embeddings, embedding.embedding_dim)  # pages are taken when written to
+        for row in ids.unique().tolist():
+            values[row] = read(name, row, row + 1)[0]
+        return values
+
+    def apply_linear(name, module, x):
+        blocks = split_rows((module.out_features, module.in_features))
+        y = torch.cat([torch.nn.functional.linear(x, read(name, begin, end)) for begin, end in blocks], dim=-1)
+        return y if module.bias is None else y + module.bias
+
+    slots = [(name, module, leaf) for name, module in model.named_modules() for leaf in [*module._parameters]]
+    slots = [(f"{name}.{leaf}", module, leaf) for name, module, leaf in slots if module._parameters[leaf] is not None]
+    for name, buffer in model.named_buffers():
+        if name in places and tensors[places[name][0][0]].dtype in FLOATS:
+            buffer.copy_(read(name))
+    if adapter:
+        model = get_peft_model(model, LoraConfig.from_pretrained(adapter), low_cpu_mem_usage=True)
+    for _, module, leaf in slots:  # in the place of each parameter one number that looks like a tensor of its shape
+        empty = torch.zeros(()).expand(module._parameters[leaf].shape)
+        module._parameters[leaf] = torch.nn.Parameter(empty, requires_grad=False)
+    if adapter:
+        values = {key: value.float() for key, value in load_file(adapter / "adapter_model.safetensors").items()}
+        values = {key: value for key, value in values.items() if not key.endswith(".base_layer.weight")}
+        set_peft_model_state_dict(model, values, low_cpu_mem_usage=True)
+        if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+            raise UserError(f"the adapter {adapter} lacks tensors that its config calls for: {shorten(absent)}")
+    for name, module, leaf in slots:
+        if any(module._parameters[leaf].stride()):
+            continue  # a bias that the adapter brought
+        function = functools.partial(read, name)
+        if type(module) is torch.nn.Linear and leaf == "weight":
+            module.forward = functools.partial(apply_linear, name, module)
+        elif module is embedding and not (adapter and model.peft_config["default"].use_dora):  # its norms need all rows
+            function = functools.partial(read_embedding, name)
+        parametrize.register_parametrization(module, leaf, FromFile(function), unsafe=True)
+    try:
+        return model.eval()(input_ids=ids, use_cache=False).logits
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        name = type(base).__name__
+        raise UserError(f"{name} cannot be run to verify the merge (--no_verify leaves that out): {error}") from error
+
+
+def add_noise(names, eps):
+    """A change for `run_lazily`: what rounding to a type of precision `eps` does to the parameters `names`, on average."""
+    generator = torch.Generator().manual_seed(0)
+
+    def change(name, rows):
+        if name not in names:
+            return rows
+        shapes = (len(rows), *[1] * (rows.dim() - 1)), rows.shape[1:]
+        one, other = (torch.randint(0, 2, shape, generator=generator) * 2.0 - 1 for shape in shapes)
+        # 0.21 eps: the root mean square of the relative error, where all magnitudes are equally likely
+        return rows * (1 + 0.21 * eps * one * other)
+
+    return change
+
+
+def quantize(model, bits):
+    """A change for `run_lazily`: what loading the base model in 4 bit (NF4) or 8 bit does to its linear layers."""
+    from bitsandbytes import functional
+
+    head = model.get_output_embeddings()  # stays as it is
+    linear = {f"{name}.weight" for name, m in model.named_modules() if type(m) is torch.nn.Linear and m is not head}
+
+    def change(name, rows):
+        if name not in linear:
+            return rows
+        if bits == 4:
+            return functional.dequantize_4bit(
+                *functional.quantize_4bit(rows, quant_type="nf4", compress_statistics=True)
+            )
+        scale = rows.abs().amax(dim=1, keepdim=True) / 127
+        return (rows / scale.clamp(min=1e-30)).round() * scale
+
+    return change
+
+
+def verify_merge(folder, auto, config, ids, expected, outputs):
+    """Compare the merged checkpoint with the logits (or scores) `expected`; refuse more than rounding explains.
+
+    What rounding explains is measured: how far the logits move when the weights that were rounded get random errors of
+    that size. Four times that is allowed, and 5e-5 of the largest logit for the order of additions in float32."""
+    tensors = read_headers(folder, "model")
+    rounded = {output.name: output.dtype for output in outputs if output.computed}
+    places, _ = match_names(build_model(auto, config), tensors)
+    names = {name for name, place in places.items() if place[0][0] in rounded}
+    eps = max([torch.finfo(FLOATS[dtype]).eps for dtype in rounded.values()], default=0.0)
+    found = run_lazily(build_model(auto, config), tensors, {}, ids)
+    moved = run_lazily(build_model(auto, config), tensors, {}, ids, change=add_noise(names, eps))
+    difference = (found - expected).abs().max().item()
+    allowed = 4 * (moved - found).abs().max().item() + 5e-5 * expected.abs().max().item()
+    figures = f"the largest difference is {difference:.2g}, rounding explains {allowed:.2g}"
+    if not difference <= allowed:  # nor where one of them is NaN
+        raise UserError(f"the merged model differs from base + adapter: {figures}; nothing was saved")
+    print(f"verified against base + adapter on {len(ids)} texts: of their logits, {figures}")
+    return found, {"texts": len(ids), "largest_difference": difference, "allowed": allowed}
+
+
+def merge_in_peft(chain, base, auto, config, dtype, folder, max_shard_size, ids):
+    """The merge by PEFT, the whole model in memory. Returns what base + adapters say about `ids`."""
+    try:
+        model = auto.from_pretrained(
+            base, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+        for adapter in chain:
+            model = PeftModel.from_pretrained(model, adapter, torch_device="cpu").eval()
+            with torch.no_grad():
+                expected = model(input_ids=ids, use_cache=False).logits
+            model = model.merge_and_unload(safe_merge=True)
+    except (ValueError, RuntimeError, AttributeError, NotImplementedError, KeyError, TypeError) as error:
+        raise UserError(f"PEFT cannot merge the adapter {adapter}: {error}") from error
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    return expected
+
+
+def hash_tensor(tensor):
+    """Of the type, the shape and the first 64 KiB. run.json has, in `base_hash`, that of a few tensors of the base."""
+    text = f"{tensor.dtype} {list(tensor.shape)} ".encode()
+    return hashlib.sha256(text + read_bytes(tensor, 0, min(2**16, tensor.end - tensor.start))).hexdigest()[:16]
+
+
+def check_base(base, tensors, run, force):
+    """Refuse a base model that is not the one of the training, if run.json says which that was."""
+    hashes = run.get("base_hash") or {}
+    changed = [name for name, value in hashes.items() if name not in tensors or hash_tensor(tensors[name]) != value]
+    if changed:
+        text = f"the base model {base} is not the one that the adapter was trained on: {shorten(changed)} differ"
+        if not force:
+            raise UserError(f"{text} (--force merges all the same)")
+        print(text)
+
+
+def check_output_dir(args, sources):
+    """Refuse a directory that holds something else than a model to be replaced, or what the merge reads."""
+    output_dir = Path(args.output_dir)
+    if output_dir.is_file():
+        raise UserError(f"--output_dir {output_dir} is a file; it should be a directory")
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        if not args.overwrite_output_dir:
+            raise UserError(f"--output_dir {output_dir} is not empty; name another, or pass --overwrite_output_dir")
+        if not (output_dir / "config.json").is_file():
+            raise UserError(f"--output_dir {output_dir} holds no model; --overwrite_output_dir replaces models only")
+    for folder in sources:
+        if output_dir.resolve() in [folder, *folder.parents]:
+            raise UserError(f"--output_dir {output_dir} holds {folder}, which is merged; name another directory")
+
+
+def write_rest(folder, tokenizer, own_tokenizer, chain, base, config_json, run):
+    """Everything but the weights. config.json comes last: a directory without it does not load."""
+    if tokenizer:
+        tokenizer.save_pretrained(folder)
+    for path in base.glob("*processor_config.json"):  # of models that also take images or sound
+        shutil.copy(path, folder)
+    place = next((place for place in [*chain[::-1], base] if (place / "generation_config.json").is_file()), None)
+    generation = read_json(place / "generation_config.json") if place else {}
+    ends = generation.get("eos_token_id", config_json.get("eos_token_id"))
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if own_tokenizer and tokenizer.eos_token_id not in [*ends, None]:  # the token that the adapter learned to end with
+        generation |= {"eos_token_id": [tokenizer.eos_token_id, *ends], "pad_token_id": tokenizer.pad_token_id}
+    if generation:
+        write_json(folder / "generation_config.json", generation)
+    write_json(folder / "run.json", run)
+    write_json(folder / "config.json", config_json)
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", args.max_shard_size, re.IGNORECASE):
+        raise UserError(f"--max_shard_size {args.max_shard_size} should be a whole number of MB or GB, e.g. 500MB")
+    chain, base = follow_chain(args)
+    check_output_dir(args, [*chain, base])
+    task, config_json = read_json(chain[-1] / "adapter_config.json").get("task_type"), read_json(base / "config.json")
+    run = read_json(chain[-1] / "run.json") if (chain[-1] / "run.json").is_file() else {}
+    if task not in (None, "CAUSAL_LM", "SEQ_CLS"):
+        raise UserError(
+            f"{chain[-1]} is a {task} adapter; this script merges CAUSAL_LM and SEQ_CLS (reward model) ones"
+        )
+    if config_json.get("quantization_config"):
+        raise UserError(f"the base model {base} is stored quantized; pass the full-precision one as --base_model_path")
+    tensors = read_headers(base, "model")
+    check_base(base, tensors, run, args.force)
+
+    auto = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
+    place = next((folder for folder in [*chain[::-1], base] if (folder / "tokenizer_config.json").is_file()), None)
+    try:
+        config_class = type(AutoConfig.from_pretrained(base, trust_remote_code=False))
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False) if place else None
+    except Exception as error:  # of a dozen types, by what is wrong with which file
+        raise UserError(f"the config of {base} or the tokenizer of {place} cannot be read: {error}") from error
+    if task == "SEQ_CLS":
+        if tokenizer and tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        config_json |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        config_json["pad_token_id"] = tokenizer.pad_token_id if tokenizer else config_json.get("pad_token_id")
+    if args.dtype != "auto":
+        config_json["torch_dtype" if "torch_dtype" in config_json else "dtype"] = args.dtype
+    config = config_class.from_dict(config_json)
+    model = build_model(auto, config)
+    config_json["architectures"] = [type(model).__name__]
+    embeddings = model.get_input_embeddings().num_embeddings
+    if place in chain and len(tokenizer) > embeddings:
+        raise UserError(
+            f"the adapter's tokenizer has {len(tokenizer)} tokens, the base model embeddings for {embeddings}"
+        )
+
+    places, tied = match_names(model, tensors)
+    steps, before, reasons = {}, {}, []
+    for folder in chain:
+        own, reason = read_adapter(folder, model, tensors, places)
+        reasons += [f"the adapter {folder} cannot be streamed ({reason})"] if reason else []
+        before, steps = steps, {name: [*steps.get(name, []), *own.get(name, [])] for name in {**steps, **own}}
+    dtype = next((code for code, value in FLOATS.items() if str(value) == f"torch.{args.dtype}"), None)
+    if reasons:
+        print(f"{reasons[0]}: merged by PEFT, with the whole model in memory in float32")
+        dtype = dtype or next(tensor.dtype for tensor in tensors.values() if tensor.dtype in FLOATS)
+        outputs = [Output(name, dtype, tensor.shape, None, ("PEFT",)) for name, tensor in tensors.items()]
+    else:
+        outputs, untied = plan_merge(model, tensors, places, tied, steps, dtype)
+        config_json |= {"tie_word_embeddings": False} if untied else {}
+    size = sum(output.size for output in outputs)
+    existing = next(folder for folder in Path(args.output_dir).resolve().parents if folder.is_dir())
+    if shutil.disk_usage(existing).free < size + 2**26:
+        raise UserError(f"the merged model takes {size / 1e9:.2f} GB, more than is free in {existing}")
+
+    rows, length = (16, 4) if task == "SEQ_CLS" else (4, 8)  # a classifier says one number a row
+    ids = tokenizer(TEXT)["input_ids"] if tokenizer else list(range(rows * length))
+    ids = torch.tensor((ids * rows * length)[: rows * length]).view(rows, length)
+    base_name = args.base_model_path or read_json(chain[0] / "adapter_config.json")["base_model_name_or_path"]
+    flags = run.get("arguments") or {}
+    bits = 4 if flags.get("load_in_4bit") else 8 if flags.get("load_in_8bit") else 0
+    run = {key: value for key, value in run.items() if key != "base_hash"} | {
+        "stage": "merge",
+        "parent_stage": run.get("stage"),
+        "base_model": str(base) if Path(base_name).is_dir() else base_name,
+        "parent": str(chain[-1]),
+        "arguments": vars(args),
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")
+        },
+    }
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+        publish(Path(args.output_dir).resolve()) as draft,
+        contextlib.ExitStack() as on_error,
+    ):
+        on_error.callback(shutil.rmtree, draft, ignore_errors=True)
+        if reasons:
+            expected = merge_in_peft(chain, base, auto, config, FLOATS[dtype], draft, args.max_shard_size, ids)
+            config_json = read_json(draft / "config.json")
+            (draft / "config.json").unlink()
+            jobs = [pool.submit(flush_file, path) for path in draft.glob("*.safetensors")]
+        else:
+            jobs = write_weights(draft, outputs, args.max_shard_size, pool)
+            if args.verify:
+                expected = run_lazily(build_model(auto, config), tensors, before, ids, chain[-1])
+        if args.verify:
+            found, run["verification"] = verify_merge(
+                draft, auto, config_class.from_dict(config_json), ids, expected, outputs
+            )
+        if args.verify and not reasons and task != "SEQ_CLS":  # without its adapter a reward model has no head
+            effect = (expected - run_lazily(build_model(auto, config), tensors, before, ids)).abs().max().item()
+            run["verification"]["adapter_moves"] = effect
+            if effect < 2 * run["verification"]["largest_difference"]:
+                print(f"the adapter moves the logits by {effect:.2g} only: --dtype float32 would keep more of that")
+        if bits:
+            gap = "by how much could not be measured here"
+            with contextlib.suppress(ImportError, RuntimeError, NotImplementedError):  # of bitsandbytes
+                if args.verify and not reasons:
+                    model = build_model(auto, config)
+                    trained = run_lazily(model, tensors, before, ids, chain[-1], quantize(model, bits))
+                    run["verification"]["difference_from_quantized"] = (found - trained).abs().max().item()
+                    gap = f"on the same texts by up to {run['verification']['difference_from_quantized']:.2g}"
+            print(
+                f"trained on the base model in {bits} bit, merged into it in full precision: the logits differ, {gap}"
+            )
+        for job in jobs:
+            job.result()  # on the disk before the directory takes its name
+        write_rest(draft, tokenizer, place in chain, chain, base, config_json, run)
+        on_error.pop_all()
+    print(f"saved {args.output_dir}")
+    if args.push_to_hub:
+        repo = HfApi().create_repo(Path(args.output_dir).resolve().name, exist_ok=True).repo_id
+        print(f"uploaded {HfApi().upload_folder(repo_id=repo, folder_path=args.output_dir)}")
+
+
+if __name__ == "__main__":
+    run_as_script(main)

@@ -1,0 +1,1340 @@
+"""Reward model: a language model with a scalar score head, trained on pairs of a preferred and a rejected answer.
+
+In: a model (hub id, directory, or LoRA adapter directory) and a data set with one of these columns sets:
+`prompt` + `chosen` + `rejected` (texts, or chat message lists); `question` + `response_j` + `response_k` (j is preferred).
+Out, in --output_dir: `final_checkpoint/` (model or adapter with its score head, tokenizer, run.json), resumable
+`checkpoint-N/`, `metrics.jsonl` (one line per log event) and `metrics.json` (the final figures and the report). It loads
+again with AutoPeftModelForSequenceClassification (an adapter) or AutoModelForSequenceClassification:
+`.from_pretrained(directory, num_labels=1, pad_token_id=tokenizer.pad_token_id)`. The score is read at the last token.
+
+    python training_reward_model.py --model_path checkpoints/sft/final_checkpoint --dataset_name json \
+        --subset data/reward --train_split train --eval_subset data/evaluation --output_dir checkpoints/reward \
+        --use_lora --per_device_train_batch_size 4
+    python training_reward_model.py --model_path checkpoints/reward/final_checkpoint --dataset_name json \
+        --eval_subset data/evaluation --output_dir checkpoints/report --eval_only
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "trl==1.12.0", "transformers>=5.20,<6", "peft>=0.21,<1", "accelerate>=1.15,<2",
+#                 "datasets>=5.0,<6", "bitsandbytes>=0.49"]
+# ///
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import types
+import warnings
+from pathlib import Path
+
+# >>> block base: the same in training_sft.py, training_reward_model.py, training_rl.py, merge_with_lora.py (tests/test_blocks.py)
+TRL_VERSION = "1.12.0"  # the last release with PPOTrainer; the four scripts are tested with this one
+
+
+class UserError(Exception):
+    """What is wrong, where, and what would be right: shown as one line, exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Full flag names only; the default value in the help; a mistake is one line."""
+
+    def __init__(self, description):
+        summary = description.split("\n\n")[0]
+        super().__init__(
+            description=summary, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def run_as_script(function):
+    """Call `function()`; what a user can mend becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    code = 0
+    try:
+        function()
+    except (UserError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    if code:
+        sys.exit(code)
+
+
+def check_trl():
+    """Refuse another trl than the one that the scripts are written for."""
+    found = importlib.metadata.version("trl")
+    if found != TRL_VERSION:
+        raise UserError(f"this script needs trl {TRL_VERSION}, found {found}: pip install trl=={TRL_VERSION}")
+
+
+def read_json(path):
+    """The JSON object in the file `path`."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} should hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def write_json(path, value):
+    """Write `value` as JSON; the file is either the old one or the whole new one."""
+    draft = Path(f"{path}.partial")
+    draft.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def publish(directory):
+    """Yield an empty directory to fill; it takes the name `directory` only when it is complete."""
+    directory = Path(directory)
+    draft, old = directory.with_name(directory.name + ".partial"), directory.with_name(directory.name + ".old")
+    for leftover in (draft, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    draft.mkdir(parents=True)
+    yield draft
+    if directory.exists():
+        os.replace(directory, old)
+    os.replace(draft, directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclasses.dataclass
+class Source:
+    """Where a model comes from: `base`, a full model (hub id or absolute directory); `adapter`, a directory with a
+    LoRA adapter for it, or None; `run`, the run.json that an earlier stage left beside it, or {}."""
+
+    base: str
+    adapter: Path | None
+    run: dict
+
+
+def locate_model(path, flag):
+    """Find out what `path` (a hub id, a model directory or an adapter directory) is, without loading weights."""
+    folder = Path(path)
+    if folder.is_file():
+        raise UserError(f"{flag} {path} is a file; it should be a model directory or a hub id")
+    if not folder.is_dir():
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
+            raise UserError(f"{flag} {path} does not exist; it should be a model directory or a hub id")
+        return Source(str(path), None, {})
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        inside = [child.parent.name for child in folder.glob("*/*config.json")]
+        hint = f"; did you mean {folder / sorted(inside)[0]}?" if inside else ""
+        raise UserError(f"{flag} {path} holds neither config.json nor adapter_config.json{hint}")
+    run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    if not (folder / "adapter_config.json").is_file():
+        return Source(str(folder.resolve()), None, run)
+    config = read_json(folder / "adapter_config.json")
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{folder / 'adapter_config.json'} names no base model (base_model_name_or_path)")
+    looks_local = Path(base).is_absolute() or base.startswith(".") or "\\" in base or base.count("/") > 1
+    if looks_local and not Path(base).is_dir():
+        raise UserError(
+            f"{flag} {path} is an adapter for the base model {base}, which is not there; put the base model back or "
+            f"write its new place into base_model_name_or_path in {folder / 'adapter_config.json'}"
+        )
+    return Source(str(Path(base).resolve()) if Path(base).is_dir() else base, folder.resolve(), run)
+
+
+# <<< block base
+
+
+# >>> block flags: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_blocks.py)
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or float from `low` to `high`."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def add_shared_flags(parser, learning_rate):
+    """The flags that all three training scripts have; `learning_rate` tells the defaults in words."""
+    add = parser.add_argument
+    add("--output_dir", required=True, help="directory for checkpoints and metrics; empty, unless the run resumes")
+    add("--overwrite_output_dir", action="store_true", help="replace the checkpoints and metrics in --output_dir")
+    add("--resume_from_checkpoint", nargs="?", const=True, metavar="DIR", help="go on from DIR, or from the newest")
+    add("--dry_run", action="store_true", help="check everything, show the data as it would be trained on, and stop")
+    add("--max_samples", type=number(int, 1), help="use at most this many rows of each split")
+    add(
+        "--prompt_format", choices=["auto", "chat", "qa"], default="auto", help="chat template, or Question/Answer text"
+    )
+    add("--bf16", action="store_true", help="bfloat16 mixed precision (frozen weights in bfloat16)")
+    add("--fp16", action="store_true", help="float16 mixed precision; needs a GPU")
+    add("--use_lora", action="store_true", help="train a LoRA adapter in place of all weights")
+    add("--lora_r", type=number(int, 1), help="LoRA rank (16 where the adapter is new)")
+    add("--lora_alpha", type=number(float, 0), help="LoRA scale, applied as alpha / r (32 where the adapter is new)")
+    add("--lora_dropout", type=number(float, 0, 1), help="LoRA dropout probability (0 where the adapter is new)")
+    add("--lora_target_modules", nargs="+", metavar="NAME", help="module names, or one regular expression (all-linear)")
+    add("--load_in_4bit", action="store_true", help="frozen weights in 4 bit (NF4); needs LoRA")
+    add("--load_in_8bit", action="store_true", help="frozen weights in 8 bit; needs LoRA")
+    add("--learning_rate", type=number(float, 0), help=f"peak learning rate ({learning_rate})")
+    add("--lr_scheduler_type", default="linear", help="linear, cosine, constant, constant_with_warmup, ...")
+    add("--warmup_ratio", type=number(float, 0, 1), default=0.0, help="fraction of the steps spent on warm-up")
+    add("--weight_decay", type=number(float, 0), default=0.0, help="AdamW weight decay")
+    add("--max_grad_norm", type=number(float, 0), default=1.0, help="gradient clipping, L2 norm; 0 for none")
+    add("--gradient_accumulation_steps", type=number(int, 1), default=1, help="micro-batches per batch")
+    add("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
+    add("--attn_implementation", help="sdpa, eager, flash_attention_2, ... (the model's default)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="seed of everything that is random")
+    add("--logging_steps", type=number(int, 1), default=10, help="steps between two log lines")
+    add("--save_steps", type=number(int, 1), default=500, help="steps between two checkpoints")
+    add("--save_total_limit", type=number(int, 1), default=2, help="checkpoints kept")
+    add("--eval_steps", type=number(int, 1), help="steps between two evaluations (at the end only)")
+    add("--report_to", nargs="+", default=["none"], metavar="NAME", help="trackio, tensorboard, wandb")
+    add("--push_to_hub", action="store_true", help="upload the final checkpoint under the name of --output_dir")
+    add("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    add("--force", action="store_true", help="go on where a check of the chain says stop")
+    add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="any other field of the config")
+
+
+def set_fields(pairs, config_class, taken):
+    """`FIELD=VALUE` strings as keyword arguments, checked against the fields of `config_class`."""
+    fields = {field.name for field in dataclasses.fields(config_class) if field.init}
+    values = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise UserError(f"--set {pair} should read FIELD=VALUE")
+        if name in taken:
+            raise UserError(f"--set {name}: this field is set by a flag of its own, see --help")
+        if name not in fields:
+            near = sorted(fields, key=lambda field: -len(os.path.commonprefix([field, name])))[:3]
+            raise UserError(f"--set {name}: {config_class.__name__} has no such field; near it: {', '.join(near)}")
+        try:
+            values[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+        except ValueError:
+            values[name] = text
+    return values
+
+
+# <<< block flags
+
+
+def build_parser():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--model_path", required=True, help="hub id, model directory or LoRA adapter directory")
+    add("--dataset_name", required=True, help="hub id, folder, file, or json/parquet/arrow/csv")
+    add("--subset", help="data_dir of the data set, e.g. data/reward")
+    add("--train_split", default="train", help="split to train on")
+    add("--eval_subset", help="data_dir of the evaluation split (that of --subset)")
+    add("--eval_split", help="split to evaluate on; none by default")
+    add(
+        "--eval_fraction", type=number(float, 0, 0.9), help="without an evaluation split: share of the prompts held out"
+    )
+    add("--per_device_train_batch_size", type=number(int, 1), default=1, help="pairs per device and step")
+    add(
+        "--max_length",
+        type=number(int, 2),
+        default=1024,
+        help="longest text, in tokens; pairs with a longer one are left out",
+    )
+    add("--max_steps", type=number(int, 1), help="optimizer steps; goes before --num_train_epochs")
+    add("--num_train_epochs", type=number(float, 0), default=1.0, help="passes over the data")
+    add(
+        "--center_rewards_coefficient",
+        type=number(float, 0),
+        help="weight of (score_chosen + score_rejected)^2, e.g. 0.01",
+    )
+    add(
+        "--use_margin",
+        action="store_true",
+        help="ask for a margin of score_chosen - score_rejected, as the data grade it",
+    )
+    add(
+        "--eval_only", action="store_true", help="no training: the report on an existing reward model, and scores.jsonl"
+    )
+    add_shared_flags(parser, learning_rate="1e-4 with LoRA, 1e-5 without")
+    return parser
+
+
+if __name__ == "__main__":  # before the slow imports: --help and a mistyped flag answer at once
+    run_as_script(build_parser().parse_args)
+    run_as_script(check_trl)
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional CPU kernel at every start
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # trl 1.12 uses names of before v6
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    TrainerCallback,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_outputs import SequenceClassifierOutput
+from trl import RewardConfig, RewardTrainer
+from trl.trainer.reward_trainer import DataCollatorForPreference
+from trl.trainer.utils import disable_dropout_in_model
+
+
+# >>> block text: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_blocks.py)
+class PromptFormat:
+    """How a conversation becomes token ids: `chat`, the tokenizer's template, or `qa`, the text
+    `Question: {question}\\n\\nAnswer: {answer}`.
+
+    Two promises, whatever the tokenizer. The ids of a prompt are a prefix of the ids of prompt + answer: the text is
+    cut where an answer starts (in `qa` before the space that precedes it), and no token lies across the cut. Text
+    from data stays text: a literal `</s>` or `<|im_end|>` in it never becomes that special token.
+
+    An assistant turn is trained on, with the token that ends it, where the text up to its end is what the model would
+    have seen and written at that point. A template that rewrites earlier turns (reasoning templates drop thoughts)
+    leaves those as context; one that rewrites only the token that ends them (gpt-oss) leaves that token. The last
+    turn is always trained on, and a template that leaves a part of the text out is refused.
+    """
+
+    def __init__(self, tokenizer, name):
+        self.tokenizer, self.name = tokenizer, name
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no EOS token, so no answer could ever end")
+        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+        full = tokenizer("a")["input_ids"]
+        start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+        self.bos = full[:start]  # what this tokenizer puts before a text: BOS, [CLS] or nothing
+        if name == "chat":
+            self._learn_template()
+
+    def _learn_template(self):
+        """Find out what the template writes around the contents of a conversation."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {*self.tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+        special -= {"<think>", "</think>"}  # where data has these, thoughts are meant
+        self.special = re.compile(f"({'|'.join(map(re.escape, sorted(special, key=len, reverse=True)))})")
+        marks = (("system", "\ue002"), ("user", "\ue003"), ("assistant", "\ue004"))
+        system, question, answer = ({"role": role, "content": mark} for role, mark in marks)
+        self.parts, self.thought = False, ""
+        if not self._shows([question, answer]):
+            self.parts = True  # templates of multimodal models want a list of parts as content
+            if not self._shows([question, answer]):
+                raise UserError("the chat template does not write the texts of a question and its answer")
+        self.has_system = self._shows([system, question, answer])
+        prompt, turn = self._render([question], generation=True), self._render([question, answer])
+        if not turn.startswith(prompt):  # the prompt opens a thought, but answers have none (DeepSeek-R1)
+            self.thought = re.search(r"(<think>\s*)?$", prompt)[0]
+        self.after = turn.partition("\ue004")[2]
+        # What ends a turn: the special tokens after it, or else (GLM) the one that opens the next turn.
+        ends = re.compile(rf"\s*(?:{'|'.join(re.escape(token) for token in special.union(map(str, added)))})+")
+        follow = self._render([question, answer, question]).partition("\ue004")[2]
+        self.end = next((match[0] for match in map(ends.match, (self.after, follow)) if match), "")
+
+    def _render(self, messages, generation=False):
+        if self.parts:
+            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+        except Exception as error:  # templates refuse roles and orders with exceptions of their own
+            raise UserError(f"the chat template refuses this conversation: {error}") from error
+        return text.removesuffix(self.thought) if generation else text
+
+    def _shows(self, messages):
+        try:
+            text = self._render(messages)
+        except UserError:
+            return False
+        return all(message["content"] in text for message in messages)
+
+    def _guard(self, text):
+        """Break up what looks like a special token with U+E000 after each character (and double U+E000 itself)."""
+        text = text.replace("\ue000", "\ue000\ue000")
+        return self.special.sub(lambda match: "".join(f"{character}\ue000" for character in match[0]), text)
+
+    def _ids(self, text):
+        """Ids of `text`: all plain in `qa`; in `chat` special tokens are special, except guarded ones."""
+        guarded, ids = self.name == "chat" and "\ue000" in text, []
+        for i, piece in enumerate(self.special.split(text) if guarded else [text]):
+            piece = re.sub("\ue000(\ue000?)", r"\1", piece) if guarded else piece
+            plain = self.name == "qa" or guarded and i % 2 == 0
+            ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+        return ids
+
+    def _cut(self, messages, open_end):
+        """The whole text and the spans (start, end) in it that the assistant writes.
+
+        With `open_end` the text goes up to where the next assistant turn starts."""
+        if self.name == "qa":
+            question, answer = question_and_answer(messages, open_end)
+            prompt = f"Question: {question}\n\nAnswer:"
+            return (prompt, []) if open_end else (f"{prompt} {answer}", [(len(prompt), len(prompt) + 1 + len(answer))])
+        messages = [{"role": m["role"], "content": self._guard(m["content"])} for m in messages]
+        if messages[0]["role"] == "system" and not self.has_system:  # Gemma: it opens the first question
+            system, first, *rest = messages
+            messages = [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+        whole, spans = self._render(messages, generation=open_end), []
+        for i, message in enumerate(messages):
+            content = "".join(message["content"].split())  # templates trim contents, and set thoughts in lines
+            if message["role"] != "assistant":
+                if content not in "".join(whole.split()):
+                    raise UserError(f"the chat template leaves out text of turn {i} ({message['role']})")
+                continue
+            prompt, turn = self._render(messages[:i], generation=True), self._render(messages[: i + 1])
+            body, last = turn.removesuffix(self.after), i == len(messages) - 1
+            whole = body + self.end if last else whole
+            intact = turn.startswith(prompt) and turn.endswith(self.after) and "".join(body.split()).endswith(content)
+            if intact and whole.startswith(body):
+                spans.append((len(prompt), len(body) + len(self.end) * whole.startswith(self.end, len(body))))
+            elif last:
+                raise UserError(
+                    f"the chat template does not write the whole answer after its generation prompt ({prompt[-40:]!r}); "
+                    "use another template, or --prompt_format qa"
+                )
+        return whole, spans
+
+    def encode(self, messages, open_end=False):
+        """Token ids and the mask of trained tokens (1 = the assistant wrote it), two lists of one length.
+
+        `messages`: dicts with `role` and `content`. With `open_end` the ids are a prompt that an answer follows."""
+        text, spans = self._cut(messages, open_end)
+        ids = list(self.bos) if self.name == "qa" else []  # a chat template writes its own BOS
+        mask, done = [0] * len(ids), 0
+        for cut, trained in [piece for begin, end in spans for piece in ((begin, 0), (end, 1))] + [(len(text), 0)]:
+            # A piece reads as it does after the text before it (from the last special token on), unless a token of
+            # that reading lies across the cut; then as after a line break or a letter (alone, SentencePiece would
+            # begin it with a space).
+            special = () if self.name == "qa" else self.special.finditer(text, 0, done)
+            start = max((match.start() for match in special), default=0)
+            for before in (text[start:done], "\n", "a", ""):
+                known, both = self._ids(before), self._ids(before + text[done:cut])
+                if both[: len(known)] == known:
+                    break
+            ids, mask, done = ids + both[len(known) :], mask + [trained] * (len(both) - len(known)), cut
+        if not open_end and (self.name == "qa" or not self.end):
+            ids, mask = ids + [self.tokenizer.eos_token_id], mask + [1]
+        return ids, mask
+
+    def stop_ids(self, generation_config=None):
+        """Every id that ends an answer: the tokenizer's EOS, the model's, and the one that ends a chat turn."""
+        eos = getattr(generation_config, "eos_token_id", None)
+        eos = eos if isinstance(eos, list) else [eos]
+        turn = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[0][-1]
+        return sorted({self.tokenizer.eos_token_id, turn, *(i for i in eos if i is not None)})
+
+
+def question_and_answer(messages, open_end=False):
+    """(question, answer) of a conversation without a template: earlier turns join the question; no answer if open."""
+    turns = [message["content"] for message in messages if message["content"]]  # a system turn may be empty
+    return ("\n\n".join(turns), "") if open_end else ("\n\n".join(turns[:-1]), turns[-1])
+
+
+def check_messages(value, last):
+    """What is wrong with a `messages` value that should end with the role `last`, or None."""
+    if not isinstance(value, list) or not value:
+        return "should be a list of {role, content}, not " + ("an empty one" if value == [] else type(value).__name__)
+    for i, message in enumerate(value):
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            return f"turn {i} should have the keys role and content"
+        role, content = message["role"], message["content"]
+        if not isinstance(content, str) or not (content.strip() or role == "system"):
+            return f"turn {i} ({role}) has {'no' if content is None else 'an empty'} content; it should be text"
+        system = value[0].get("role") == "system"
+        expected = "system" if system and i == 0 else "user" if (i - system) % 2 == 0 else "assistant"
+        if role != expected:
+            return f"turn {i} has the role {role!r} where {expected!r} should be (system first, then user and assistant in turn)"
+    return (
+        None if value[-1]["role"] == last else f"ends with the role {value[-1]['role']!r}; it should end with {last!r}"
+    )
+
+
+def check_text(value):
+    """What is wrong with a text cell, or None."""
+    if not isinstance(value, str):
+        return f"is {'null' if value is None else type(value).__name__}; it should be text"
+    return None if value.strip() else "is empty; it should be text"
+
+
+def pick_format(requested, natural, recorded, tokenizer):
+    """`chat` or `qa`: what was requested, else what the earlier stage recorded, else what the data calls for."""
+    name = requested if requested != "auto" else recorded or natural
+    if name == "chat" and not tokenizer.chat_template:
+        if requested == "chat":
+            raise UserError("--prompt_format chat: this tokenizer has no chat template; use --prompt_format qa")
+        name = "qa"
+    return PromptFormat(tokenizer, name)
+
+
+# <<< block text
+
+
+# >>> block run: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_blocks.py)
+def check_shared(args):
+    """The checks on flags that all three training scripts share; nothing slow happens before them."""
+    check_trl()
+    if args.bf16 and args.fp16:
+        raise UserError("--bf16 and --fp16 exclude each other")
+    if args.fp16 and not torch.cuda.is_available():
+        raise UserError("--fp16 needs a GPU; on a CPU use --bf16, or neither")
+    if args.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise UserError(f"--bf16: {torch.cuda.get_device_name()} cannot compute in bfloat16; use --fp16")
+    if args.load_in_4bit and args.load_in_8bit:
+        raise UserError("--load_in_4bit and --load_in_8bit exclude each other")
+    quantized = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit" if args.load_in_8bit else None
+    if quantized and not args.use_lora:
+        raise UserError(f"{quantized} needs --use_lora: quantized weights cannot be trained themselves")
+    if args.lr_scheduler_type not in {kind.value for kind in transformers.SchedulerType}:
+        raise UserError(f"--lr_scheduler_type {args.lr_scheduler_type} is not one of the schedulers of transformers")
+
+
+def pick_checkpoint(args, stage):
+    """The checkpoint of this stage to resume from, or None. Refuses to write into a directory that holds something else.
+
+    A checkpoint counts as complete when its trainer_state.json can be read: Trainer writes that file last."""
+    output_dir = Path(args.output_dir)
+    if output_dir.is_file():
+        raise UserError(f"--output_dir {output_dir} is a file; it should be a directory")
+    if not args.resume_from_checkpoint:
+        if output_dir.is_dir() and any(output_dir.iterdir()) and not args.overwrite_output_dir:
+            raise UserError(
+                f"--output_dir {output_dir} is not empty; name another, or pass --resume_from_checkpoint to go on with "
+                "that run, or --overwrite_output_dir to replace its checkpoints and metrics"
+            )
+        return None
+    if args.resume_from_checkpoint is not True:
+        checkpoint = Path(args.resume_from_checkpoint)
+        if not (checkpoint / "trainer_state.json").is_file():
+            raise UserError(
+                f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)"
+            )
+        read_json(checkpoint / "trainer_state.json")
+        found = read_json(checkpoint / "run.json").get("stage") if (checkpoint / "run.json").is_file() else stage
+        if found != stage:
+            raise UserError(
+                f"--resume_from_checkpoint {checkpoint} is of the stage {found!r}; this script goes on with {stage!r}"
+            )
+        return checkpoint
+    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
+    for checkpoint in sorted(numbered, key=lambda path: -int(path.name[11:])):
+        try:
+            read_json(checkpoint / "trainer_state.json")
+        except UserError:
+            print(f"{checkpoint} was never completed: passed over")
+            continue
+        return checkpoint
+    print(f"no complete checkpoint in {output_dir}: starting from the beginning")
+    return None
+
+
+def open_output_dir(args, checkpoint):
+    """Make --output_dir ready; remove what an earlier run of this script left there and this run will write anew."""
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    step = int(read_json(checkpoint / "trainer_state.json")["global_step"]) if checkpoint else -1
+    for path in [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]:
+        if int(path.name[11:]) > step and (args.overwrite_output_dir or args.resume_from_checkpoint):
+            shutil.rmtree(path)
+    for name in ("metrics.jsonl", "samples.jsonl"):  # keep the lines up to the checkpoint
+        if (output_dir / name).is_file():
+            lines = (output_dir / name).read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            (output_dir / name).write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def load_split(args, name, subset, split, flag):
+    """One split of a data set, at most --max_samples rows of it; `name` as in `datasets.load_dataset`."""
+    kwargs = {"path": name, "data_dir": subset}
+    loaders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+    if Path(name).is_file():
+        if Path(name).suffix not in loaders:
+            raise UserError(f"--dataset_name {name} is not a {', '.join(loaders)} file")
+        kwargs = {"path": loaders[Path(name).suffix], "data_files": name}
+    elif subset and name in loaders.values() and not Path(subset).is_dir():
+        raise UserError(f"--subset {subset} does not exist; with --dataset_name {name} it should be a folder of files")
+    where = f"{name} {subset}" if subset else name
+    try:
+        there = datasets.get_dataset_split_names(**kwargs)
+        wanted = split.split("[")[0]
+        if wanted not in there and len(there) == 1:
+            print(f"{where} has one split, {there[0]!r}: used for {flag} {split}")
+            split = there[0] + split[len(wanted) :]
+        elif wanted not in there:
+            raise UserError(f"{flag} {split}: {where} has the splits {', '.join(there)}")
+        data = datasets.load_dataset(**kwargs, split=split)
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises dozens of types; the innermost one says what was wrong with which file
+        cause = error
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__
+        detail = f" ({cause})" if str(cause) not in str(error) else ""
+        raise UserError(f"the data set {where} cannot be read: {error}{detail}") from error
+    if len(data) == 0:
+        raise UserError(f"the split {split} of {where} is empty; it should have at least one row")
+    return data.select(range(min(len(data), args.max_samples or len(data))))
+
+
+def pick_schema(data, schemas, where):
+    """The first of `schemas` (tuples of column names) that the data has; columns named twice in a row hold text."""
+    for schema in schemas:
+        if set(schema) <= set(data.column_names):
+            return schema
+    fitting = "; ".join(" + ".join(schema) for schema in schemas)
+    raise UserError(f"{where} has the columns {', '.join(data.column_names)}; one of these is needed: {fitting}")
+
+
+def encode_rows(data, function, where, description):
+    """Map `function(row) -> dict of columns` over the data; its `problem` column, if set, stops the run.
+
+    The row's number stays in the column `row`."""
+
+    def encode(row, index):
+        return {"row": index, "problem": "", **function(row)}
+
+    workers = min(os.cpu_count() or 1, 1 + len(data) // 2000)
+    rows = data.map(
+        encode,
+        with_indices=True,
+        remove_columns=data.column_names,
+        num_proc=workers if workers > 1 else None,
+        desc=description,
+    )
+    bad = [(row["row"], row["problem"]) for row in rows.select_columns(["row", "problem"]) if row["problem"]]
+    if bad:
+        more = f" ({len(bad)} such rows)" if len(bad) > 1 else ""
+        raise UserError(f"{where}, row {bad[0][0]}: {bad[0][1]}{more}")
+    return rows.remove_columns(["problem"])
+
+
+def load_tokenizer(source, args):
+    """The tokenizer of a checkpoint; a missing pad token is an id it already has, so that no embedding is added."""
+    place = source.base
+    if source.adapter and (source.adapter / "tokenizer_config.json").is_file():
+        place = source.adapter
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
+    except Exception as error:
+        raise UserError(f"the tokenizer of {place} cannot be loaded: {error}") from error
+    if tokenizer.pad_token_id is None:
+        reserved = "<|finetune_right_pad_id|>"  # Llama 3.x keeps this one free for padding
+        tokenizer.pad_token = reserved if reserved in tokenizer.get_vocab() else tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(cls, source, args, trainable, **kwargs):
+    """The base model of `source`, on this process's device if it is quantized.
+
+    Weights that are trained are float32 (under autocast a bfloat16 AdamW step of 3e-6 would round to nothing);
+    frozen ones have the precision the model computes in."""
+    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    if args.load_in_4bit or args.load_in_8bit:
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=args.load_in_4bit,
+            load_in_8bit=args.load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )
+        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
+    try:
+        return cls.from_pretrained(
+            source.base,
+            dtype=torch.float32 if trainable else compute,
+            attn_implementation=args.attn_implementation,
+            trust_remote_code=args.trust_remote_code,
+            **kwargs,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"the model {source.base} cannot be loaded: {error}") from error
+
+
+def lora_config(args, source, task_type):
+    """A new adapter's config from the flags; that of `source.adapter` where the run goes on from an adapter."""
+    if not source.adapter:
+        targets = args.lora_target_modules or ["all-linear"]
+        return LoraConfig(
+            r=args.lora_r or 16,
+            lora_alpha=32 if args.lora_alpha is None else args.lora_alpha,
+            lora_dropout=args.lora_dropout or 0.0,
+            target_modules=targets[0] if len(targets) == 1 and not targets[0].isidentifier() else targets,
+            task_type=task_type,
+        )
+    found = read_json(source.adapter / "adapter_config.json")
+    if found.get("peft_type") != "LORA":
+        raise UserError(f"{source.adapter} is a {found.get('peft_type')} adapter; only LoRA adapters can be trained on")
+    for flag in ("r", "lora_alpha", "lora_dropout"):
+        asked = getattr(args, flag if flag.startswith("lora") else f"lora_{flag}")
+        if asked is not None and asked != found[flag]:
+            raise UserError(
+                f"--lora_{flag.removeprefix('lora_')} {asked}: the adapter {source.adapter} has {found[flag]}; leave the flag out"
+            )
+    if args.lora_target_modules and set(args.lora_target_modules) != set(found["target_modules"]):
+        raise UserError(f"--lora_target_modules: the adapter {source.adapter} has its own; leave the flag out")
+    config = LoraConfig.from_pretrained(source.adapter)
+    config.inference_mode, config.task_type = False, task_type
+    return config
+
+
+def load_adapter_weights(model, adapter, name="default"):
+    """Copy the LoRA weights in the directory `adapter` into the adapter `name` of a PeftModel; all must find a place."""
+    weights = load_file(adapter / "adapter_model.safetensors")
+    missed = set_peft_model_state_dict(model, weights, adapter_name=name).unexpected_keys
+    if missed:
+        raise UserError(
+            f"the adapter {adapter} does not fit its base model: no place for {missed[0]} and {len(missed) - 1} more"
+        )
+    return weights
+
+
+def config_fields(args, **own):
+    """Keyword arguments of a trainer's config: the shared flags, and the script's own."""
+    fields = {
+        "output_dir": args.output_dir,
+        "bf16": args.bf16,
+        "fp16": args.fp16,
+        "use_cpu": not torch.accelerator.is_available(),
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": args.lr_scheduler_type,
+        "warmup_steps": args.warmup_ratio if args.warmup_ratio < 1 else 0.999999,  # below 1: a fraction of the steps
+        "weight_decay": args.weight_decay,
+        "max_grad_norm": args.max_grad_norm,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "seed": args.seed,
+        "logging_steps": args.logging_steps,
+        "save_steps": args.save_steps,
+        "save_total_limit": args.save_total_limit,
+        "eval_steps": args.eval_steps,
+        "report_to": args.report_to,
+        "logging_nan_inf_filter": False,  # a NaN is to be seen
+        **own,
+    }
+    return fields
+
+
+def make_config(config_class, args, **own):
+    """A trainer's config from the flags and --set."""
+    fields = config_fields(args, **own)
+    try:
+        config = config_class(**fields, **set_fields(args.set, config_class, fields))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{config_class.__name__}: {error}") from error
+    config._n_gpu = min(config.n_gpu, 1)  # one process drives one GPU (no DataParallel); several: accelerate launch
+    return config
+
+
+class RunCallback(TrainerCallback):
+    """Writes metrics.jsonl, puts run.json into checkpoints, and turns Ctrl-C and SIGTERM into a saved checkpoint."""
+
+    def __init__(self, output_dir, run):
+        self.output_dir, self.run, self.interrupted, self.handlers = Path(output_dir), run, False, {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for name in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[name] = signal.signal(name, self.interrupt)
+
+    def interrupt(self, signum, frame):
+        self.interrupted = True
+        self.restore()  # the second one leaves at once
+        print("\nstopping after this step and saving a checkpoint; once more to leave at once", file=sys.stderr)
+
+    def restore(self):
+        for name, handler in self.handlers.items():
+            signal.signal(name, handler)
+        self.handlers = {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_json(self.output_dir / f"checkpoint-{state.global_step}" / "run.json", self.run)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.restore()
+
+
+def hash_base(base, names=None):
+    """{name: hash} of a few tensors (first, middle and last by name, or `names`) of a local base model; {} for others.
+
+    Of each the type, the shape and the first 64 KiB; the layout is that of https://huggingface.co/docs/safetensors."""
+    places = {}
+    for path in sorted(Path(base).glob("model*.safetensors")):
+        with open(path, "rb") as file:
+            data = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(data - 8))
+        places |= {name: (path, data, info) for name, info in header.items() if name != "__metadata__"}
+    found = sorted(places)
+    hashes = {}
+    for name in names or ({found[0], found[len(found) // 2], found[-1]} if found else ()):
+        if name in places:
+            path, data, info = places[name]
+            with open(path, "rb") as file:
+                start, end = info["data_offsets"]
+                file.seek(data + start)
+                text = f"{info['dtype']} {info['shape']} ".encode() + file.read(min(2**16, end - start))
+            hashes[name] = hashlib.sha256(text).hexdigest()[:16]
+    return hashes
+
+
+def check_base(source, args):
+    """Refuse an adapter whose base model is no longer the one that it was trained on, as far as run.json tells."""
+    recorded = source.run.get("base_hash") if source.adapter else None
+    if recorded and Path(source.base).is_dir() and hash_base(source.base, recorded) != recorded:
+        text = f"the base model {source.base} is not the one that the adapter {source.adapter} was trained on"
+        if not args.force:
+            raise UserError(f"{text}; put that one back, or pass --force")
+        print(text)
+
+
+def describe_run(stage, args, source, prompt_format, tokenizer, rows):
+    """run.json: what the next stage, and whoever finds the checkpoint, needs to know."""
+
+    def digest(value):
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+    return {
+        "stage": stage,
+        "base_model": source.base,
+        "base_hash": hash_base(source.base) if source.adapter or args.use_lora else {},
+        "parent": str(source.adapter or source.base),
+        "prompt_format": prompt_format.name,
+        "chat_template_hash": digest(tokenizer.chat_template) if prompt_format.name == "chat" else None,
+        "tokenizer_hash": digest(tokenizer.get_vocab()),
+        "dataset": {"name": args.dataset_name, "subset": args.subset, **rows},
+        "arguments": vars(args),
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+        },
+    }
+
+
+def finish_run(args, trainer, callback, run, metrics, save):
+    """After training: publish final_checkpoint/ and metrics.json, or say how to go on after an interruption.
+
+    `save(directory)` writes the model."""
+    if callback.interrupted:
+        print(f"saved; go on with the same command and --resume_from_checkpoint ({args.output_dir})", file=sys.stderr)
+        raise KeyboardInterrupt
+    output_dir = Path(args.output_dir)
+    if trainer.is_world_process_zero():
+        run["metrics"] = metrics
+        with publish(output_dir / "final_checkpoint") as directory:
+            save(directory)
+            trainer.processing_class.save_pretrained(directory)
+            write_json(directory / "run.json", run)
+        write_json(output_dir / "metrics.json", metrics)
+        print(f"saved {output_dir / 'final_checkpoint'}")
+        if args.push_to_hub:
+            from huggingface_hub import HfApi
+
+            repo = HfApi().create_repo(output_dir.resolve().name, exist_ok=True).repo_id
+            print(f"uploaded {HfApi().upload_folder(repo_id=repo, folder_path=output_dir / 'final_checkpoint')}")
+    trainer.accelerator.wait_for_everyone()
+
+
+# <<< block run
+
+SCHEMAS = [("prompt", "chosen", "rejected"), ("question", "response_j", "response_k")]
+
+
+def row_pair(row, schema):
+    """The row as two lists of messages, chosen and rejected. Raises UserError with what is wrong with it."""
+    prompt, *sides = schema
+    is_chat = any(isinstance(row[side], list) for side in sides)
+    for column in sides if is_chat else schema:
+        problem = check_messages(row[column], last="assistant") if is_chat else check_text(row[column])
+        if problem:
+            raise UserError(f"column {column} {problem}")
+    if not is_chat:
+        question = {"role": "user", "content": row[prompt]}
+        return [[question, {"role": "assistant", "content": row[side]}] for side in sides]
+    # A conversation stands in both columns as a whole; `prompt` repeats its first question.
+    chosen, rejected = ([{key: turn[key] for key in ("role", "content")} for turn in row[side]] for side in sides)
+    if chosen[:-1] != rejected[:-1]:
+        raise UserError(f"columns {sides[0]} and {sides[1]} differ before the last turn; only the answers may differ")
+    return chosen, rejected
+
+
+def encode_split(data, schema, prompt_format, args, where):
+    """Pairs as `chosen_ids` and `rejected_ids`, with --use_margin also `margin`.
+
+    Left out and counted: pairs with a text over --max_length tokens (a cut answer is not the one that was judged),
+    pairs of two equal texts, and pairs that came before. Returns (rows, counts)."""
+    max_length = args.max_length
+    use_margin = args.use_margin and {"score_chosen", "score_rejected"} <= set(data.column_names)
+
+    def digest(value):
+        return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+    def encode(row):
+        try:
+            chosen, rejected = row_pair(row, schema)
+            grades = [row["score_chosen"], row["score_rejected"]] if use_margin else [0, 0]
+            if not all(isinstance(grade, (int, float)) and math.isfinite(grade) for grade in grades):
+                raise UserError(f"columns score_chosen and score_rejected should be numbers for --use_margin: {grades}")
+            (chosen_ids, mask), (rejected_ids, _) = prompt_format.encode(chosen), prompt_format.encode(rejected)
+        except UserError as error:  # the template's, or one of the above
+            nothing = {"length": 0, "prompt_length": 0, "margin": 0.0, "prompt": "", "pair": ""}
+            return {"problem": str(error), "chosen_ids": [], "rejected_ids": [], **nothing}
+        return {
+            "problem": "",
+            "chosen_ids": chosen_ids,
+            "rejected_ids": rejected_ids,
+            "length": len(chosen_ids) + len(rejected_ids),
+            "prompt_length": len(mask) - (mask[::-1] + [0]).index(0),
+            "margin": float(grades[0] - grades[1]),
+            "prompt": digest(chosen[:-1]),
+            "pair": digest([chosen_ids, rejected_ids]),
+        }
+
+    rows = encode_rows(data, encode, where, "Tokenizing")
+    counts, keep, seen = {"rows": 0, "too_long": 0, "identical": 0, "duplicates": 0}, [], set()
+    for i, row in enumerate(rows.select_columns(["chosen_ids", "rejected_ids", "pair"])):
+        if row["chosen_ids"] == row["rejected_ids"]:
+            counts["identical"] += 1
+        elif row["pair"] in seen:
+            counts["duplicates"] += 1
+        elif max(len(row["chosen_ids"]), len(row["rejected_ids"])) > max_length:
+            counts["too_long"] += 1
+        else:
+            keep.append(i)
+        seen.add(row["pair"])
+    counts["rows"] = len(keep)
+    print(
+        f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; {len(keep)} of {len(rows)} pairs kept; "
+        f"left out: {counts['too_long']} longer than {max_length} tokens, {counts['identical']} of two equal "
+        f"texts, {counts['duplicates']} repeated"
+    )
+    if not keep:
+        raise UserError(f"{where}: no pair is left to use; see --max_length {max_length}")
+    return rows.select(keep).remove_columns(["pair"] if use_margin else ["pair", "margin"]), counts
+
+
+def hold_out(rows, fraction, seed):
+    """(training rows, held-out rows): `fraction` of the prompts, with all their pairs, is held out."""
+    prompts = sorted(set(rows["prompt"]))
+    random.Random(seed).shuffle(prompts)
+    held = set(prompts[: max(1, round(fraction * len(prompts)))])
+    if len(held) == len(prompts):
+        raise UserError(f"--eval_fraction {fraction} of {len(prompts)} prompts leaves none to train on")
+    return tuple(
+        rows.select([i for i, prompt in enumerate(rows["prompt"]) if (prompt in held) is out]) for out in (False, True)
+    )
+
+
+def show_rows(rows, tokenizer):
+    """A histogram of lengths, and two pairs as text: chosen answers in green, rejected ones in red (in a pipe: marked)."""
+    longest = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
+    counts, edges = np.histogram(longest, bins=8)
+    for count, low, high in zip(counts, edges, edges[1:]):
+        print(f"{low:>7.0f} to {high:<6.0f} tokens {count:>8} pairs {'#' * math.ceil(40 * count / max(counts))}")
+    marks = ("\033[32m", "\033[31m", "\033[0m") if sys.stdout.isatty() else ("[[chosen: ", "[[rejected: ", "]]")
+    for row in (rows[i] for i in sorted({0, len(rows) // 2})):
+        start = row["prompt_length"]
+        pieces = row["chosen_ids"][:start], row["chosen_ids"][start:], row["rejected_ids"][start:]
+        print(f"--- row {row['row']}: prompt {start} tokens, chosen {len(pieces[1])}, rejected {len(pieces[2])}")
+        prompt, *answers = (
+            text if len(text) <= 1000 else f"{text[:480]} (...) {text[-480:]}" for text in map(tokenizer.decode, pieces)
+        )
+        text = prompt + "".join(f"\n{mark}{answer}{marks[2]}" for mark, answer in zip(marks, answers))
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "replace").decode(encoding))
+
+
+def collate_padded(rows, pad_token_id):
+    """A batch as RewardTrainer makes it, all chosen texts before all rejected ones, and the place of each last token."""
+    batch = DataCollatorForPreference(pad_token_id)(rows)
+    lengths = batch["attention_mask"].sum(1)
+    return {**batch, "last": torch.arange(len(lengths)) * batch["input_ids"].shape[1] + lengths - 1}
+
+
+def collate_shared(rows):
+    """A batch as one row without padding: of each pair the common beginning, then the two ends.
+
+    `pairs` (pairs, 4) holds where each one starts, where its common beginning ends, and its two texts."""
+    ids, position_ids, pairs = [], [], []
+    for row in rows:
+        chosen, rejected = row["chosen_ids"], row["rejected_ids"]
+        common = min(len(os.path.commonprefix([chosen, rejected])), len(chosen) - 1, len(rejected) - 1)
+        start = len(ids)
+        ids += chosen + rejected[common:]
+        position_ids += [*range(len(chosen)), *range(common, len(rejected))]
+        pairs.append((start, start + common, start + len(chosen), len(ids)))
+    batch = {
+        "pairs": torch.tensor(pairs),  # first: Trainer takes the length of the first tensor for the batch size
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),  # RewardTrainer counts tokens by it
+        "position_ids": torch.tensor([position_ids]),
+        "last": torch.tensor([pair[2] - 1 for pair in pairs] + [pair[3] - 1 for pair in pairs]),
+    }
+    if "margin" in rows[0]:
+        batch["margin"] = torch.tensor([row["margin"] for row in rows])
+    return batch
+
+
+def attend_pairs(module, query, key, value, attention_mask, pairs, **kwargs):
+    """Attention within each pair of `collate_shared`: the rejected end sees the common beginning, not the chosen end.
+
+    One call a text costs less than one masked call over the batch, whose size grows with its square."""
+    outputs = []
+    for start, common, middle, end in pairs:
+        text, rest = slice(start, middle), slice(middle, end)
+        outputs.append(
+            sdpa_attention_forward(module, query[:, :, text], key[:, :, text], value[:, :, text], None, **kwargs)[0]
+        )
+        seen_key, seen_value = (torch.cat([x[:, :, start:common], x[:, :, rest]], dim=2) for x in (key, value))
+        mask = torch.ones(end - middle, seen_key.shape[2], dtype=torch.bool, device=key.device).tril(common - start)
+        outputs.append(
+            sdpa_attention_forward(module, query[:, :, rest], seen_key, seen_value, mask[None, None], **kwargs)[0]
+        )
+    return torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register("pairs", attend_pairs)
+
+
+def score_texts(self, input_ids, last, attention_mask=None, position_ids=None, pairs=None, **kwargs):
+    """In place of the classifier's forward: scores (texts, 1), read at the flat positions `last`.
+
+    The classifier's own looks for the last token that is not padding, and passes over an EOS that serves as padding.
+    The head works in float32: in bfloat16, scores near 2 would come in steps of 0.016."""
+    layout = {"attention_mask": attention_mask}
+    if pairs is not None:
+        layout = {"position_ids": position_ids, "pairs": pairs.tolist()}
+    hidden = self.base_model(input_ids, use_cache=False, **layout).last_hidden_state
+    with torch.autocast(hidden.device.type, enabled=False):
+        return SequenceClassifierOutput(logits=self.score(hidden.flatten(0, 1)[last].float()))
+
+
+def load_reward_model(source, args):
+    """The model of `source` with its score head, or a new one, and with --use_lora its adapter."""
+    transformers.set_seed(args.seed)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # else a table says that the head is new; a line below does
+    model, info = load_model(
+        AutoModelForSequenceClassification,
+        source,
+        args,
+        trainable=not (args.use_lora or args.eval_only),
+        num_labels=1,
+        output_loading_info=True,
+    )
+    transformers.logging.set_verbosity(verbosity)
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise UserError(
+            f"{source.base} loads as {type(model).__name__}, without a `score` head; it should be a decoder"
+        )
+    head, new_head = model.score.float(), "score.weight" in info["missing_keys"]
+    if new_head:
+        # Scores start near 0, as the last layer of a policy does in Andrychowicz et al. 2021 (arXiv:2006.05990, 3.2).
+        torch.nn.init.normal_(head.weight, std=0.01 * model.config.get_text_config().initializer_range)
+    disable_dropout_in_model(model)  # RewardTrainer would do it after PEFT, and turn --lora_dropout off with it
+    model.forward = types.MethodType(score_texts, model)
+    if args.use_lora:
+        transformers.set_seed(args.seed)
+        config = lora_config(args, source, "SEQ_CLS")
+        # PEFT adds the names of the head each time that it makes a model of the config.
+        config.modules_to_save = sorted({*(config.modules_to_save or [])} - {"score", "classifier"}) or None
+        model = get_peft_model(model, config)
+        if source.adapter:
+            found, name = load_file(source.adapter / "adapter_model.safetensors"), "base_model.model.score.weight"
+            new_head = new_head and name not in found  # PEFT wants one all the same
+            missed = set_peft_model_state_dict(model, {name: head.weight, **found}).unexpected_keys
+            if missed:
+                raise UserError(f"the adapter {source.adapter} does not fit {source.base}: no place for {missed[0]}")
+    if new_head and args.eval_only:
+        raise UserError(f"--eval_only: {args.model_path} has no score head; it should be a trained reward model")
+    print(f"score head: {'new' if new_head else 'that of ' + args.model_path}")
+    return model
+
+
+def score_batch(model, batch, args):
+    """The scores (texts, 1) of a batch, without gradients, in the precision of the training."""
+    dtype = torch.float16 if args.fp16 else torch.bfloat16
+    with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=args.fp16 or args.bf16):
+        return model(**{name: value.to(model.device) for name, value in batch.items()}).logits
+
+
+def pick_collator(model, rows, tokenizer, args):
+    """`collate_shared` where the model computes with it what it computes with padding, else `collate_padded`.
+
+    Tried on the longest pair: a model may not hand `pairs` down to its attention, or attend in a way of its own."""
+    padded = functools.partial(collate_padded, pad_token_id=tokenizer.pad_token_id)
+    if args.attn_implementation:
+        return padded
+    classifier = model.get_base_model() if args.use_lora else model
+    own, hidden = classifier.config._attn_implementation, []
+    hook = classifier.score.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
+    longest = rows[int(np.argmax(rows["length"]))]
+    model.eval()
+    score_batch(model, padded([longest]), args)
+    try:
+        classifier.set_attn_implementation("pairs")
+        score_batch(model, collate_shared([longest]), args)
+        error = ((hidden[1] - hidden[0]).norm(dim=-1) / hidden[0].norm(dim=-1)).max().item()
+    except (TypeError, ValueError, RuntimeError, LookupError) as reason:
+        error = reason
+    hook.remove()
+    if isinstance(error, float) and error < 0.1:  # rounding: 1e-5 in float32, a few percent in bfloat16
+        return collate_shared
+    classifier.set_attn_implementation(own)
+    print(f"{type(classifier).__name__}: batches are padded, attention within flattened pairs does not work ({error})")
+    return padded
+
+
+def score_pairs(model, rows, collate, args, tokens=4096):
+    """(score_chosen, score_rejected), arrays in the order of `rows`, from batches of similar lengths."""
+    model.eval()
+    lengths = [len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows]
+    scores, order = np.zeros((2, len(rows))), sorted(range(len(rows)), key=lambda i: -lengths[i])
+    while order:
+        size = max(1, tokens // lengths[order[0]])
+        batch, order = order[:size], order[size:]
+        scores[:, batch] = score_batch(model, collate([rows[i] for i in batch]), args).view(2, -1).cpu().numpy()
+    return scores
+
+
+def mean(values):
+    return float(np.mean(values)) if len(values) else None
+
+
+def make_report(scores, length_difference):
+    """What the scores of pairs say; `scores` (2, pairs): chosen, rejected; `length_difference`: chosen - rejected, tokens.
+
+    Calibration is that of the model's confidence in the side that it prefers, sigmoid(|margin|), in ten bins from 0.5
+    to 1; a tie is half right there, and wrong in the accuracy. The interval is Wilson's (1927), the calibration error
+    that of Guo et al. 2017 (arXiv:1706.04599)."""
+    margin, length_difference = scores[0] - scores[1], np.asarray(length_difference)
+    n, right, z = len(margin), margin > 0, 1.96
+    p = mean(right)
+    center, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    confidence, hit = 1 / (1 + np.exp(-np.abs(margin))), right + 0.5 * (margin == 0)
+    bins, reliability = np.minimum((confidence - 0.5) * 20, 9).astype(int), []
+    for i in range(10):
+        inside = bins == i
+        row = {"from": (10 + i) / 20, "to": (11 + i) / 20, "pairs": int(inside.sum())}
+        reliability.append({**row, "confidence": mean(confidence[inside]), "accuracy": mean(hit[inside])})
+    gaps = [row["pairs"] / n * abs(row["confidence"] - row["accuracy"]) for row in reliability if row["pairs"]]
+    longer, shorter = length_difference > 0, length_difference < 0
+    varied = margin.std() > 0 and length_difference.std() > 0
+    return {
+        "pairs": n,
+        "accuracy": p,
+        "accuracy_interval": [(center - spread) / (1 + z * z / n), (center + spread) / (1 + z * z / n)],
+        "ties": int((margin == 0).sum()),
+        "loss": mean(np.logaddexp(0, -margin)),
+        "mean_margin": mean(margin),
+        "mean_score": mean(scores),
+        "calibration_error": sum(gaps),
+        "reliability": reliability,
+        "length_bias": {
+            "chosen_longer": {"pairs": int(longer.sum()), "accuracy": mean(right[longer])},
+            "chosen_shorter": {"pairs": int(shorter.sum()), "accuracy": mean(right[shorter])},
+            "correlation": float(np.corrcoef(margin, length_difference)[0, 1]) if varied else None,
+        },
+    }
+
+
+def evaluate_pairs(model, rows, collate, args, where):
+    """(report, scores) on the evaluation pairs; the report is printed.
+
+    Up to 64 pairs are scored again with their sides swapped and in other batches: the preference has to follow."""
+    scores = score_pairs(model, rows, collate, args)
+    report = make_report(scores, [len(row["chosen_ids"]) - len(row["rejected_ids"]) for row in rows])
+    some = rows.select(range(min(64, len(rows))))
+    swapped = [{"chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in some]
+    again, first = score_pairs(model, swapped, collate, args, tokens=1024)[::-1], scores[:, : len(some)]
+    agreement = mean(np.sign(again[0] - again[1]) == np.sign(first[0] - first[1]))
+    report["swapped"] = {"pairs": len(some), "agreement": agreement, "difference": float(np.abs(again - first).max())}
+
+    (low, high), bias, swapped = report["accuracy_interval"], report["length_bias"], report["swapped"]
+    longer, shorter = bias["chosen_longer"], bias["chosen_shorter"]
+    lines = [
+        ("accuracy", report["accuracy"], f"95% interval {low:.3f} to {high:.3f}; {report['ties']} ties"),
+        ("  chosen is longer", longer["accuracy"], f"{longer['pairs']} pairs"),
+        ("  chosen is shorter", shorter["accuracy"], f"{shorter['pairs']} pairs"),
+        ("margin and length", bias["correlation"], "correlation of the differences in score and in tokens"),
+        ("mean margin", report["mean_margin"], f"score_chosen - score_rejected; loss {report['loss']:.3f}"),
+        ("sides swapped", agreement, f"agree, of {len(some)} pairs; scores within {swapped['difference']:.0e}"),
+        (
+            "calibration error",
+            report["calibration_error"],
+            "of sigmoid(|margin|), the confidence; accuracy by bins of it:",
+        ),
+    ]
+    for row in report["reliability"]:
+        if row["pairs"]:
+            lines.append((f"  {row['from']:.2f} to {row['to']:.2f}", row["accuracy"], f"{row['pairs']} pairs"))
+    print(f"report on {len(rows)} pairs of {where}")
+    for name, value, note in lines:
+        print(f"  {name:20} {'    -' if value is None else format(value, '6.3f')}  {note}")
+    return report, scores
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    check_shared(args)
+    source = locate_model(args.model_path, "--model_path")
+    check_base(source, args)
+    args.use_lora = args.use_lora or source.adapter is not None
+    if args.learning_rate is None:
+        args.learning_rate = 1e-4 if args.use_lora else 1e-5
+    eval_split = args.eval_split or ("test" if args.eval_subset else None)
+    if args.eval_fraction and eval_split:
+        raise UserError("--eval_fraction holds out rows of --train_split; it excludes --eval_split and --eval_subset")
+    if args.eval_only and not (eval_split or args.eval_fraction):
+        raise UserError("--eval_only needs pairs to evaluate on: --eval_split, --eval_subset or --eval_fraction")
+    if args.eval_only and args.resume_from_checkpoint:
+        raise UserError("--eval_only trains nothing, so there is nothing to resume: leave --resume_from_checkpoint out")
+    checkpoint = pick_checkpoint(args, "reward")
+    tokenizer = load_tokenizer(source, args)
+    prompt_format = pick_format(args.prompt_format, "chat", source.run.get("prompt_format"), tokenizer)
+    # Libraries that score a padded batch read the last token that is not padding; where EOS is that, it gets lost.
+    ends = prompt_format.stop_ids()
+    spare = [tokenizer.unk_token_id, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)]
+    spare = [i for i in spare if i not in (None, *ends)]
+    if tokenizer.pad_token_id in ends and spare:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(spare[0])
+
+    splits = {}
+    if not (args.eval_only and eval_split):
+        splits["train"] = args.subset, args.train_split, "--train_split"
+    if eval_split:
+        splits["eval"] = args.eval_subset or args.subset, eval_split, "--eval_split"
+    rows, counts, where = {}, {}, {}
+    for name, (subset, split, flag) in splits.items():
+        where[name] = f"{args.dataset_name} {subset + ' ' if subset else ''}[{split}]"
+        data = load_split(args, args.dataset_name, subset, split, flag)
+        schema = pick_schema(data, SCHEMAS, where[name])
+        if args.use_margin and name == "train" and not {"score_chosen", "score_rejected"} <= set(data.column_names):
+            raise UserError(f"--use_margin: {where[name]} has no columns score_chosen and score_rejected")
+        rows[name], counts[name] = encode_split(data, schema, prompt_format, args, where[name])
+    if args.eval_fraction:
+        rows["train"], rows["eval"] = hold_out(rows["train"], args.eval_fraction, args.seed)
+        counts["train"]["rows"], counts["eval"] = len(rows["train"]), {"rows": len(rows["eval"])}
+        where["eval"] = f"{where['train']}, held out"
+        print(
+            f"held out for evaluation: {len(rows['eval'])} pairs, all those of {len(set(rows['eval']['prompt']))} prompts"
+        )
+    if not args.eval_only and args.per_device_train_batch_size > len(rows["train"]):
+        raise UserError(
+            f"--per_device_train_batch_size {args.per_device_train_batch_size} is larger than the data set "
+            f"({len(rows['train'])} pairs)"
+        )
+    try:
+        model_config = AutoConfig.from_pretrained(source.base, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the configuration of {source.base} cannot be loaded: {error}") from error
+    longest = max(len(ids) for split in rows.values() for side in ("chosen_ids", "rejected_ids") for ids in split[side])
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", longest)
+    if longest > positions:
+        raise UserError(
+            f"--max_length {args.max_length}: the model has {positions} positions, a text has {longest} tokens"
+        )
+    # On a CPU a batch runs pair by pair: the same gradient, the memory of one pair, about a tenth slower. A GPU gets the
+    # batch as one row without padding.
+    pairs_at_once = args.per_device_train_batch_size if torch.accelerator.is_available() else 1
+    config = make_config(
+        RewardConfig,
+        args,
+        per_device_train_batch_size=pairs_at_once,
+        gradient_accumulation_steps=args.gradient_accumulation_steps
+        * args.per_device_train_batch_size
+        // pairs_at_once,
+        per_device_eval_batch_size=args.per_device_train_batch_size,
+        max_steps=args.max_steps or -1,
+        num_train_epochs=args.num_train_epochs,
+        max_length=None,  # longer pairs are left out already
+        center_rewards_coefficient=args.center_rewards_coefficient,
+        disable_dropout=False,  # done in load_reward_model
+        eval_strategy="steps" if "eval" in rows and args.eval_steps else "no",
+        save_strategy="steps",
+    )
+    run = describe_run(
+        "reward", args, source, prompt_format, tokenizer, {**counts.get("train", {}), "eval": counts.get("eval")}
+    )
+    if not args.eval_only:
+        texts = rows["train"]
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * config.world_size
+        steps = args.max_steps or math.ceil(args.num_train_epochs * math.ceil(len(texts) / batch))
+        once = sum(collate_shared([row])["input_ids"].shape[1] for row in texts)
+        print(
+            f"{steps} steps of {batch} pairs; an epoch has {len(texts)} pairs, {sum(texts['length'])} tokens, {once} with "
+            "what the two texts of a pair share counted once"
+        )
+    if args.dry_run:
+        show_rows(rows["eval" if args.eval_only else "train"], tokenizer)
+        print("dry run: everything fits; nothing was loaded or written")
+        return
+
+    model = load_reward_model(source, args)
+    if args.eval_only:
+        if torch.accelerator.is_available() and not (args.load_in_4bit or args.load_in_8bit):
+            model.to(torch.accelerator.current_accelerator())
+        collate = pick_collator(model, rows["eval"], tokenizer, args)
+        report, scores = evaluate_pairs(model, rows["eval"], collate, args, where["eval"])
+        output_dir = Path(args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with open(output_dir / "scores.jsonl", "w", encoding="utf-8") as file:
+            for row, chosen, rejected in zip(rows["eval"]["row"], *scores.tolist()):
+                file.write(json.dumps({"row": row, "score_chosen": chosen, "score_rejected": rejected}) + "\n")
+        write_json(output_dir / "metrics.json", {"accuracy": report["accuracy"], "report": report})
+        print(f"saved {output_dir / 'scores.jsonl'}")
+        return
+
+    open_output_dir(args, checkpoint)
+    callback = RunCallback(args.output_dir, run)
+    columns = ["chosen_ids", "rejected_ids", "margin"] if args.use_margin else ["chosen_ids", "rejected_ids"]
+    trainer = RewardTrainer(
+        model=model,
+        args=config,
+        data_collator=collate_shared,
+        train_dataset=rows["train"].select_columns(columns),
+        eval_dataset=rows["eval"].select_columns(columns[:2]) if "eval" in rows else None,
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
+    for parameter in model.parameters():  # RewardTrainer makes them bfloat16 on a quantized base, see load_model
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    model.config.pad_token_id = None if tokenizer.pad_token_id in ends else tokenizer.pad_token_id
+    trainer.data_collator = collate = pick_collator(model, rows["train"], tokenizer, args)
+    metrics = {}
+    if "eval" in rows:
+        scores = score_pairs(model, rows["eval"], collate, args)
+        metrics["accuracy_before"] = mean(scores[0] > scores[1])
+        print(f"accuracy before training {metrics['accuracy_before']:.3f}")
+    metrics.update(trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics)
+    if "eval" in rows and not callback.interrupted:
+        report, _ = evaluate_pairs(model, rows["eval"], collate, args, where["eval"])
+        metrics.update(accuracy=report["accuracy"], report=report)
+    finish_run(args, trainer, callback, run, metrics, save=trainer.model.save_pretrained)
+
+
+if __name__ == "__main__":
+    run_as_script(main)
