@@ -22,6 +22,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -562,6 +563,7 @@ def run_lazily(model, tensors, steps, ids, adapter=None, change=None):
     then `change(name, rows)`; with an adapter, in PEFT.
 
     Memory: one matrix in float32; of linear layers a block of rows, of the input embedding the rows of `ids`."""
+    gc.collect()  # the model of the run before, which refers to itself
     (places, tied), embedding, base = match_names(model, tensors), model.get_input_embeddings(), model
 
     def read(name, begin=0, end=None):
@@ -584,8 +586,9 @@ def run_lazily(model, tensors, steps, ids, adapter=None, change=None):
         return values
 
     def apply_linear(name, module, x):
-        blocks = split_rows((module.out_features, module.in_features))
-        y = torch.cat([torch.nn.functional.linear(x, read(name, begin, end)) for begin, end in blocks], dim=-1)
+        y = x.new_empty(*x.shape[:-1], module.out_features)
+        for begin, end in split_rows((module.out_features, module.in_features)):
+            y[..., begin:end] = torch.nn.functional.linear(x, read(name, begin, end))
         return y if module.bias is None else y + module.bias
 
     slots = [(name, module, leaf) for name, module in model.named_modules() for leaf in [*module._parameters]]
@@ -630,7 +633,7 @@ def add_noise(names, eps):
         shapes = (len(rows), *[1] * (rows.dim() - 1)), rows.shape[1:]
         one, other = (torch.randint(0, 2, shape, generator=generator) * 2.0 - 1 for shape in shapes)
         # 0.21 eps: the root mean square of the relative error, where all magnitudes are equally likely
-        return rows * (1 + 0.21 * eps * one * other)
+        return rows.addcmul_(rows, one * other, value=0.21 * eps)
 
     return change
 

@@ -568,7 +568,10 @@ def load_split(args, name, subset, split, flag):
         kwargs = {"path": loaders[Path(name).suffix], "data_files": name}
     elif subset and name in loaders.values() and not Path(subset).is_dir():
         raise UserError(f"--subset {subset} does not exist; with --dataset_name {name} it should be a folder of files")
-    where = f"{name} {subset}" if subset else name
+    where, place = f"{name} {subset}" if subset else name, Path(subset or name)
+    files = [place] if place.is_file() else [path for path in place.rglob("*.*") if path.suffix in loaders]
+    if files and not any(path.stat().st_size for path in files):
+        raise UserError(f"{where} is empty; it should have at least one row")
     try:
         there = datasets.get_dataset_split_names(**kwargs)
         wanted = split.split("[")[0]
@@ -585,6 +588,8 @@ def load_split(args, name, subset, split, flag):
         while cause.__cause__ or cause.__context__:
             cause = cause.__cause__ or cause.__context__
         detail = f" ({cause})" if str(cause) not in str(error) else ""
+        if "corresponds to no data" in str(error):
+            raise UserError(f"the split {split} of {where} is empty; it should have at least one row") from error
         raise UserError(f"the data set {where} cannot be read: {error}{detail}") from error
     if len(data) == 0:
         raise UserError(f"the split {split} of {where} is empty; it should have at least one row")
