@@ -328,8 +328,12 @@ def test_every_template_is_listed_as_expected():
 @pytest.mark.parametrize(
     "name", ["qwen3", "qwen3_5_think", "nemotron_3_nano", "glm4moe", "deepseek_r1_distill_training"]
 )
-def test_thoughts_in_the_data_are_trained_on_as_thoughts(block, name):
-    chat_format = block.PromptFormat(templates.make_tokenizer(name), "chat")
+@pytest.mark.parametrize("special", [False, True])
+def test_thoughts_in_the_data_are_trained_on_as_thoughts(block, name, special):
+    tokenizer = templates.make_tokenizer(name)
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    chat_format = block.PromptFormat(tokenizer, "chat")
     chat = [
         user("1+1?"),
         assistant("<think>\nEasy.\n</think>\n\n2."),
@@ -442,18 +446,31 @@ def test_chats_with_any_text(block, name, contents):
     assert count[0] == count[1]
 
 
+def instructed(block, name):
+    """A PromptFormat with the tokenizer `name` and a template in the way of Llama 2."""
+    if name not in FORMATS:
+        tokenizer = made(name)
+        tokenizer.chat_template = (
+            "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST]' + m['content'] + ' [/INST]' }}"
+            "{% else %}{{ ' ' + m['content'] + ' ' + eos_token + '\n' }}{% endif %}{% endfor %}"
+        )
+        FORMATS[name] = block.PromptFormat(tokenizer, "chat")
+    return FORMATS[name]
+
+
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if name not in ("wordpiece+be", "phrases+b")])
+def test_chats_read_as_the_tokenizer_reads_them(block, name):
+    chat_format = instructed(block, name)
+    chat = [user("Why"), assistant("The capital"), user("a b"), assistant("of France")]
+    text = "<s>[INST]Why [/INST] The capital </s>\n<s>[INST]a b [/INST] of France </s>"
+    assert chat_format.encode(chat)[0] == chat_format.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "wordpiece+be"])
 @FAST
 @given(contents=st.lists(st.tuples(CONTENTS, CONTENTS), min_size=1, max_size=3))
 def test_chats_with_any_text_and_every_kind_of_tokenizer(block, name, contents):
-    if name not in FORMATS:
-        tokenizer = made(name)
-        tokenizer.chat_template = (
-            "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
-            "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
-        )
-        FORMATS[name] = block.PromptFormat(tokenizer, "chat")
-    chat_format = FORMATS[name]
+    chat_format = instructed(block, name)
     tokenizer = chat_format.tokenizer
     chat = [turn for question, answer in contents for turn in (user(question), assistant(answer))]
     ids, mask = chat_format.encode(chat)
