@@ -170,7 +170,7 @@ def test_an_adapter_that_does_not_fit_its_base(refuse, adapter, tmp_path):
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = str(tmp_path / "small")
     (adapter / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    refuse("the adapter .* does not fit its base model: no place for .*layers.1", model=adapter, cheap=False)
+    refuse("the adapter .* does not fit its base model: no place for .*layers.1", "--force", model=adapter, cheap=False)
 
 
 def test_modules_that_are_not_there(refuse):

@@ -1,5 +1,6 @@
 """The quickstart: the rule, the commands it shows, what a second run does again, and the whole chain on a tiny model."""
 
+import functools
 import importlib
 import json
 import os
@@ -108,7 +109,10 @@ def test_ctrl_c_leaves_the_stage_time_to_save(tmp_path):
             sys.exit(130)
     """
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import quickstart; quickstart.run(sys.executable, '-c', {stage!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, start_new_session=True)
+    allow = functools.partial(
+        signal.signal, signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs ignore it
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, start_new_session=True, preexec_fn=allow)
     deadline = time.time() + 30
     while not (tmp_path / "started").exists() and time.time() < deadline:
         time.sleep(0.05)

@@ -5,7 +5,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, make_model
 
 SCRIPTS = "training_sft|training_reward_model|training_rl|merge_with_lora"
 
@@ -53,15 +53,16 @@ def test_the_first_commands_of_the_project_still_parse():
 
 
 @pytest.mark.parametrize("source", ["readme", "seed"])
-def test_the_chain_runs_on_a_tiny_model(source, llama, tmp_path, monkeypatch):
+def test_the_chain_runs_on_a_tiny_model(source, tmp_path, monkeypatch):
     """The commands as written, with another model, the sample of the data set, and fewer steps."""
     sample = SHARED / "ultrafeedback_binarized_sample"
     if not sample.is_dir():
         pytest.skip("the sample of the data set is not here")
     commands = chain(README if source == "readme" else read_commands(SEED))
     monkeypatch.chdir(tmp_path)
+    model = make_model(tmp_path / "model", max_position_embeddings=2048)
     smaller = {
-        "meta-llama/Llama-3.2-3B-Instruct": llama,
+        "meta-llama/Llama-3.2-3B-Instruct": model,
         "HuggingFaceH4/ultrafeedback_binarized": str(sample),
         "1000": "1",
         "1024": "8",
