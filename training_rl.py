@@ -337,7 +337,8 @@ class PromptFormat:
         added = self.tokenizer.added_tokens_decoder.values()
         special = {*self.tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
         special -= {"<think>", "</think>"}  # where data has these, thoughts are meant
-        self.special = re.compile(f"({'|'.join(map(re.escape, sorted(special, key=len, reverse=True)))})")
+        longest_first = sorted(special, key=lambda token: (-len(token), token))  # in one order: it is hashed for caches
+        self.special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         marks = (("system", "\ue002"), ("user", "\ue003"), ("assistant", "\ue004"))
         system, question, answer = ({"role": role, "content": mark} for role, mark in marks)
         self.parts, self.thought = False, ""
