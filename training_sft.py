@@ -763,7 +763,7 @@ def hash_base(base, names=None):
         places |= {name: (path, data, info) for name, info in header.items() if name != "__metadata__"}
     found = sorted(places)
     hashes = {}
-    for name in names or ({found[0], found[len(found) // 2], found[-1]} if found else ()):
+    for name in names or (sorted({found[0], found[len(found) // 2], found[-1]}) if found else ()):
         if name in places:
             path, data, info = places[name]
             with open(path, "rb") as file:
