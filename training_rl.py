@@ -1114,6 +1114,9 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         self.stop_ids = torch.tensor(prompt_format.stop_ids(roles.policy.model.generation_config))
         args.world_size = transformers.TrainingArguments.world_size.fget(args)  # PPOConfig hides it behind a None
         disable_dropout_in_model(roles)
+        for module in roles.modules():  # it sees nn.Dropout only
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = 0.0
         if options.gradient_checkpointing:
             for model in roles.models:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -1921,6 +1924,7 @@ def main(argv=None):
     def save(directory):
         save_policy(roles, directory)
         save_value(roles, directory / "value")
+        tokenizer.save_pretrained(directory / "value")
 
     finish_run(args, trainer, callback, run, metrics, save)
 

@@ -470,6 +470,15 @@ def test_gradient_checkpointing_gives_the_same_update(rl, chain, tmp_path, monke
         assert_close(ours, theirs, 1e-6)
 
 
+def test_dropout_is_off_also_under_gradient_checkpointing(rl, chain, tmp_path):
+    """Items 14 and 16: checkpointing works in train mode, where a model whose config has dropout would use it."""
+    base = make_model(tmp_path / "base", attention_dropout=0.5)
+    kinds = {"sft": "CAUSAL_LM", "rm": "SEQ_CLS"}
+    models = {**chain, **{name: make_adapter(base, tmp_path / name, kinds[name], 1) for name in kinds}}
+    flags = "--gradient_checkpointing --num_ppo_epochs 1 --total_episodes 4"
+    assert run(rl, models, tmp_path / "out", flags)[0]["val/ratio"] == 1.0
+
+
 def test_logits_are_asked_for_response_positions_only(rl, wide, tmp_path, monkeypatch):
     """Item 15: with four prompts of 15 tokens and more, the head never sees more than the answers' positions."""
     shapes = []
@@ -878,6 +887,7 @@ def test_full_fine_tuning_leaves_models_that_load(rl, chain, full_rm, tmp_path, 
     for role, path in ((roles.reference, chain["base"]), (roles.reward, full_rm)):
         for name, tensor in load_file(Path(path) / "model.safetensors").items():
             assert torch.equal(role.model.state_dict()[name], tensor), name
+    run(rl, chain, tmp_path / "again", "--total_episodes 4", model=str(final), reward=str(final / "value"))
 
 
 def test_full_fine_tuning_without_a_reward_model(rl, chain, tmp_path):
