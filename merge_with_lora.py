@@ -190,8 +190,9 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BLOCK = 2**19  # weights summed at a time: 2 MiB in float32 stay in the processor's cache
-COPY = 2**23  # bytes copied at a time
+# Small enough for the processor's cache, and to be allocated again and again without growing or leaving the heap.
+BLOCK = 2**17  # weights that are summed or used at a time
+COPY = 2**20  # bytes copied at a time
 FACTOR = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?")
 # What a LoRA config may set and still be read below. An adapter that uses anything else (target_parameters,
 # trainable_token_indices, lora_bias, ...) is left to PEFT.
