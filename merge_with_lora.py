@@ -103,7 +103,11 @@ def publish(directory):
     for leftover in (draft, old):
         shutil.rmtree(leftover, ignore_errors=True)
     draft.mkdir(parents=True)
-    yield draft
+    try:
+        yield draft
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     if directory.exists():
         os.replace(directory, old)
     os.replace(draft, directory)

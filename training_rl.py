@@ -108,7 +108,11 @@ def publish(directory):
     for leftover in (draft, old):
         shutil.rmtree(leftover, ignore_errors=True)
     draft.mkdir(parents=True)
-    yield draft
+    try:
+        yield draft
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     if directory.exists():
         os.replace(directory, old)
     os.replace(draft, directory)
@@ -289,6 +293,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 import datasets
 import torch
 import transformers
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -301,6 +306,7 @@ from transformers import (
     GenerationConfig,
     Trainer,
     TrainerCallback,
+    TrainerState,
 )
 from trl.experimental import ppo as trl_ppo
 from trl.trainer.utils import disable_dropout_in_model, entropy_from_logits, selective_log_softmax
@@ -532,38 +538,61 @@ def pick_checkpoint(args, stage):
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)"
             )
-        read_json(checkpoint / "trainer_state.json")
-        found = read_json(checkpoint / "run.json").get("stage") if (checkpoint / "run.json").is_file() else stage
-        if found != stage:
+        later = find_checkpoints(output_dir, int(read_json(checkpoint / "trainer_state.json")["global_step"]) + 1)
+        if later and not args.overwrite_output_dir:
             raise UserError(
-                f"--resume_from_checkpoint {checkpoint} is of the stage {found!r}; this script goes on with {stage!r}"
+                f"--resume_from_checkpoint {checkpoint}: {later[0]} is later; --overwrite_output_dir drops it"
             )
-        return checkpoint
+    else:
+        for broken in find_checkpoints(output_dir, complete=False):
+            print(f"{broken} was never completed: passed over")
+        checkpoint = next(iter(find_checkpoints(output_dir)), None)
+        if not checkpoint:
+            print(f"no complete checkpoint in {output_dir}: starting from the beginning")
+            return None
+    found = read_json(checkpoint / "run.json").get("stage") if (checkpoint / "run.json").is_file() else stage
+    if found != stage:
+        raise UserError(
+            f"--resume_from_checkpoint: {checkpoint} is of the stage {found!r}; this script goes on with {stage!r}"
+        )
+    return checkpoint
+
+
+def find_checkpoints(output_dir, first=0, complete=True):
+    """The checkpoint-N directories with N >= `first`, the newest first: the complete ones, or the others."""
     numbered = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
+    found = []
     for checkpoint in sorted(numbered, key=lambda path: -int(path.name[11:])):
         try:
             read_json(checkpoint / "trainer_state.json")
+            readable = True
         except UserError:
-            print(f"{checkpoint} was never completed: passed over")
-            continue
-        return checkpoint
-    print(f"no complete checkpoint in {output_dir}: starting from the beginning")
-    return None
+            readable = False
+        if readable == complete and int(checkpoint.name[11:]) >= first:
+            found.append(checkpoint)
+    return found
 
 
 def open_output_dir(args, checkpoint):
-    """Make --output_dir ready; remove what an earlier run of this script left there and this run will write anew."""
+    """Make --output_dir ready: without the checkpoints that were never completed, and the metrics of steps to come.
+
+    With --overwrite_output_dir without all later checkpoints. The first process does it, before the others go on."""
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    step = int(read_json(checkpoint / "trainer_state.json")["global_step"]) if checkpoint else -1
-    for path in [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]:
-        if int(path.name[11:]) > step and (args.overwrite_output_dir or args.resume_from_checkpoint):
+    with PartialState().main_process_first():
+        if not PartialState().is_main_process:
+            return
+        output_dir.mkdir(parents=True, exist_ok=True)
+        step = int(read_json(checkpoint / "trainer_state.json")["global_step"]) if checkpoint else -1
+        later = find_checkpoints(output_dir, step + 1) if args.overwrite_output_dir else []
+        for path in [*find_checkpoints(output_dir, complete=False), *later]:
             shutil.rmtree(path)
-    for name in ("metrics.jsonl", "samples.jsonl"):  # keep the lines up to the checkpoint
-        if (output_dir / name).is_file():
-            lines = (output_dir / name).read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            (output_dir / name).write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if (output_dir / name).is_file():
+                # A line that a kill cut off has no line break yet.
+                lines = (output_dir / name).read_text(encoding="utf-8").split("\n")[:-1]
+                kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step)
+                (output_dir / f"{name}.partial").write_text(kept, encoding="utf-8")
+                os.replace(output_dir / f"{name}.partial", output_dir / name)
 
 
 def load_split(args, name, subset, split, flag):
@@ -716,8 +745,8 @@ def load_adapter_weights(model, adapter, name="default"):
     return weights
 
 
-def config_fields(args, **own):
-    """Keyword arguments of a trainer's config: the shared flags, and the script's own."""
+def make_config(config_class, args, **own):
+    """A trainer's config from the shared flags, the script's own fields and --set."""
     fields = {
         "output_dir": args.output_dir,
         "bf16": args.bf16,
@@ -739,12 +768,6 @@ def config_fields(args, **own):
         "logging_nan_inf_filter": False,  # a NaN is to be seen
         **own,
     }
-    return fields
-
-
-def make_config(config_class, args, **own):
-    """A trainer's config from the flags and --set."""
-    fields = config_fields(args, **own)
     try:
         config = config_class(**fields, **set_fields(args.set, config_class, fields))
     except (ValueError, TypeError) as error:
@@ -844,6 +867,22 @@ def describe_run(stage, args, source, prompt_format, tokenizer, rows):
             for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
         },
     }
+
+
+def train_model(trainer, checkpoint):
+    """Trainer's train(), from the checkpoint if there is one; returns its metrics.
+
+    A run that was stopped after its last step takes no other; Trainer would take one, in the middle of a pass over the
+    data."""
+    if checkpoint:
+        state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
+        steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+        if state.global_step >= steps:
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = state
+            lines = [line for line in state.log_history if line["step"] == state.global_step]
+            return {name: value for line in lines for name, value in line.items()}
+    return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
 
 
 def finish_run(args, trainer, callback, run, metrics, save):
@@ -1185,6 +1224,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             except (AssertionError, RuntimeError, TypeError, ValueError, IndexError):
                 continue
         self.group_size = 1
+        print("this model keeps sequences that share a row apart in no way known here: one sequence a forward pass")
 
     def make_groups(self, prompts, responses):
         """Indices of the episodes of each micro-batch, sequences of like length together.
@@ -1908,21 +1948,16 @@ def main(argv=None):
         torch.manual_seed(args.seed + 100_003 * trainer.args.process_index)  # processes sample different answers
         if args.normalize_reward:
             trainer.measure_reference(list(train_rows.select(range(min(64, len(train_rows))))))
-    reached = read_json(checkpoint / "trainer_state.json") if checkpoint else {"global_step": 0}
-    if reached["global_step"] < updates:
-        metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
-    else:  # stopped at the very end; in the middle of a pass over the data Trainer would take one more step
-        trainer._load_from_checkpoint(checkpoint)
-        trainer.state.global_step, trainer.state.epoch = reached["global_step"], reached["epoch"]
-        lines = [line for line in reached["log_history"] if line["step"] == reached["global_step"]]
-        metrics = {name: value for line in lines for name, value in line.items()}
-        if "eval_policy_score" in metrics:
-            trainer.evaluated = {"step": reached["global_step"], "metrics": {}}
+    metrics = train_model(trainer, checkpoint)
+    if "eval_policy_score" in metrics:  # resumed after the last step, which was evaluated
+        trainer.evaluated = {"step": trainer.state.global_step, "metrics": {}}
     if not callback.interrupted:
         metrics.update(trainer.latest, **trainer.evaluate(), stopped=trainer.ppo_state["stopped"])
 
     def save(directory):
         save_policy(roles, directory)
+        ends = {"eos_token_id": prompt_format.stop_ids(roles.policy.model.generation_config)}
+        write_json(directory / "generation_config.json", roles.policy.model.generation_config.to_diff_dict() | ends)
         save_value(roles, directory / "value")
         tokenizer.save_pretrained(directory / "value")
 

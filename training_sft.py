@@ -101,7 +101,11 @@ def publish(directory):
     for leftover in (draft, old):
         shutil.rmtree(leftover, ignore_errors=True)
     draft.mkdir(parents=True)
-    yield draft
+    try:
+        yield draft
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     if directory.exists():
         os.replace(directory, old)
     os.replace(draft, directory)
@@ -261,9 +265,17 @@ import datasets
 import psutil
 import torch
 import transformers
+from accelerate import PartialState
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    TrainerCallback,
+    TrainerState,
+)
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 
@@ -493,38 +505,61 @@ def pick_checkpoint(args, stage):
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)"
             )
-        read_json(checkpoint / "trainer_state.json")
-        found = read_json(checkpoint / "run.json").get("stage") if (checkpoint / "run.json").is_file() else stage
-        if found != stage:
+        later = find_checkpoints(output_dir, int(read_json(checkpoint / "trainer_state.json")["global_step"]) + 1)
+        if later and not args.overwrite_output_dir:
             raise UserError(
-                f"--resume_from_checkpoint {checkpoint} is of the stage {found!r}; this script goes on with {stage!r}"
+                f"--resume_from_checkpoint {checkpoint}: {later[0]} is later; --overwrite_output_dir drops it"
             )
-        return checkpoint
+    else:
+        for broken in find_checkpoints(output_dir, complete=False):
+            print(f"{broken} was never completed: passed over")
+        checkpoint = next(iter(find_checkpoints(output_dir)), None)
+        if not checkpoint:
+            print(f"no complete checkpoint in {output_dir}: starting from the beginning")
+            return None
+    found = read_json(checkpoint / "run.json").get("stage") if (checkpoint / "run.json").is_file() else stage
+    if found != stage:
+        raise UserError(
+            f"--resume_from_checkpoint: {checkpoint} is of the stage {found!r}; this script goes on with {stage!r}"
+        )
+    return checkpoint
+
+
+def find_checkpoints(output_dir, first=0, complete=True):
+    """The checkpoint-N directories with N >= `first`, the newest first: the complete ones, or the others."""
     numbered = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
+    found = []
     for checkpoint in sorted(numbered, key=lambda path: -int(path.name[11:])):
         try:
             read_json(checkpoint / "trainer_state.json")
+            readable = True
         except UserError:
-            print(f"{checkpoint} was never completed: passed over")
-            continue
-        return checkpoint
-    print(f"no complete checkpoint in {output_dir}: starting from the beginning")
-    return None
+            readable = False
+        if readable == complete and int(checkpoint.name[11:]) >= first:
+            found.append(checkpoint)
+    return found
 
 
 def open_output_dir(args, checkpoint):
-    """Make --output_dir ready; remove what an earlier run of this script left there and this run will write anew."""
+    """Make --output_dir ready: without the checkpoints that were never completed, and the metrics of steps to come.
+
+    With --overwrite_output_dir without all later checkpoints. The first process does it, before the others go on."""
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    step = int(read_json(checkpoint / "trainer_state.json")["global_step"]) if checkpoint else -1
-    for path in [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]:
-        if int(path.name[11:]) > step and (args.overwrite_output_dir or args.resume_from_checkpoint):
+    with PartialState().main_process_first():
+        if not PartialState().is_main_process:
+            return
+        output_dir.mkdir(parents=True, exist_ok=True)
+        step = int(read_json(checkpoint / "trainer_state.json")["global_step"]) if checkpoint else -1
+        later = find_checkpoints(output_dir, step + 1) if args.overwrite_output_dir else []
+        for path in [*find_checkpoints(output_dir, complete=False), *later]:
             shutil.rmtree(path)
-    for name in ("metrics.jsonl", "samples.jsonl"):  # keep the lines up to the checkpoint
-        if (output_dir / name).is_file():
-            lines = (output_dir / name).read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            (output_dir / name).write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if (output_dir / name).is_file():
+                # A line that a kill cut off has no line break yet.
+                lines = (output_dir / name).read_text(encoding="utf-8").split("\n")[:-1]
+                kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step)
+                (output_dir / f"{name}.partial").write_text(kept, encoding="utf-8")
+                os.replace(output_dir / f"{name}.partial", output_dir / name)
 
 
 def load_split(args, name, subset, split, flag):
@@ -677,8 +712,8 @@ def load_adapter_weights(model, adapter, name="default"):
     return weights
 
 
-def config_fields(args, **own):
-    """Keyword arguments of a trainer's config: the shared flags, and the script's own."""
+def make_config(config_class, args, **own):
+    """A trainer's config from the shared flags, the script's own fields and --set."""
     fields = {
         "output_dir": args.output_dir,
         "bf16": args.bf16,
@@ -700,12 +735,6 @@ def config_fields(args, **own):
         "logging_nan_inf_filter": False,  # a NaN is to be seen
         **own,
     }
-    return fields
-
-
-def make_config(config_class, args, **own):
-    """A trainer's config from the flags and --set."""
-    fields = config_fields(args, **own)
     try:
         config = config_class(**fields, **set_fields(args.set, config_class, fields))
     except (ValueError, TypeError) as error:
@@ -805,6 +834,22 @@ def describe_run(stage, args, source, prompt_format, tokenizer, rows):
             for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
         },
     }
+
+
+def train_model(trainer, checkpoint):
+    """Trainer's train(), from the checkpoint if there is one; returns its metrics.
+
+    A run that was stopped after its last step takes no other; Trainer would take one, in the middle of a pass over the
+    data."""
+    if checkpoint:
+        state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
+        steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+        if state.global_step >= steps:
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = state
+            lines = [line for line in state.log_history if line["step"] == state.global_step]
+            return {name: value for line in lines for name, value in line.items()}
+    return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
 
 
 def finish_run(args, trainer, callback, run, metrics, save):
@@ -1065,10 +1110,15 @@ def main(argv=None):
         processing_class=tokenizer,
         callbacks=[callback],
     )
-    metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    metrics = train_model(trainer, checkpoint)
     if eval_rows:
         metrics.update(trainer.evaluate())
-    finish_run(args, trainer, callback, run, metrics, save=trainer.model.save_pretrained)
+
+    def save(directory):
+        trainer.model.save_pretrained(directory)
+        write_json(directory / "generation_config.json", model.generation_config.to_diff_dict())  # where answers end
+
+    finish_run(args, trainer, callback, run, metrics, save)
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def test_shared_and_padded_batches_give_the_scores_and_gradients_of_the_stock_mo
     assert padded.std() > 0.1
     torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(shared, alone, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(shared_gradients, padded_gradients, atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(shared_gradients, padded_gradients, atol=1e-5, rtol=1e-4)
 
 
 def test_no_text_of_a_shared_batch_sees_another(reward, llama):

@@ -188,8 +188,8 @@ def test_a_step_is_that_of_the_padded_batch(sft, run, tmp_path, plain_llama, mon
         monkeypatch.setattr(sft.RowTrainer, "LOGITS", 400 * 40)  # 3 rows are longer than 40 tokens, 5 are not
     if how == "gpu":
         monkeypatch.setattr(sft.torch.accelerator, "is_available", lambda: True)
-        fields = sft.config_fields
-        monkeypatch.setattr(sft, "config_fields", lambda args, **own: {**fields(args, **own), "use_cpu": True})
+        make = sft.make_config
+        monkeypatch.setattr(sft, "make_config", lambda *args, **own: make(*args, **{**own, "use_cpu": True}))
     trainer = run(PAIRS, plain_llama, *STEP, *flags)
     assert trainer.args.per_device_train_batch_size == (flags[1] if how == "gpu" else 1)
     if how == "long answers":
