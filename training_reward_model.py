@@ -22,6 +22,7 @@ again with AutoPeftModelForSequenceClassification (an adapter) or AutoModelForSe
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -37,6 +38,7 @@ import signal
 import sys
 import types
 import warnings
+import zipfile
 from pathlib import Path
 
 # >>> block base: the same in training_sft.py, training_reward_model.py, training_rl.py, merge_with_lora.py (tests/test_blocks.py)
@@ -63,6 +65,8 @@ class Parser(argparse.ArgumentParser):
 def run_as_script(function):
     """Call `function()`; what a user can mend becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     code = 0
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
     try:
         function()
     except (UserError, OSError) as error:
@@ -97,6 +101,18 @@ def write_json(path, value):
     draft = Path(f"{path}.partial")
     draft.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def reading(what):
+    """What is wrong with a file from elsewhere becomes one line: libraries raise dozens of types for it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} "
+        raise UserError(f"{what} cannot be loaded: {kind}{error}") from error
 
 
 @contextlib.contextmanager
@@ -181,6 +197,7 @@ def add_shared_flags(parser, learning_rate):
     add("--overwrite_output_dir", action="store_true", help="replace the checkpoints and metrics in --output_dir")
     add("--resume_from_checkpoint", nargs="?", const=True, metavar="DIR", help="go on from DIR, or from the newest")
     add("--dry_run", action="store_true", help="check everything, show the data as it would be trained on, and stop")
+    add("--skip_nonfinite", type=number(int, 0), default=0, metavar="N", help="leave out up to N steps with NaN or inf")
     add("--max_samples", type=number(int, 1), help="use at most this many rows of each split")
     add(
         "--prompt_format", choices=["auto", "chat", "qa"], default="auto", help="chat template, or Question/Answer text"
@@ -210,7 +227,7 @@ def add_shared_flags(parser, learning_rate):
     add("--report_to", nargs="+", default=["none"], metavar="NAME", help="trackio, tensorboard, wandb")
     add("--push_to_hub", action="store_true", help="upload the final checkpoint under the name of --output_dir")
     add("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
-    add("--force", action="store_true", help="go on where a check of the chain says stop")
+    add("--force", action="store_true", help="go on where a check of memory, disk or the chain says stop")
     add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="any other field of the config")
 
 
@@ -263,6 +280,7 @@ def build_parser():
         type=number(float, 0),
         help="weight of (score_chosen + score_rejected)^2, e.g. 0.01",
     )
+    add("--streaming", action="store_true", help="read --train_split as it is needed, for data beyond memory")
     add(
         "--use_margin",
         action="store_true",
@@ -284,10 +302,14 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 import datasets
 import numpy as np
+import psutil
 import torch
 import transformers
 from accelerate import PartialState
+from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import (
     AttentionInterface,
@@ -507,6 +529,9 @@ def check_shared(args):
     quantized = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit" if args.load_in_8bit else None
     if quantized and not args.use_lora:
         raise UserError(f"{quantized} needs --use_lora: quantized weights cannot be trained themselves")
+    if args.push_to_hub:
+        with reading("--push_to_hub: the name of --output_dir"):
+            validate_repo_id(Path(args.output_dir).resolve().name)
     if args.lr_scheduler_type not in {kind.value for kind in transformers.SchedulerType}:
         raise UserError(f"--lr_scheduler_type {args.lr_scheduler_type} is not one of the schedulers of transformers")
 
@@ -531,7 +556,7 @@ def pick_checkpoint(args, stage):
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)"
             )
-        later = find_checkpoints(output_dir, int(read_json(checkpoint / "trainer_state.json")["global_step"]) + 1)
+        later = find_checkpoints(output_dir, read_step(checkpoint) + 1)
         if later and not args.overwrite_output_dir:
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint}: {later[0]} is later; --overwrite_output_dir drops it"
@@ -548,7 +573,30 @@ def pick_checkpoint(args, stage):
         raise UserError(
             f"--resume_from_checkpoint: {checkpoint} is of the stage {found!r}; this script goes on with {stage!r}"
         )
+    check_files(checkpoint)
     return checkpoint
+
+
+def check_files(checkpoint):
+    """Refuse a checkpoint that lacks the optimizer or has a damaged file, before anything is loaded from it."""
+    if not any(path.name.startswith(("optimizer", "global_step")) for path in checkpoint.iterdir()):
+        raise UserError(f"{checkpoint} holds no optimizer state: a run cannot go on from it as it would have")
+    for path in checkpoint.rglob("*.*"):
+        try:
+            if path.suffix == ".safetensors":
+                safe_open(path, framework="pt").__exit__(None, None, None)  # compares the header with the length
+            elif path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+                raise SafetensorError("cut, or not written by torch.save")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}); resume from another checkpoint") from error
+
+
+def read_step(checkpoint):
+    """The number of steps taken when a checkpoint was saved."""
+    step = read_json(checkpoint / "trainer_state.json").get("global_step")
+    if not isinstance(step, int):
+        raise UserError(f"{checkpoint / 'trainer_state.json'} has no global_step")
+    return step
 
 
 def find_checkpoints(output_dir, first=0, complete=True):
@@ -557,8 +605,7 @@ def find_checkpoints(output_dir, first=0, complete=True):
     found = []
     for checkpoint in sorted(numbered, key=lambda path: -int(path.name[11:])):
         try:
-            read_json(checkpoint / "trainer_state.json")
-            readable = True
+            readable = read_step(checkpoint) >= 0
         except UserError:
             readable = False
         if readable == complete and int(checkpoint.name[11:]) >= first:
@@ -575,20 +622,20 @@ def open_output_dir(args, checkpoint):
         if not PartialState().is_main_process:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
-        step = int(read_json(checkpoint / "trainer_state.json")["global_step"]) if checkpoint else -1
+        step = read_step(checkpoint) if checkpoint else -1
         later = find_checkpoints(output_dir, step + 1) if args.overwrite_output_dir else []
         for path in [*find_checkpoints(output_dir, complete=False), *later]:
             shutil.rmtree(path)
         for name in ("metrics.jsonl", "samples.jsonl"):
             if (output_dir / name).is_file():
-                # A line that a kill cut off has no line break yet.
-                lines = (output_dir / name).read_text(encoding="utf-8").split("\n")[:-1]
-                kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step)
+                with reading(output_dir / name):  # a line that a kill cut off has no line break yet
+                    lines = (output_dir / name).read_text(encoding="utf-8").split("\n")[:-1]
+                    kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step)
                 (output_dir / f"{name}.partial").write_text(kept, encoding="utf-8")
                 os.replace(output_dir / f"{name}.partial", output_dir / name)
 
 
-def load_split(args, name, subset, split, flag):
+def load_split(args, name, subset, split, flag, streaming=False):
     """One split of a data set, at most --max_samples rows of it; `name` as in `datasets.load_dataset`."""
     kwargs = {"path": name, "data_dir": subset}
     loaders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
@@ -602,6 +649,12 @@ def load_split(args, name, subset, split, flag):
     files = [place] if place.is_file() else [path for path in place.rglob("*.*") if path.suffix in loaders]
     if files and not any(path.stat().st_size for path in files):
         raise UserError(f"{where} is empty; it should have at least one row")
+    for path in (path for path in files if loaders[path.suffix] == "json"):
+        with open(path, "rb") as file:  # pyarrow crashes where it begins to read at a row that is null
+            if re.match(rb"(\xef\xbb\xbf)?[\s\[]*null\b", file.read(100)) or any(
+                line.strip() == b"null" for line in file
+            ):
+                raise UserError(f"{path} has a row that is null; it should be an object")
     try:
         there = datasets.get_dataset_split_names(**kwargs)
         wanted = split.split("[")[0]
@@ -610,7 +663,9 @@ def load_split(args, name, subset, split, flag):
             split = there[0] + split[len(wanted) :]
         elif wanted not in there:
             raise UserError(f"{flag} {split}: {where} has the splits {', '.join(there)}")
-        data = datasets.load_dataset(**kwargs, split=split)
+        data = datasets.load_dataset(**kwargs, split=split, streaming=streaming)
+        if streaming:
+            return data.take(args.max_samples) if args.max_samples else data
     except UserError:
         raise
     except Exception as error:  # datasets raises dozens of types; the innermost one says what was wrong with which file
@@ -628,11 +683,12 @@ def load_split(args, name, subset, split, flag):
 
 def pick_schema(data, schemas, where):
     """The first of `schemas` (tuples of column names) that the data has; columns named twice in a row hold text."""
+    names = data.column_names or list(next(iter(data), {}))  # a stream may know them from its first row only
     for schema in schemas:
-        if set(schema) <= set(data.column_names):
+        if set(schema) <= set(names):
             return schema
     fitting = "; ".join(" + ".join(schema) for schema in schemas)
-    raise UserError(f"{where} has the columns {', '.join(data.column_names)}; one of these is needed: {fitting}")
+    raise UserError(f"{where} has the columns {', '.join(names)}; one of these is needed: {fitting}")
 
 
 def encode_rows(data, function, where, description):
@@ -643,14 +699,25 @@ def encode_rows(data, function, where, description):
     def encode(row, index):
         return {"row": index, "problem": "", **function(row)}
 
+    if isinstance(data, datasets.IterableDataset):
+
+        def refuse(row):
+            if row["problem"]:
+                raise UserError(f"{where}, row {row['row']}: {row['problem']}")
+            return True
+
+        return data.map(encode, with_indices=True).filter(refuse)
     workers = min(os.cpu_count() or 1, 1 + len(data) // 2000)
-    rows = data.map(
-        encode,
-        with_indices=True,
-        remove_columns=data.column_names,
-        num_proc=workers if workers > 1 else None,
-        desc=description,
-    )
+    try:
+        rows = data.map(
+            encode,
+            with_indices=True,
+            remove_columns=data.column_names,
+            num_proc=workers if workers > 1 else None,
+            desc=description,
+        )
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} holds text that is not UTF-8 ({error}); save its file as UTF-8") from error
     bad = [(row["row"], row["problem"]) for row in rows.select_columns(["row", "problem"]) if row["problem"]]
     if bad:
         more = f" ({len(bad)} such rows)" if len(bad) > 1 else ""
@@ -658,18 +725,35 @@ def encode_rows(data, function, where, description):
     return rows.remove_columns(["problem"])
 
 
+def first_rows(stream, where):
+    """The first 256 rows of a stream, to show and to measure."""
+    rows = list(stream.take(256))
+    if not rows:
+        raise UserError(f"{where}: no row is left to train on")
+    return datasets.Dataset.from_list(rows)
+
+
+def load_config(source, args):
+    """The configuration of a base model."""
+    with reading(f"the configuration of {source.base}"):
+        config = AutoConfig.from_pretrained(source.base, trust_remote_code=args.trust_remote_code)
+        return config
+
+
 def load_tokenizer(source, args):
     """The tokenizer of a checkpoint; a missing pad token is an id it already has, so that no embedding is added."""
     place = source.base
     if source.adapter and (source.adapter / "tokenizer_config.json").is_file():
         place = source.adapter
-    try:
+    with reading(f"the tokenizer of {place}"):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
-    except Exception as error:
-        raise UserError(f"the tokenizer of {place} cannot be loaded: {error}") from error
-    if tokenizer.pad_token_id is None:
-        reserved = "<|finetune_right_pad_id|>"  # Llama 3.x keeps this one free for padding
-        tokenizer.pad_token = reserved if reserved in tokenizer.get_vocab() else tokenizer.eos_token
+        if isinstance(tokenizer.chat_template, dict):  # their names become file names when they are saved
+            assert all(re.fullmatch(r"[\w-]+", name) for name in tokenizer.chat_template), (
+                "a template has no plain name"
+            )
+        if tokenizer.pad_token_id is None:
+            reserved = "<|finetune_right_pad_id|>"  # Llama 3.x keeps this one free for padding
+            tokenizer.pad_token = reserved if reserved in tokenizer.get_vocab() else tokenizer.eos_token
     return tokenizer
 
 
@@ -688,16 +772,15 @@ def load_model(cls, source, args, trainable, **kwargs):
             bnb_4bit_compute_dtype=compute,
         )
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
-    try:
+    with reading(f"the model {source.base}"):
         return cls.from_pretrained(
             source.base,
             dtype=torch.float32 if trainable else compute,
             attn_implementation=args.attn_implementation,
             trust_remote_code=args.trust_remote_code,
+            use_safetensors=True,  # no pickle
             **kwargs,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"the model {source.base} cannot be loaded: {error}") from error
 
 
 def lora_config(args, source, task_type):
@@ -712,6 +795,9 @@ def lora_config(args, source, task_type):
             task_type=task_type,
         )
     found = read_json(source.adapter / "adapter_config.json")
+    with reading(source.adapter / "adapter_config.json"):
+        config = LoraConfig.from_pretrained(source.adapter)
+        found = {**config.to_dict(), **found}
     if found.get("peft_type") != "LORA":
         raise UserError(f"{source.adapter} is a {found.get('peft_type')} adapter; only LoRA adapters can be trained on")
     for flag in ("r", "lora_alpha", "lora_dropout"):
@@ -722,20 +808,28 @@ def lora_config(args, source, task_type):
             )
     if args.lora_target_modules and set(args.lora_target_modules) != set(found["target_modules"]):
         raise UserError(f"--lora_target_modules: the adapter {source.adapter} has its own; leave the flag out")
-    config = LoraConfig.from_pretrained(source.adapter)
     config.inference_mode, config.task_type = False, task_type
     return config
 
 
 def load_adapter_weights(model, adapter, name="default"):
     """Copy the LoRA weights in the directory `adapter` into the adapter `name` of a PeftModel; all must find a place."""
-    weights = load_file(adapter / "adapter_model.safetensors")
-    missed = set_peft_model_state_dict(model, weights, adapter_name=name).unexpected_keys
+    with reading(f"the adapter {adapter}"):
+        weights = load_file(adapter / "adapter_model.safetensors")
+        missed = set_peft_model_state_dict(model, weights, adapter_name=name).unexpected_keys
     if missed:
         raise UserError(
             f"the adapter {adapter} does not fit its base model: no place for {missed[0]} and {len(missed) - 1} more"
         )
     return weights
+
+
+def keep_input_dtype(model):
+    """Let LoRA layers take their input as it is: PEFT makes it float32, which autocast turns back into 16 bit, and every
+    layer keeps a copy of its own for the backward pass."""
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
 
 
 def make_config(config_class, args, **own):
@@ -767,6 +861,82 @@ def make_config(config_class, args, **own):
         raise UserError(f"{config_class.__name__}: {error}") from error
     config._n_gpu = min(config.n_gpu, 1)  # one process drives one GPU (no DataParallel); several: accelerate launch
     return config
+
+
+def estimate_memory(args, auto, config, peft_config, tokens, logits, trained_roles=1, frozen_roles=0, models=0):
+    """Bytes by part at the peak of training, from shapes alone; `disk`: those of a checkpoint.
+
+    `tokens`: in one forward pass; `logits`: rows of them kept at a time; each role is an adapter on one base, or without
+    LoRA a model; `models`: further frozen models. Weights are counted. Activations are those of a Llama layer, whose
+    autograd graph keeps of each token 4 hidden, 4 intermediate and 2 key/value vectors, and the inputs of its two norms
+    in float32. benchmarks/memory.py compares the sum with real runs."""
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        model = auto.from_config(config, trust_remote_code=args.trust_remote_code)
+        linear = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, transformers.pytorch_utils.Conv1D))]
+        linear = sum(m.weight.numel() for m in linear if m is not model.get_output_embeddings())
+        weights = sum(weight.numel() for weight in model.parameters())
+        if args.use_lora:
+            with reading("--lora_target_modules"):
+                model = get_peft_model(model, copy.deepcopy(peft_config), low_cpu_mem_usage=True)
+        trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    config, width = config.get_text_config(), 2 if args.bf16 or args.fp16 else 4
+    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, getattr(config, "num_attention_heads", 1)
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    head_size = getattr(config, "head_dim", None) or hidden // heads
+    kv = 2 * head_size * (getattr(config, "num_key_value_heads", None) or heads)
+    layer = tokens * (width * (4 * hidden + 4 * inner + kv) + (8 if args.use_lora else 20) * hidden)
+    # NF4 with double quantization: 4 bits, 8 per 64 weights, 32 per 64 * 256 (Dettmers et al. 2023, arXiv:2305.14314)
+    packed = (4 + 8 / 64 + 32 / (64 * 256)) / 8 if args.load_in_4bit else 1 if args.load_in_8bit else width
+    frozen = linear * packed + (weights - linear) * width
+    roles = 4 * (trained_roles + frozen_roles) * trained
+    return {
+        "base weights": frozen * (1 + models) if args.use_lora else roles + frozen * models,
+        "adapters": roles if args.use_lora else 0,
+        "copies of autocast": 0 if args.use_lora or width == 4 else weights * width,
+        "gradients": 4 * trained_roles * trained,
+        "AdamW's moments": 8 * trained_roles * trained,
+        "activations": layer + layers * tokens * hidden * width if args.gradient_checkpointing else layers * layer,
+        "logits": logits * config.vocab_size * (2 * width + 12),
+    }, 12 * trained_roles * trained
+
+
+def foresee(args, auto, source, steps, *sizes, **roles):
+    """Compare the memory and the disk space that a run will need with what is free, before any weight is loaded.
+
+    Refuses what does not fit; where gradient checkpointing makes it fit, turns that on."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") or os.environ.get("ACCELERATE_USE_FSDP"):
+        return  # they share one model out
+    with reading(f"the configuration of {source.base}"):
+        parts, size = estimate_memory(args, auto, load_config(source, args), *sizes, **roles)
+        less = argparse.Namespace(**{**vars(args), "gradient_checkpointing": True})
+        least = sum(estimate_memory(less, auto, load_config(source, args), *sizes, **roles)[0].values())
+    if torch.cuda.is_available():
+        device, used, free = "the GPU", 0, torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0]
+    else:
+        device, used, free = "this machine", psutil.Process().memory_info().rss, psutil.virtual_memory().available
+    needed = sum(parts.values())
+    if needed > free >= least and not args.gradient_checkpointing:
+        print(
+            f"gradient checkpointing is on: without it {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+        )
+        args.gradient_checkpointing, needed = True, least
+    print(f"memory: about {(used + needed) / 1e9:.2f} GB at the peak, {(used + free) / 1e9:.2f} GB for it on {device}")
+    if needed > free and not args.force:
+        names = ("use_lora", "gradient_checkpointing", "bf16", "load_in_4bit")
+        helps = ", ".join([f"--{name}" for name in names if not getattr(args, name)])
+        raise UserError(
+            f"the run needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; what helps: {helps}, "
+            "shorter texts, smaller batches; --force goes on all the same"
+        )
+    saves = min(args.save_total_limit, steps // args.save_steps) + 1  # a new one comes before an old one goes
+    size = saves * size + size / 3
+    folder = next(path for path in Path(args.output_dir, "x").resolve().parents if path.is_dir())
+    free = shutil.disk_usage(folder).free
+    if size > free and not args.force:
+        raise UserError(
+            f"{saves} checkpoints and the final one take {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {folder}; "
+            "see --save_total_limit, --save_steps and --use_lora; --force goes on all the same"
+        )
 
 
 class RunCallback(TrainerCallback):
@@ -806,13 +976,53 @@ class RunCallback(TrainerCallback):
         self.restore()
 
 
+class NonfiniteGuard:
+    """For a Trainer: the first loss or gradient that is NaN or infinite stops the run before it reaches the weights.
+
+    With `skips` > 0 so many such steps are left out instead. `rows`, the training data with a column `row`, and
+    `text_column`, its token ids, serve to find the rows that were at fault."""
+
+    skips, skipped, rows, text_column, fault = 0, 0, None, "input_ids", None
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.step_batches = [*getattr(self, "step_batches", []), (loss, inputs["input_ids"])]
+        return loss.nan_to_num(0, 0, 0)  # Trainer adds the losses up until it logs them
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Trainer asks for this norm right before each optimizer step."""
+        norm, batches = super()._get_grad_norm(model, grad_norm), getattr(self, "step_batches", [])
+        self.step_batches, fault, self.fault = [], self.fault, None
+        finite = torch.stack([loss for loss, _ in batches]).isfinite().tolist() if batches else []
+        if not all(finite):
+            fault = "the loss" + self.find_rows(ids for (_, ids), fine in zip(batches, finite) if not fine)
+        elif not math.isfinite(norm) and not self.args.fp16:  # float16 finds its loss scale by overflows
+            fault = fault or "the gradient" + self.find_rows(ids for _, ids in batches)
+        if not fault:
+            return norm
+        self.skipped += 1
+        text = f"{fault} is not finite, in step {self.state.global_step + 1}"
+        if self.skipped > self.skips:
+            raise UserError(f"{text}; the last checkpoint is good; --skip_nonfinite N leaves out up to N such steps")
+        print(f"{text}: left out ({self.skipped} of --skip_nonfinite {self.skips})", file=sys.stderr)
+        model.zero_grad()  # without gradients the optimizer changes nothing, its moments neither
+        return 0.0
+
+    def find_rows(self, batches):
+        batches = [f" {' '.join(map(str, ids.flatten().tolist()))} " for ids in batches]
+        pairs = zip(self.rows["row"], self.rows[self.text_column]) if self.rows is not None else ()
+        texts = ((row, f" {' '.join(map(str, ids))} ") for row, ids in pairs)
+        found = [str(row) for row, text in texts if any(text in batch for batch in batches)]
+        return f" of the data rows {', '.join(found)}" if found else ""
+
+
 def hash_base(base, names=None):
     """{name: hash} of a few tensors (first, middle and last by name, or `names`) of a local base model; {} for others.
 
     Of each the type, the shape and the first 64 KiB; the layout is that of https://huggingface.co/docs/safetensors."""
     places = {}
     for path in sorted(Path(base).glob("model*.safetensors")):
-        with open(path, "rb") as file:
+        with reading(path), safe_open(path, framework="pt"), open(path, "rb") as file:  # safetensors checks the header
             data = 8 + int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(data - 8))
         places |= {name: (path, data, info) for name, info in header.items() if name != "__metadata__"}
@@ -829,14 +1039,19 @@ def hash_base(base, names=None):
     return hashes
 
 
-def check_base(source, args):
-    """Refuse an adapter whose base model is no longer the one that it was trained on, as far as run.json tells."""
-    recorded = source.run.get("base_hash") if source.adapter else None
+def check_source(source, args, flag, reward_model=None):
+    """Refuse an adapter whose base model is no longer the one that it was trained on, and with `reward_model` True or
+    False a checkpoint that is none or is one; as far as run.json tells."""
+    recorded, problem = source.run.get("base_hash") if source.adapter else None, None
+    stage = source.run.get("parent_stage") or source.run.get("stage")
     if recorded and Path(source.base).is_dir() and hash_base(source.base, recorded) != recorded:
-        text = f"the base model {source.base} is not the one that the adapter {source.adapter} was trained on"
-        if not args.force:
-            raise UserError(f"{text}; put that one back, or pass --force")
-        print(text)
+        problem = f"the base model {source.base} is not the one that the adapter {source.adapter} was trained on"
+    elif stage and reward_model is not None and (stage == "reward") != reward_model:
+        problem = f"{flag} {source.adapter or source.base} comes from the stage {stage!r}: it is {'not ' * reward_model}a reward model"
+    if problem and not args.force:
+        raise UserError(f"{problem}; use the right one, or --force")
+    if problem:
+        print(problem)
 
 
 def describe_run(stage, args, source, prompt_format, tokenizer, rows):
@@ -868,7 +1083,10 @@ def train_model(trainer, checkpoint):
     A run that was stopped after its last step takes no other; Trainer would take one, in the middle of a pass over the
     data."""
     if checkpoint:
-        state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
+        for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state"):
+            setattr(trainer, name, reading(f"the checkpoint {checkpoint}")(getattr(trainer, name)))
+        with reading(checkpoint / "trainer_state.json"):
+            state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
         steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
         if state.global_step >= steps:
             trainer._load_from_checkpoint(str(checkpoint))
@@ -895,8 +1113,6 @@ def finish_run(args, trainer, callback, run, metrics, save):
         write_json(output_dir / "metrics.json", metrics)
         print(f"saved {output_dir / 'final_checkpoint'}")
         if args.push_to_hub:
-            from huggingface_hub import HfApi
-
             repo = HfApi().create_repo(output_dir.resolve().name, exist_ok=True).repo_id
             print(f"uploaded {HfApi().upload_folder(repo_id=repo, folder_path=output_dir / 'final_checkpoint')}")
     trainer.accelerator.wait_for_everyone()
@@ -931,7 +1147,9 @@ def encode_split(data, schema, prompt_format, args, where):
     Left out and counted: pairs with a text over --max_length tokens (a cut answer is not the one that was judged),
     pairs of two equal texts, and pairs that came before. Returns (rows, counts)."""
     max_length = args.max_length
-    use_margin = args.use_margin and {"score_chosen", "score_rejected"} <= set(data.column_names)
+    use_margin = args.use_margin and {"score_chosen", "score_rejected"} <= set(
+        data.column_names or next(iter(data), {})
+    )
 
     def digest(value):
         return hashlib.sha256(json.dumps(value).encode()).hexdigest()
@@ -958,6 +1176,14 @@ def encode_split(data, schema, prompt_format, args, where):
         }
 
     rows = encode_rows(data, encode, where, "Tokenizing")
+    if isinstance(rows, datasets.IterableDataset):
+        first = {}  # where a pair came first; the same in every pass
+        rows = rows.filter(lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= max_length)
+        rows = rows.filter(lambda row: row["chosen_ids"] != row["rejected_ids"])
+        rows = rows.filter(lambda row: first.setdefault(row["pair"], row["row"]) == row["row"])
+        print(f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; read as it is needed")
+        columns = ["row", "chosen_ids", "rejected_ids", "length", "prompt_length", *(["margin"] if use_margin else [])]
+        return rows.select_columns(columns).shuffle(args.seed, buffer_size=1000), {}
     counts, keep, seen = {"rows": 0, "too_long": 0, "identical": 0, "duplicates": 0}, [], set()
     for i, row in enumerate(rows.select_columns(["chosen_ids", "rejected_ids", "pair"])):
         if row["chosen_ids"] == row["rejected_ids"]:
@@ -1007,8 +1233,7 @@ def show_rows(rows, tokenizer):
             text if len(text) <= 1000 else f"{text[:480]} (...) {text[-480:]}" for text in map(tokenizer.decode, pieces)
         )
         text = prompt + "".join(f"\n{mark}{answer}{marks[2]}" for mark, answer in zip(marks, answers))
-        encoding = sys.stdout.encoding or "utf-8"
-        print(text.encode(encoding, "replace").decode(encoding))
+        print(text)
 
 
 def collate_padded(rows, pad_token_id):
@@ -1105,13 +1330,16 @@ def load_reward_model(source, args):
         config = lora_config(args, source, "SEQ_CLS")
         # PEFT adds the names of the head each time that it makes a model of the config.
         config.modules_to_save = sorted({*(config.modules_to_save or [])} - {"score", "classifier"}) or None
-        model = get_peft_model(model, config)
+        with reading("--lora_target_modules"):
+            model = get_peft_model(model, config)
         if source.adapter:
-            found, name = load_file(source.adapter / "adapter_model.safetensors"), "base_model.model.score.weight"
-            new_head = new_head and name not in found  # PEFT wants one all the same
-            missed = set_peft_model_state_dict(model, {name: head.weight, **found}).unexpected_keys
+            with reading(f"the adapter {source.adapter}"):
+                found, name = load_file(source.adapter / "adapter_model.safetensors"), "base_model.model.score.weight"
+                new_head = new_head and name not in found  # PEFT wants one all the same
+                missed = set_peft_model_state_dict(model, {name: head.weight, **found}).unexpected_keys
             if missed:
                 raise UserError(f"the adapter {source.adapter} does not fit {source.base}: no place for {missed[0]}")
+        keep_input_dtype(model)
     if new_head and args.eval_only:
         raise UserError(f"--eval_only: {args.model_path} has no score head; it should be a trained reward model")
     print(f"score head: {'new' if new_head else 'that of ' + args.model_path}")
@@ -1152,6 +1380,10 @@ def pick_collator(model, rows, tokenizer, args):
     return padded
 
 
+class GuardedTrainer(NonfiniteGuard, RewardTrainer):
+    """RewardTrainer that stops before NaN or infinity reaches the weights."""
+
+
 def score_pairs(model, rows, collate, args, tokens=4096):
     """(score_chosen, score_rejected), arrays in the order of `rows`, from batches of similar lengths."""
     model.eval()
@@ -1161,6 +1393,11 @@ def score_pairs(model, rows, collate, args, tokens=4096):
         size = max(1, tokens // lengths[order[0]])
         batch, order = order[:size], order[size:]
         scores[:, batch] = score_batch(model, collate([rows[i] for i in batch]), args).view(2, -1).cpu().numpy()
+    if not np.isfinite(scores).all():
+        bad = np.flatnonzero(~np.isfinite(scores).all(axis=0))
+        raise UserError(
+            f"{len(bad)} pairs have scores that are NaN or infinite, the first in row {rows[int(bad[0])]['row']}"
+        )
     return scores
 
 
@@ -1212,7 +1449,7 @@ def evaluate_pairs(model, rows, collate, args, where):
     scores = score_pairs(model, rows, collate, args)
     report = make_report(scores, [len(row["chosen_ids"]) - len(row["rejected_ids"]) for row in rows])
     some = rows.select(range(min(64, len(rows))))
-    swapped = [{"chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in some]
+    swapped = [{**row, "chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in some]
     again, first = score_pairs(model, swapped, collate, args, tokens=1024)[::-1], scores[:, : len(some)]
     agreement = mean(np.sign(again[0] - again[1]) == np.sign(first[0] - first[1]))
     report["swapped"] = {"pairs": len(some), "agreement": agreement, "difference": float(np.abs(again - first).max())}
@@ -1245,13 +1482,15 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     check_shared(args)
     source = locate_model(args.model_path, "--model_path")
-    check_base(source, args)
+    check_source(source, args, "--model_path", reward_model=True if args.eval_only else None)
     args.use_lora = args.use_lora or source.adapter is not None
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if args.use_lora else 1e-5
     eval_split = args.eval_split or ("test" if args.eval_subset else None)
     if args.eval_fraction and eval_split:
         raise UserError("--eval_fraction holds out rows of --train_split; it excludes --eval_split and --eval_subset")
+    if args.streaming and (args.eval_fraction or args.eval_only or not args.max_steps):
+        raise UserError("--streaming needs --max_steps, and excludes --eval_fraction and --eval_only")
     if args.eval_only and not (eval_split or args.eval_fraction):
         raise UserError("--eval_only needs pairs to evaluate on: --eval_split, --eval_subset or --eval_fraction")
     if args.eval_only and args.resume_from_checkpoint:
@@ -1274,9 +1513,10 @@ def main(argv=None):
     rows, counts, where = {}, {}, {}
     for name, (subset, split, flag) in splits.items():
         where[name] = f"{args.dataset_name} {subset + ' ' if subset else ''}[{split}]"
-        data = load_split(args, args.dataset_name, subset, split, flag)
+        data = load_split(args, args.dataset_name, subset, split, flag, args.streaming and name == "train")
         schema = pick_schema(data, SCHEMAS, where[name])
-        if args.use_margin and name == "train" and not {"score_chosen", "score_rejected"} <= set(data.column_names):
+        names = set(data.column_names or next(iter(data), {}))
+        if args.use_margin and name == "train" and not {"score_chosen", "score_rejected"} <= names:
             raise UserError(f"--use_margin: {where[name]} has no columns score_chosen and score_rejected")
         rows[name], counts[name] = encode_split(data, schema, prompt_format, args, where[name])
     if args.eval_fraction:
@@ -1286,17 +1526,18 @@ def main(argv=None):
         print(
             f"held out for evaluation: {len(rows['eval'])} pairs, all those of {len(set(rows['eval']['prompt']))} prompts"
         )
-    if not args.eval_only and args.per_device_train_batch_size > len(rows["train"]):
+    known = {**rows}  # with --streaming the first pairs stand for all
+    if args.streaming and not args.eval_only:
+        known["train"] = first_rows(rows["train"], where["train"])
+    elif not args.eval_only and args.per_device_train_batch_size > len(rows["train"]):
         raise UserError(
             f"--per_device_train_batch_size {args.per_device_train_batch_size} is larger than the data set "
             f"({len(rows['train'])} pairs)"
         )
-    try:
-        model_config = AutoConfig.from_pretrained(source.base, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the configuration of {source.base} cannot be loaded: {error}") from error
-    longest = max(len(ids) for split in rows.values() for side in ("chosen_ids", "rejected_ids") for ids in split[side])
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", longest)
+    longest = max(
+        len(ids) for split in known.values() for side in ("chosen_ids", "rejected_ids") for ids in split[side]
+    )
+    positions = getattr(load_config(source, args).get_text_config(), "max_position_embeddings", longest)
     if longest > positions:
         raise UserError(
             f"--max_length {args.max_length}: the model has {positions} positions, a text has {longest} tokens"
@@ -1304,6 +1545,20 @@ def main(argv=None):
     # On a CPU a batch runs pair by pair: the same gradient, the memory of one pair, about a tenth slower. A GPU gets the
     # batch as one row without padding.
     pairs_at_once = args.per_device_train_batch_size if torch.accelerator.is_available() else 1
+    if not args.eval_only:
+        texts = known["train"]
+        batch = (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
+        )
+        steps = args.max_steps or math.ceil(args.num_train_epochs * math.ceil(len(texts) / batch))
+        sizes = [collate_shared([row])["input_ids"].shape[1] for row in texts]
+        print(
+            f"{steps} steps of {batch} pairs; {'the first' if args.streaming else 'an epoch has'} {len(texts)} pairs, {sum(texts['length'])} tokens, {sum(sizes)} "
+            "with what the two texts of a pair share counted once"
+        )
+        peft_config = lora_config(args, source, "SEQ_CLS") if args.use_lora else None
+        largest = 2 * args.max_length if args.streaming else max(sizes)
+        foresee(args, AutoModelForSequenceClassification, source, steps, peft_config, pairs_at_once * largest, 0)
     config = make_config(
         RewardConfig,
         args,
@@ -1317,23 +1572,15 @@ def main(argv=None):
         max_length=None,  # longer pairs are left out already
         center_rewards_coefficient=args.center_rewards_coefficient,
         disable_dropout=False,  # done in load_reward_model
+        accelerator_config={"dispatch_batches": False},  # with --streaming every process reads for itself
         eval_strategy="steps" if "eval" in rows and args.eval_steps else "no",
         save_strategy="steps",
     )
     run = describe_run(
         "reward", args, source, prompt_format, tokenizer, {**counts.get("train", {}), "eval": counts.get("eval")}
     )
-    if not args.eval_only:
-        texts = rows["train"]
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * config.world_size
-        steps = args.max_steps or math.ceil(args.num_train_epochs * math.ceil(len(texts) / batch))
-        once = sum(collate_shared([row])["input_ids"].shape[1] for row in texts)
-        print(
-            f"{steps} steps of {batch} pairs; an epoch has {len(texts)} pairs, {sum(texts['length'])} tokens, {once} with "
-            "what the two texts of a pair share counted once"
-        )
     if args.dry_run:
-        show_rows(rows["eval" if args.eval_only else "train"], tokenizer)
+        show_rows(known["eval" if args.eval_only else "train"], tokenizer)
         print("dry run: everything fits; nothing was loaded or written")
         return
 
@@ -1355,7 +1602,7 @@ def main(argv=None):
     open_output_dir(args, checkpoint)
     callback = RunCallback(args.output_dir, run)
     columns = ["chosen_ids", "rejected_ids", "margin"] if args.use_margin else ["chosen_ids", "rejected_ids"]
-    trainer = RewardTrainer(
+    trainer = GuardedTrainer(
         model=model,
         args=config,
         data_collator=collate_shared,
@@ -1368,7 +1615,9 @@ def main(argv=None):
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     model.config.pad_token_id = None if tokenizer.pad_token_id in ends else tokenizer.pad_token_id
-    trainer.data_collator = collate = pick_collator(model, rows["train"], tokenizer, args)
+    trainer.data_collator = collate = pick_collator(model, known["train"], tokenizer, args)
+    trainer.skips, trainer.text_column = args.skip_nonfinite, "chosen_ids"
+    trainer.rows = None if args.streaming else rows["train"]
     metrics = {}
     if "eval" in rows:
         scores = score_pairs(model, rows["eval"], collate, args)

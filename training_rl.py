@@ -24,6 +24,7 @@ Stiennon et al. 2020 (arXiv:2009.01325) and Huang et al. 2024 (arXiv:2403.17031)
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -38,6 +39,7 @@ import signal
 import sys
 import time
 import warnings
+import zipfile
 from pathlib import Path
 
 # >>> block base: the same in training_sft.py, training_reward_model.py, training_rl.py, merge_with_lora.py (tests/test_blocks.py)
@@ -64,6 +66,8 @@ class Parser(argparse.ArgumentParser):
 def run_as_script(function):
     """Call `function()`; what a user can mend becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     code = 0
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
     try:
         function()
     except (UserError, OSError) as error:
@@ -98,6 +102,18 @@ def write_json(path, value):
     draft = Path(f"{path}.partial")
     draft.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def reading(what):
+    """What is wrong with a file from elsewhere becomes one line: libraries raise dozens of types for it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} "
+        raise UserError(f"{what} cannot be loaded: {kind}{error}") from error
 
 
 @contextlib.contextmanager
@@ -182,6 +198,7 @@ def add_shared_flags(parser, learning_rate):
     add("--overwrite_output_dir", action="store_true", help="replace the checkpoints and metrics in --output_dir")
     add("--resume_from_checkpoint", nargs="?", const=True, metavar="DIR", help="go on from DIR, or from the newest")
     add("--dry_run", action="store_true", help="check everything, show the data as it would be trained on, and stop")
+    add("--skip_nonfinite", type=number(int, 0), default=0, metavar="N", help="leave out up to N steps with NaN or inf")
     add("--max_samples", type=number(int, 1), help="use at most this many rows of each split")
     add(
         "--prompt_format", choices=["auto", "chat", "qa"], default="auto", help="chat template, or Question/Answer text"
@@ -211,7 +228,7 @@ def add_shared_flags(parser, learning_rate):
     add("--report_to", nargs="+", default=["none"], metavar="NAME", help="trackio, tensorboard, wandb")
     add("--push_to_hub", action="store_true", help="upload the final checkpoint under the name of --output_dir")
     add("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
-    add("--force", action="store_true", help="go on where a check of the chain says stop")
+    add("--force", action="store_true", help="go on where a check of memory, disk or the chain says stop")
     add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="any other field of the config")
 
 
@@ -291,10 +308,14 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optio
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # trl 1.12 uses names of before v6
 
 import datasets
+import psutil
 import torch
 import transformers
 from accelerate import PartialState
+from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import (
@@ -514,6 +535,9 @@ def check_shared(args):
     quantized = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit" if args.load_in_8bit else None
     if quantized and not args.use_lora:
         raise UserError(f"{quantized} needs --use_lora: quantized weights cannot be trained themselves")
+    if args.push_to_hub:
+        with reading("--push_to_hub: the name of --output_dir"):
+            validate_repo_id(Path(args.output_dir).resolve().name)
     if args.lr_scheduler_type not in {kind.value for kind in transformers.SchedulerType}:
         raise UserError(f"--lr_scheduler_type {args.lr_scheduler_type} is not one of the schedulers of transformers")
 
@@ -538,7 +562,7 @@ def pick_checkpoint(args, stage):
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)"
             )
-        later = find_checkpoints(output_dir, int(read_json(checkpoint / "trainer_state.json")["global_step"]) + 1)
+        later = find_checkpoints(output_dir, read_step(checkpoint) + 1)
         if later and not args.overwrite_output_dir:
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint}: {later[0]} is later; --overwrite_output_dir drops it"
@@ -555,7 +579,30 @@ def pick_checkpoint(args, stage):
         raise UserError(
             f"--resume_from_checkpoint: {checkpoint} is of the stage {found!r}; this script goes on with {stage!r}"
         )
+    check_files(checkpoint)
     return checkpoint
+
+
+def check_files(checkpoint):
+    """Refuse a checkpoint that lacks the optimizer or has a damaged file, before anything is loaded from it."""
+    if not any(path.name.startswith(("optimizer", "global_step")) for path in checkpoint.iterdir()):
+        raise UserError(f"{checkpoint} holds no optimizer state: a run cannot go on from it as it would have")
+    for path in checkpoint.rglob("*.*"):
+        try:
+            if path.suffix == ".safetensors":
+                safe_open(path, framework="pt").__exit__(None, None, None)  # compares the header with the length
+            elif path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+                raise SafetensorError("cut, or not written by torch.save")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}); resume from another checkpoint") from error
+
+
+def read_step(checkpoint):
+    """The number of steps taken when a checkpoint was saved."""
+    step = read_json(checkpoint / "trainer_state.json").get("global_step")
+    if not isinstance(step, int):
+        raise UserError(f"{checkpoint / 'trainer_state.json'} has no global_step")
+    return step
 
 
 def find_checkpoints(output_dir, first=0, complete=True):
@@ -564,8 +611,7 @@ def find_checkpoints(output_dir, first=0, complete=True):
     found = []
     for checkpoint in sorted(numbered, key=lambda path: -int(path.name[11:])):
         try:
-            read_json(checkpoint / "trainer_state.json")
-            readable = True
+            readable = read_step(checkpoint) >= 0
         except UserError:
             readable = False
         if readable == complete and int(checkpoint.name[11:]) >= first:
@@ -582,20 +628,20 @@ def open_output_dir(args, checkpoint):
         if not PartialState().is_main_process:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
-        step = int(read_json(checkpoint / "trainer_state.json")["global_step"]) if checkpoint else -1
+        step = read_step(checkpoint) if checkpoint else -1
         later = find_checkpoints(output_dir, step + 1) if args.overwrite_output_dir else []
         for path in [*find_checkpoints(output_dir, complete=False), *later]:
             shutil.rmtree(path)
         for name in ("metrics.jsonl", "samples.jsonl"):
             if (output_dir / name).is_file():
-                # A line that a kill cut off has no line break yet.
-                lines = (output_dir / name).read_text(encoding="utf-8").split("\n")[:-1]
-                kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step)
+                with reading(output_dir / name):  # a line that a kill cut off has no line break yet
+                    lines = (output_dir / name).read_text(encoding="utf-8").split("\n")[:-1]
+                    kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step)
                 (output_dir / f"{name}.partial").write_text(kept, encoding="utf-8")
                 os.replace(output_dir / f"{name}.partial", output_dir / name)
 
 
-def load_split(args, name, subset, split, flag):
+def load_split(args, name, subset, split, flag, streaming=False):
     """One split of a data set, at most --max_samples rows of it; `name` as in `datasets.load_dataset`."""
     kwargs = {"path": name, "data_dir": subset}
     loaders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
@@ -609,6 +655,12 @@ def load_split(args, name, subset, split, flag):
     files = [place] if place.is_file() else [path for path in place.rglob("*.*") if path.suffix in loaders]
     if files and not any(path.stat().st_size for path in files):
         raise UserError(f"{where} is empty; it should have at least one row")
+    for path in (path for path in files if loaders[path.suffix] == "json"):
+        with open(path, "rb") as file:  # pyarrow crashes where it begins to read at a row that is null
+            if re.match(rb"(\xef\xbb\xbf)?[\s\[]*null\b", file.read(100)) or any(
+                line.strip() == b"null" for line in file
+            ):
+                raise UserError(f"{path} has a row that is null; it should be an object")
     try:
         there = datasets.get_dataset_split_names(**kwargs)
         wanted = split.split("[")[0]
@@ -617,7 +669,9 @@ def load_split(args, name, subset, split, flag):
             split = there[0] + split[len(wanted) :]
         elif wanted not in there:
             raise UserError(f"{flag} {split}: {where} has the splits {', '.join(there)}")
-        data = datasets.load_dataset(**kwargs, split=split)
+        data = datasets.load_dataset(**kwargs, split=split, streaming=streaming)
+        if streaming:
+            return data.take(args.max_samples) if args.max_samples else data
     except UserError:
         raise
     except Exception as error:  # datasets raises dozens of types; the innermost one says what was wrong with which file
@@ -635,11 +689,12 @@ def load_split(args, name, subset, split, flag):
 
 def pick_schema(data, schemas, where):
     """The first of `schemas` (tuples of column names) that the data has; columns named twice in a row hold text."""
+    names = data.column_names or list(next(iter(data), {}))  # a stream may know them from its first row only
     for schema in schemas:
-        if set(schema) <= set(data.column_names):
+        if set(schema) <= set(names):
             return schema
     fitting = "; ".join(" + ".join(schema) for schema in schemas)
-    raise UserError(f"{where} has the columns {', '.join(data.column_names)}; one of these is needed: {fitting}")
+    raise UserError(f"{where} has the columns {', '.join(names)}; one of these is needed: {fitting}")
 
 
 def encode_rows(data, function, where, description):
@@ -650,14 +705,25 @@ def encode_rows(data, function, where, description):
     def encode(row, index):
         return {"row": index, "problem": "", **function(row)}
 
+    if isinstance(data, datasets.IterableDataset):
+
+        def refuse(row):
+            if row["problem"]:
+                raise UserError(f"{where}, row {row['row']}: {row['problem']}")
+            return True
+
+        return data.map(encode, with_indices=True).filter(refuse)
     workers = min(os.cpu_count() or 1, 1 + len(data) // 2000)
-    rows = data.map(
-        encode,
-        with_indices=True,
-        remove_columns=data.column_names,
-        num_proc=workers if workers > 1 else None,
-        desc=description,
-    )
+    try:
+        rows = data.map(
+            encode,
+            with_indices=True,
+            remove_columns=data.column_names,
+            num_proc=workers if workers > 1 else None,
+            desc=description,
+        )
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} holds text that is not UTF-8 ({error}); save its file as UTF-8") from error
     bad = [(row["row"], row["problem"]) for row in rows.select_columns(["row", "problem"]) if row["problem"]]
     if bad:
         more = f" ({len(bad)} such rows)" if len(bad) > 1 else ""
@@ -665,18 +731,35 @@ def encode_rows(data, function, where, description):
     return rows.remove_columns(["problem"])
 
 
+def first_rows(stream, where):
+    """The first 256 rows of a stream, to show and to measure."""
+    rows = list(stream.take(256))
+    if not rows:
+        raise UserError(f"{where}: no row is left to train on")
+    return datasets.Dataset.from_list(rows)
+
+
+def load_config(source, args):
+    """The configuration of a base model."""
+    with reading(f"the configuration of {source.base}"):
+        config = AutoConfig.from_pretrained(source.base, trust_remote_code=args.trust_remote_code)
+        return config
+
+
 def load_tokenizer(source, args):
     """The tokenizer of a checkpoint; a missing pad token is an id it already has, so that no embedding is added."""
     place = source.base
     if source.adapter and (source.adapter / "tokenizer_config.json").is_file():
         place = source.adapter
-    try:
+    with reading(f"the tokenizer of {place}"):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
-    except Exception as error:
-        raise UserError(f"the tokenizer of {place} cannot be loaded: {error}") from error
-    if tokenizer.pad_token_id is None:
-        reserved = "<|finetune_right_pad_id|>"  # Llama 3.x keeps this one free for padding
-        tokenizer.pad_token = reserved if reserved in tokenizer.get_vocab() else tokenizer.eos_token
+        if isinstance(tokenizer.chat_template, dict):  # their names become file names when they are saved
+            assert all(re.fullmatch(r"[\w-]+", name) for name in tokenizer.chat_template), (
+                "a template has no plain name"
+            )
+        if tokenizer.pad_token_id is None:
+            reserved = "<|finetune_right_pad_id|>"  # Llama 3.x keeps this one free for padding
+            tokenizer.pad_token = reserved if reserved in tokenizer.get_vocab() else tokenizer.eos_token
     return tokenizer
 
 
@@ -695,16 +778,15 @@ def load_model(cls, source, args, trainable, **kwargs):
             bnb_4bit_compute_dtype=compute,
         )
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
-    try:
+    with reading(f"the model {source.base}"):
         return cls.from_pretrained(
             source.base,
             dtype=torch.float32 if trainable else compute,
             attn_implementation=args.attn_implementation,
             trust_remote_code=args.trust_remote_code,
+            use_safetensors=True,  # no pickle
             **kwargs,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"the model {source.base} cannot be loaded: {error}") from error
 
 
 def lora_config(args, source, task_type):
@@ -719,6 +801,9 @@ def lora_config(args, source, task_type):
             task_type=task_type,
         )
     found = read_json(source.adapter / "adapter_config.json")
+    with reading(source.adapter / "adapter_config.json"):
+        config = LoraConfig.from_pretrained(source.adapter)
+        found = {**config.to_dict(), **found}
     if found.get("peft_type") != "LORA":
         raise UserError(f"{source.adapter} is a {found.get('peft_type')} adapter; only LoRA adapters can be trained on")
     for flag in ("r", "lora_alpha", "lora_dropout"):
@@ -729,20 +814,28 @@ def lora_config(args, source, task_type):
             )
     if args.lora_target_modules and set(args.lora_target_modules) != set(found["target_modules"]):
         raise UserError(f"--lora_target_modules: the adapter {source.adapter} has its own; leave the flag out")
-    config = LoraConfig.from_pretrained(source.adapter)
     config.inference_mode, config.task_type = False, task_type
     return config
 
 
 def load_adapter_weights(model, adapter, name="default"):
     """Copy the LoRA weights in the directory `adapter` into the adapter `name` of a PeftModel; all must find a place."""
-    weights = load_file(adapter / "adapter_model.safetensors")
-    missed = set_peft_model_state_dict(model, weights, adapter_name=name).unexpected_keys
+    with reading(f"the adapter {adapter}"):
+        weights = load_file(adapter / "adapter_model.safetensors")
+        missed = set_peft_model_state_dict(model, weights, adapter_name=name).unexpected_keys
     if missed:
         raise UserError(
             f"the adapter {adapter} does not fit its base model: no place for {missed[0]} and {len(missed) - 1} more"
         )
     return weights
+
+
+def keep_input_dtype(model):
+    """Let LoRA layers take their input as it is: PEFT makes it float32, which autocast turns back into 16 bit, and every
+    layer keeps a copy of its own for the backward pass."""
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
 
 
 def make_config(config_class, args, **own):
@@ -774,6 +867,82 @@ def make_config(config_class, args, **own):
         raise UserError(f"{config_class.__name__}: {error}") from error
     config._n_gpu = min(config.n_gpu, 1)  # one process drives one GPU (no DataParallel); several: accelerate launch
     return config
+
+
+def estimate_memory(args, auto, config, peft_config, tokens, logits, trained_roles=1, frozen_roles=0, models=0):
+    """Bytes by part at the peak of training, from shapes alone; `disk`: those of a checkpoint.
+
+    `tokens`: in one forward pass; `logits`: rows of them kept at a time; each role is an adapter on one base, or without
+    LoRA a model; `models`: further frozen models. Weights are counted. Activations are those of a Llama layer, whose
+    autograd graph keeps of each token 4 hidden, 4 intermediate and 2 key/value vectors, and the inputs of its two norms
+    in float32. benchmarks/memory.py compares the sum with real runs."""
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        model = auto.from_config(config, trust_remote_code=args.trust_remote_code)
+        linear = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, transformers.pytorch_utils.Conv1D))]
+        linear = sum(m.weight.numel() for m in linear if m is not model.get_output_embeddings())
+        weights = sum(weight.numel() for weight in model.parameters())
+        if args.use_lora:
+            with reading("--lora_target_modules"):
+                model = get_peft_model(model, copy.deepcopy(peft_config), low_cpu_mem_usage=True)
+        trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    config, width = config.get_text_config(), 2 if args.bf16 or args.fp16 else 4
+    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, getattr(config, "num_attention_heads", 1)
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    head_size = getattr(config, "head_dim", None) or hidden // heads
+    kv = 2 * head_size * (getattr(config, "num_key_value_heads", None) or heads)
+    layer = tokens * (width * (4 * hidden + 4 * inner + kv) + (8 if args.use_lora else 20) * hidden)
+    # NF4 with double quantization: 4 bits, 8 per 64 weights, 32 per 64 * 256 (Dettmers et al. 2023, arXiv:2305.14314)
+    packed = (4 + 8 / 64 + 32 / (64 * 256)) / 8 if args.load_in_4bit else 1 if args.load_in_8bit else width
+    frozen = linear * packed + (weights - linear) * width
+    roles = 4 * (trained_roles + frozen_roles) * trained
+    return {
+        "base weights": frozen * (1 + models) if args.use_lora else roles + frozen * models,
+        "adapters": roles if args.use_lora else 0,
+        "copies of autocast": 0 if args.use_lora or width == 4 else weights * width,
+        "gradients": 4 * trained_roles * trained,
+        "AdamW's moments": 8 * trained_roles * trained,
+        "activations": layer + layers * tokens * hidden * width if args.gradient_checkpointing else layers * layer,
+        "logits": logits * config.vocab_size * (2 * width + 12),
+    }, 12 * trained_roles * trained
+
+
+def foresee(args, auto, source, steps, *sizes, **roles):
+    """Compare the memory and the disk space that a run will need with what is free, before any weight is loaded.
+
+    Refuses what does not fit; where gradient checkpointing makes it fit, turns that on."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") or os.environ.get("ACCELERATE_USE_FSDP"):
+        return  # they share one model out
+    with reading(f"the configuration of {source.base}"):
+        parts, size = estimate_memory(args, auto, load_config(source, args), *sizes, **roles)
+        less = argparse.Namespace(**{**vars(args), "gradient_checkpointing": True})
+        least = sum(estimate_memory(less, auto, load_config(source, args), *sizes, **roles)[0].values())
+    if torch.cuda.is_available():
+        device, used, free = "the GPU", 0, torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0]
+    else:
+        device, used, free = "this machine", psutil.Process().memory_info().rss, psutil.virtual_memory().available
+    needed = sum(parts.values())
+    if needed > free >= least and not args.gradient_checkpointing:
+        print(
+            f"gradient checkpointing is on: without it {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+        )
+        args.gradient_checkpointing, needed = True, least
+    print(f"memory: about {(used + needed) / 1e9:.2f} GB at the peak, {(used + free) / 1e9:.2f} GB for it on {device}")
+    if needed > free and not args.force:
+        names = ("use_lora", "gradient_checkpointing", "bf16", "load_in_4bit")
+        helps = ", ".join([f"--{name}" for name in names if not getattr(args, name)])
+        raise UserError(
+            f"the run needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; what helps: {helps}, "
+            "shorter texts, smaller batches; --force goes on all the same"
+        )
+    saves = min(args.save_total_limit, steps // args.save_steps) + 1  # a new one comes before an old one goes
+    size = saves * size + size / 3
+    folder = next(path for path in Path(args.output_dir, "x").resolve().parents if path.is_dir())
+    free = shutil.disk_usage(folder).free
+    if size > free and not args.force:
+        raise UserError(
+            f"{saves} checkpoints and the final one take {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {folder}; "
+            "see --save_total_limit, --save_steps and --use_lora; --force goes on all the same"
+        )
 
 
 class RunCallback(TrainerCallback):
@@ -813,13 +982,53 @@ class RunCallback(TrainerCallback):
         self.restore()
 
 
+class NonfiniteGuard:
+    """For a Trainer: the first loss or gradient that is NaN or infinite stops the run before it reaches the weights.
+
+    With `skips` > 0 so many such steps are left out instead. `rows`, the training data with a column `row`, and
+    `text_column`, its token ids, serve to find the rows that were at fault."""
+
+    skips, skipped, rows, text_column, fault = 0, 0, None, "input_ids", None
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.step_batches = [*getattr(self, "step_batches", []), (loss, inputs["input_ids"])]
+        return loss.nan_to_num(0, 0, 0)  # Trainer adds the losses up until it logs them
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Trainer asks for this norm right before each optimizer step."""
+        norm, batches = super()._get_grad_norm(model, grad_norm), getattr(self, "step_batches", [])
+        self.step_batches, fault, self.fault = [], self.fault, None
+        finite = torch.stack([loss for loss, _ in batches]).isfinite().tolist() if batches else []
+        if not all(finite):
+            fault = "the loss" + self.find_rows(ids for (_, ids), fine in zip(batches, finite) if not fine)
+        elif not math.isfinite(norm) and not self.args.fp16:  # float16 finds its loss scale by overflows
+            fault = fault or "the gradient" + self.find_rows(ids for _, ids in batches)
+        if not fault:
+            return norm
+        self.skipped += 1
+        text = f"{fault} is not finite, in step {self.state.global_step + 1}"
+        if self.skipped > self.skips:
+            raise UserError(f"{text}; the last checkpoint is good; --skip_nonfinite N leaves out up to N such steps")
+        print(f"{text}: left out ({self.skipped} of --skip_nonfinite {self.skips})", file=sys.stderr)
+        model.zero_grad()  # without gradients the optimizer changes nothing, its moments neither
+        return 0.0
+
+    def find_rows(self, batches):
+        batches = [f" {' '.join(map(str, ids.flatten().tolist()))} " for ids in batches]
+        pairs = zip(self.rows["row"], self.rows[self.text_column]) if self.rows is not None else ()
+        texts = ((row, f" {' '.join(map(str, ids))} ") for row, ids in pairs)
+        found = [str(row) for row, text in texts if any(text in batch for batch in batches)]
+        return f" of the data rows {', '.join(found)}" if found else ""
+
+
 def hash_base(base, names=None):
     """{name: hash} of a few tensors (first, middle and last by name, or `names`) of a local base model; {} for others.
 
     Of each the type, the shape and the first 64 KiB; the layout is that of https://huggingface.co/docs/safetensors."""
     places = {}
     for path in sorted(Path(base).glob("model*.safetensors")):
-        with open(path, "rb") as file:
+        with reading(path), safe_open(path, framework="pt"), open(path, "rb") as file:  # safetensors checks the header
             data = 8 + int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(data - 8))
         places |= {name: (path, data, info) for name, info in header.items() if name != "__metadata__"}
@@ -836,14 +1045,19 @@ def hash_base(base, names=None):
     return hashes
 
 
-def check_base(source, args):
-    """Refuse an adapter whose base model is no longer the one that it was trained on, as far as run.json tells."""
-    recorded = source.run.get("base_hash") if source.adapter else None
+def check_source(source, args, flag, reward_model=None):
+    """Refuse an adapter whose base model is no longer the one that it was trained on, and with `reward_model` True or
+    False a checkpoint that is none or is one; as far as run.json tells."""
+    recorded, problem = source.run.get("base_hash") if source.adapter else None, None
+    stage = source.run.get("parent_stage") or source.run.get("stage")
     if recorded and Path(source.base).is_dir() and hash_base(source.base, recorded) != recorded:
-        text = f"the base model {source.base} is not the one that the adapter {source.adapter} was trained on"
-        if not args.force:
-            raise UserError(f"{text}; put that one back, or pass --force")
-        print(text)
+        problem = f"the base model {source.base} is not the one that the adapter {source.adapter} was trained on"
+    elif stage and reward_model is not None and (stage == "reward") != reward_model:
+        problem = f"{flag} {source.adapter or source.base} comes from the stage {stage!r}: it is {'not ' * reward_model}a reward model"
+    if problem and not args.force:
+        raise UserError(f"{problem}; use the right one, or --force")
+    if problem:
+        print(problem)
 
 
 def describe_run(stage, args, source, prompt_format, tokenizer, rows):
@@ -875,7 +1089,10 @@ def train_model(trainer, checkpoint):
     A run that was stopped after its last step takes no other; Trainer would take one, in the middle of a pass over the
     data."""
     if checkpoint:
-        state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
+        for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state"):
+            setattr(trainer, name, reading(f"the checkpoint {checkpoint}")(getattr(trainer, name)))
+        with reading(checkpoint / "trainer_state.json"):
+            state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
         steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
         if state.global_step >= steps:
             trainer._load_from_checkpoint(str(checkpoint))
@@ -902,8 +1119,6 @@ def finish_run(args, trainer, callback, run, metrics, save):
         write_json(output_dir / "metrics.json", metrics)
         print(f"saved {output_dir / 'final_checkpoint'}")
         if args.push_to_hub:
-            from huggingface_hub import HfApi
-
             repo = HfApi().create_repo(output_dir.resolve().name, exist_ok=True).repo_id
             print(f"uploaded {HfApi().upload_folder(repo_id=repo, folder_path=output_dir / 'final_checkpoint')}")
     trainer.accelerator.wait_for_everyone()
@@ -984,7 +1199,8 @@ def split_head(weights):
 
 def load_scorer(source):
     """(LoRA weights, head weight) of a reward model's adapter."""
-    lora, head = split_head(load_file(source.adapter / "adapter_model.safetensors"))
+    with reading(f"the adapter {source.adapter}"):
+        lora, head = split_head(load_file(source.adapter / "adapter_model.safetensors"))
     if head is None:
         raise UserError(
             f"{source.adapter} is not a reward model's adapter: it should hold LoRA weights and one scalar head"
@@ -1012,7 +1228,8 @@ def build_roles(args, policy_source, reward_source, value_source, same_tokens):
         else:
             bases[source.base].add_adapter(name, config)
         if weights is not None:
-            fit = set_peft_model_state_dict(bases[source.base], weights, adapter_name=name)
+            with reading(f"the adapter {source.adapter}"):
+                fit = set_peft_model_state_dict(bases[source.base], weights, adapter_name=name)
             if fit.unexpected_keys:
                 raise UserError(f"the adapter {source.adapter} does not fit {source.base}: {fit.unexpected_keys[0]}")
         return bases[source.base]
@@ -1021,7 +1238,8 @@ def build_roles(args, policy_source, reward_source, value_source, same_tokens):
         """A Role from a reward model's checkpoint: an adapter where it is one, else a full classifier."""
         if source.adapter:
             lora, head = load_scorer(source)
-            config = LoraConfig.from_pretrained(source.adapter)
+            with reading(source.adapter / "adapter_config.json"):
+                config = LoraConfig.from_pretrained(source.adapter)
             config.task_type = None  # PEFT would make a head of its own for SEQ_CLS
             return Role(
                 add_adapter(name, source, config, lora, AutoModelForSequenceClassification), name, scalar_head(head)
@@ -1052,7 +1270,8 @@ def build_roles(args, policy_source, reward_source, value_source, same_tokens):
         return model
 
     if args.use_lora:
-        weights = load_file(policy_source.adapter / "adapter_model.safetensors") if policy_source.adapter else None
+        with reading(f"the adapter {policy_source.adapter}"):
+            weights = load_file(policy_source.adapter / "adapter_model.safetensors") if policy_source.adapter else None
         config = lora_config(args, policy_source, "CAUSAL_LM")
         model = add_adapter("default", policy_source, config, weights, AutoModelForCausalLM)
         start = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
@@ -1074,6 +1293,8 @@ def build_roles(args, policy_source, reward_source, value_source, same_tokens):
             value = Role(add_adapter("value", policy_source, config, start, AutoModelForCausalLM), "value", head)
         else:
             value = Role(load_model(AutoModelForCausalLM, policy_source, args, trainable=True), None, head)
+    for model in bases.values():
+        keep_input_dtype(model)
     return Roles(policy, reference, reward, value)
 
 
@@ -1126,7 +1347,7 @@ class MicroBatch:
     returns: torch.Tensor = None
 
 
-class PPOTrainer(trl_ppo.PPOTrainer):
+class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
     """TRL's PPOTrainer on `transformers.Trainer`'s own loop: one Trainer step is one update (a rollout, and
     num_ppo_epochs x num_mini_batches optimizer steps on it), so that clipping, schedule, mixed precision, logging,
     checkpoints and resume are Trainer's.
@@ -1144,7 +1365,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     def __init__(
         self, roles, args, micro_batch_size, options, prompt_format, score_texts=None, reward_format=None, **kwargs
     ):
-        self.roles, self.options, self.prompt_format = roles, options, prompt_format
+        self.roles, self.options, self.prompt_format, self.skips = roles, options, prompt_format, options.skip_nonfinite
         self.score_texts, self.reward_format = score_texts, reward_format
         self.group_size = min(micro_batch_size, args.per_device_train_batch_size // args.num_mini_batches)
         self.ppo_state = {"kl_coef": args.kl_coef, "reward_mean": 0.0, "reward_std": 1.0, "stopped": None}
@@ -1374,8 +1595,9 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                 batch.values = self.state_values(batch) * batch.states
         for batch in batches:
             batch.scores = self.score(batch)
-            self.check_finite("log-probability", batch, batch.logprobs[batch.actions])
-            self.check_finite("reward", batch, batch.scores)
+            for what, values in (("log-probability", batch.logprobs), ("reward", batch.scores)):
+                if not torch.isfinite(values).all():
+                    self.fault = f"a {what} in the prompt rows {', '.join(str(row['row']) for row in batch.rows)}"
             self.shape_rewards(batch)
         if self.args.whiten_rewards:
             mean, rstd = self.moments(batches, "rewards", "states")
@@ -1387,13 +1609,6 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         for batch in batches:
             batch.advantages = (batch.advantages - mean) * rstd * batch.actions
         return batches
-
-    def check_finite(self, what, batch, values):
-        if not torch.isfinite(values).all():
-            rows = ", ".join(str(row["row"]) for row in batch.rows)
-            raise UserError(
-                f"a {what} is not finite (update {self.state.global_step + 1}, prompt rows {rows}); the last checkpoint is good"
-            )
 
     def shape_rewards(self, batch):
         """Per-token rewards: the KL penalty, and at the end the score, normalized, clipped, less the EOS penalty.
@@ -1442,6 +1657,9 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         model.eval()  # there is no dropout, and in train mode gradient checkpointing generates without a cache
         batches = self.roll_out(inputs)
         rolled_out = time.perf_counter()
+        if self.fault:  # stops or leaves out this update when Trainer asks for the gradient's norm
+            self.latest, self.grad_norms = {}, []
+            return torch.zeros((), device=self.device)
         kl = self.accelerator.reduce(torch.stack([batch.kl.sum() for batch in batches]).sum(), "sum")
         kl = (kl / (self.args.per_device_train_batch_size * self.accelerator.num_processes)).item()
         if self.state.global_step == 0 and not any(batch.ended.any() for batch in batches):
@@ -1494,9 +1712,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                     if parameter.grad is not None:
                         parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
             if step < last:
-                stats[-1]["grad_norm"] = (
-                    self._clip_grad_norm(model) if args.max_grad_norm else self._get_grad_norm(model)
-                )
+                norm = self._clip_grad_norm(model) if args.max_grad_norm else None
+                stats[-1]["grad_norm"] = self._get_grad_norm(model, norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         return self.sum_stats(stats)
@@ -1602,10 +1819,6 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         if "grad_norm" in logs and self.latest:
             norms = [*self.grad_norms, logs["grad_norm"]]
             logs["grad_norm"] = sum(norms) / len(norms)
-            if not math.isfinite(logs["grad_norm"]) and not self.args.fp16:  # float16 finds its loss scale by overflows
-                raise UserError(
-                    f"the gradient is not finite (update {self.state.global_step}); the last checkpoint is good"
-                )
             logs.update(self.latest)
         Trainer.log(self, logs, start_time)
 
@@ -1667,8 +1880,6 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """Policy at the top of the directory, value model in `value/` (in the form of a reward model's checkpoint)."""
-        if not all(torch.isfinite(parameter).all() for parameter in self.roles.trained()):
-            raise UserError(f"weights are not finite (update {self.state.global_step}); the last checkpoint is good")
         if self.args.should_save:
             output_dir = Path(output_dir or self.args.output_dir)
             save_policy(self.roles, output_dir)
@@ -1814,6 +2025,23 @@ def encode_split(data, schema, prompt_format, args, where):
     return kept, counts
 
 
+def check_reward_model(source, args):
+    """Refuse a reward model that its own evaluation found no better than chance."""
+    report = source.run.get("metrics", {}).get("report")
+    if not report:
+        print(f"--reward_model_path {args.reward_model_path}: no evaluation on record, so nobody knows how good it is")
+        return
+    accuracy, (low, high) = report["accuracy"], report["accuracy_interval"]
+    text = (
+        f"--reward_model_path {args.reward_model_path} prefers the chosen answer in {accuracy:.3f} of {report['pairs']} pairs "
+        f"(95% interval {low:.3f} to {high:.3f}), which is not above chance"
+    )
+    if accuracy <= 0.5 and not args.force:
+        raise UserError(f"{text}: PPO would follow noise; train it further, or pass --force")
+    if low <= 0.5:
+        print(text)
+
+
 def check_args(args):
     """The checks on flags that only this script has."""
     check_shared(args)
@@ -1840,9 +2068,12 @@ def main(argv=None):
     policy_source = locate_model(args.model_path, "--model_path")
     reward_source = args.reward_model_path and locate_model(args.reward_model_path, "--reward_model_path")
     value_source = args.value_model_path and locate_model(args.value_model_path, "--value_model_path")
-    for source in (policy_source, reward_source, value_source):
-        if source:
-            check_base(source, args)
+    check_source(policy_source, args, "--model_path", reward_model=False)
+    if reward_source:
+        check_source(reward_source, args, "--reward_model_path", reward_model=True)
+        check_reward_model(reward_source, args)
+    if value_source:
+        check_source(value_source, args, "--value_model_path")
     args.use_lora = args.use_lora or policy_source.adapter is not None
     if args.learning_rate is None:
         args.learning_rate = 5e-5 if args.use_lora else 3e-6
@@ -1860,9 +2091,21 @@ def main(argv=None):
         if same_tokens and reward_format.encode(probe) == prompt_format.encode(probe):
             reward_format = None
         else:
-            print(
-                f"the reward model reads other tokens than the policy writes: it gets texts, in its own format ({reward_format.name})"
+            other = (
+                "tokenizer"
+                if not same_tokens
+                else "chat template"
+                if reward_format.name == prompt_format.name
+                else "prompt format"
             )
+            print(
+                f"the reward model reads other tokens than the policy writes, since it was trained with another {other}: "
+                f"it gets texts, in its own format ({reward_format.name})"
+            )
+    if value_source and load_tokenizer(value_source, args).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"--value_model_path {args.value_model_path} has another tokenizer than the policy, whose tokens it reads"
+        )
 
     data = load_split(args, args.dataset_name, args.subset, args.split, "--split")
     where = f"{args.dataset_name} [{args.split}]"
@@ -1879,23 +2122,36 @@ def main(argv=None):
             f"an update takes {episodes * processes} episodes (--per_device_train_batch_size x "
             f"--gradient_accumulation_steps x processes), but there are only {len(train_rows)} prompts"
         )
-    try:
-        model_config = AutoConfig.from_pretrained(policy_source.base, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the configuration of {policy_source.base} cannot be loaded: {error}") from error
     longest = max(len(ids) for rows in (train_rows, eval_rows) for ids in rows["prompt_ids"])
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", longest + args.response_length)
+    config = load_config(policy_source, args).get_text_config()
+    positions = getattr(config, "max_position_embeddings", longest + args.response_length)
     if longest + args.response_length > positions:
         raise UserError(
             f"the model has {positions} positions, but a prompt has {longest} tokens and its answer may have "
             f"{args.response_length}: lower --max_prompt_length {args.max_prompt_length} or --response_length"
         )
-    if args.use_lora:
-        lora_config(args, policy_source, "CAUSAL_LM")
+    peft_config = lora_config(args, policy_source, "CAUSAL_LM") if args.use_lora else None
     for source in (reward_source, value_source):
         if source and source.adapter:
             load_scorer(source)
     updates = math.ceil((args.total_episodes or len(train_rows)) / (episodes * processes))
+    text = longest + args.response_length
+    tokens = min(args.per_device_train_batch_size * text, max(config.hidden_size, text))  # see PPOTrainer.make_groups
+    others = {source.base for source in (reward_source, value_source) if source}
+    others = others - {policy_source.base} if args.use_lora else others & {reward_source and reward_source.base}
+    logits, frozen = tokens * args.response_length // text, 2 if args.use_lora and reward_source else 1
+    trained = 2 if args.use_lora or not (value_source or reward_source or policy_source).adapter else 1
+    sizes = (peft_config, tokens, logits)
+    foresee(
+        args,
+        AutoModelForCausalLM,
+        policy_source,
+        updates,
+        *sizes,
+        trained_roles=trained,
+        frozen_roles=frozen,
+        models=len(others),
+    )
 
     config = make_config(
         trl_ppo.PPOConfig,

@@ -18,6 +18,7 @@ Out, in --output_dir: `final_checkpoint/` (model or adapter, tokenizer, run.json
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -31,6 +32,7 @@ import shutil
 import signal
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 # >>> block base: the same in training_sft.py, training_reward_model.py, training_rl.py, merge_with_lora.py (tests/test_blocks.py)
@@ -57,6 +59,8 @@ class Parser(argparse.ArgumentParser):
 def run_as_script(function):
     """Call `function()`; what a user can mend becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     code = 0
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
     try:
         function()
     except (UserError, OSError) as error:
@@ -91,6 +95,18 @@ def write_json(path, value):
     draft = Path(f"{path}.partial")
     draft.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def reading(what):
+    """What is wrong with a file from elsewhere becomes one line: libraries raise dozens of types for it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} "
+        raise UserError(f"{what} cannot be loaded: {kind}{error}") from error
 
 
 @contextlib.contextmanager
@@ -175,6 +191,7 @@ def add_shared_flags(parser, learning_rate):
     add("--overwrite_output_dir", action="store_true", help="replace the checkpoints and metrics in --output_dir")
     add("--resume_from_checkpoint", nargs="?", const=True, metavar="DIR", help="go on from DIR, or from the newest")
     add("--dry_run", action="store_true", help="check everything, show the data as it would be trained on, and stop")
+    add("--skip_nonfinite", type=number(int, 0), default=0, metavar="N", help="leave out up to N steps with NaN or inf")
     add("--max_samples", type=number(int, 1), help="use at most this many rows of each split")
     add(
         "--prompt_format", choices=["auto", "chat", "qa"], default="auto", help="chat template, or Question/Answer text"
@@ -204,7 +221,7 @@ def add_shared_flags(parser, learning_rate):
     add("--report_to", nargs="+", default=["none"], metavar="NAME", help="trackio, tensorboard, wandb")
     add("--push_to_hub", action="store_true", help="upload the final checkpoint under the name of --output_dir")
     add("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
-    add("--force", action="store_true", help="go on where a check of the chain says stop")
+    add("--force", action="store_true", help="go on where a check of memory, disk or the chain says stop")
     add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="any other field of the config")
 
 
@@ -248,6 +265,7 @@ def build_parser():
     )
     parser.add_argument("--max_steps", type=number(int, 1), help="optimizer steps; goes before --num_train_epochs")
     parser.add_argument("--num_train_epochs", type=number(float, 0), default=1.0, help="passes over the data")
+    parser.add_argument("--streaming", action="store_true", help="read --split as it is needed, for data beyond memory")
     parser.add_argument("--packing", action="store_true", help="fill every row up to --max_length with whole examples")
     parser.add_argument("--train_on_prompt", action="store_true", help="train on all tokens, not the answers' alone")
     add_shared_flags(parser, learning_rate="2e-4 with LoRA, 2e-5 without")
@@ -266,7 +284,10 @@ import psutil
 import torch
 import transformers
 from accelerate import PartialState
+from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -276,6 +297,7 @@ from transformers import (
     TrainerCallback,
     TrainerState,
 )
+from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 
@@ -481,6 +503,9 @@ def check_shared(args):
     quantized = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit" if args.load_in_8bit else None
     if quantized and not args.use_lora:
         raise UserError(f"{quantized} needs --use_lora: quantized weights cannot be trained themselves")
+    if args.push_to_hub:
+        with reading("--push_to_hub: the name of --output_dir"):
+            validate_repo_id(Path(args.output_dir).resolve().name)
     if args.lr_scheduler_type not in {kind.value for kind in transformers.SchedulerType}:
         raise UserError(f"--lr_scheduler_type {args.lr_scheduler_type} is not one of the schedulers of transformers")
 
@@ -505,7 +530,7 @@ def pick_checkpoint(args, stage):
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)"
             )
-        later = find_checkpoints(output_dir, int(read_json(checkpoint / "trainer_state.json")["global_step"]) + 1)
+        later = find_checkpoints(output_dir, read_step(checkpoint) + 1)
         if later and not args.overwrite_output_dir:
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint}: {later[0]} is later; --overwrite_output_dir drops it"
@@ -522,7 +547,30 @@ def pick_checkpoint(args, stage):
         raise UserError(
             f"--resume_from_checkpoint: {checkpoint} is of the stage {found!r}; this script goes on with {stage!r}"
         )
+    check_files(checkpoint)
     return checkpoint
+
+
+def check_files(checkpoint):
+    """Refuse a checkpoint that lacks the optimizer or has a damaged file, before anything is loaded from it."""
+    if not any(path.name.startswith(("optimizer", "global_step")) for path in checkpoint.iterdir()):
+        raise UserError(f"{checkpoint} holds no optimizer state: a run cannot go on from it as it would have")
+    for path in checkpoint.rglob("*.*"):
+        try:
+            if path.suffix == ".safetensors":
+                safe_open(path, framework="pt").__exit__(None, None, None)  # compares the header with the length
+            elif path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+                raise SafetensorError("cut, or not written by torch.save")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}); resume from another checkpoint") from error
+
+
+def read_step(checkpoint):
+    """The number of steps taken when a checkpoint was saved."""
+    step = read_json(checkpoint / "trainer_state.json").get("global_step")
+    if not isinstance(step, int):
+        raise UserError(f"{checkpoint / 'trainer_state.json'} has no global_step")
+    return step
 
 
 def find_checkpoints(output_dir, first=0, complete=True):
@@ -531,8 +579,7 @@ def find_checkpoints(output_dir, first=0, complete=True):
     found = []
     for checkpoint in sorted(numbered, key=lambda path: -int(path.name[11:])):
         try:
-            read_json(checkpoint / "trainer_state.json")
-            readable = True
+            readable = read_step(checkpoint) >= 0
         except UserError:
             readable = False
         if readable == complete and int(checkpoint.name[11:]) >= first:
@@ -549,20 +596,20 @@ def open_output_dir(args, checkpoint):
         if not PartialState().is_main_process:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
-        step = int(read_json(checkpoint / "trainer_state.json")["global_step"]) if checkpoint else -1
+        step = read_step(checkpoint) if checkpoint else -1
         later = find_checkpoints(output_dir, step + 1) if args.overwrite_output_dir else []
         for path in [*find_checkpoints(output_dir, complete=False), *later]:
             shutil.rmtree(path)
         for name in ("metrics.jsonl", "samples.jsonl"):
             if (output_dir / name).is_file():
-                # A line that a kill cut off has no line break yet.
-                lines = (output_dir / name).read_text(encoding="utf-8").split("\n")[:-1]
-                kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step)
+                with reading(output_dir / name):  # a line that a kill cut off has no line break yet
+                    lines = (output_dir / name).read_text(encoding="utf-8").split("\n")[:-1]
+                    kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step)
                 (output_dir / f"{name}.partial").write_text(kept, encoding="utf-8")
                 os.replace(output_dir / f"{name}.partial", output_dir / name)
 
 
-def load_split(args, name, subset, split, flag):
+def load_split(args, name, subset, split, flag, streaming=False):
     """One split of a data set, at most --max_samples rows of it; `name` as in `datasets.load_dataset`."""
     kwargs = {"path": name, "data_dir": subset}
     loaders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
@@ -576,6 +623,12 @@ def load_split(args, name, subset, split, flag):
     files = [place] if place.is_file() else [path for path in place.rglob("*.*") if path.suffix in loaders]
     if files and not any(path.stat().st_size for path in files):
         raise UserError(f"{where} is empty; it should have at least one row")
+    for path in (path for path in files if loaders[path.suffix] == "json"):
+        with open(path, "rb") as file:  # pyarrow crashes where it begins to read at a row that is null
+            if re.match(rb"(\xef\xbb\xbf)?[\s\[]*null\b", file.read(100)) or any(
+                line.strip() == b"null" for line in file
+            ):
+                raise UserError(f"{path} has a row that is null; it should be an object")
     try:
         there = datasets.get_dataset_split_names(**kwargs)
         wanted = split.split("[")[0]
@@ -584,7 +637,9 @@ def load_split(args, name, subset, split, flag):
             split = there[0] + split[len(wanted) :]
         elif wanted not in there:
             raise UserError(f"{flag} {split}: {where} has the splits {', '.join(there)}")
-        data = datasets.load_dataset(**kwargs, split=split)
+        data = datasets.load_dataset(**kwargs, split=split, streaming=streaming)
+        if streaming:
+            return data.take(args.max_samples) if args.max_samples else data
     except UserError:
         raise
     except Exception as error:  # datasets raises dozens of types; the innermost one says what was wrong with which file
@@ -602,11 +657,12 @@ def load_split(args, name, subset, split, flag):
 
 def pick_schema(data, schemas, where):
     """The first of `schemas` (tuples of column names) that the data has; columns named twice in a row hold text."""
+    names = data.column_names or list(next(iter(data), {}))  # a stream may know them from its first row only
     for schema in schemas:
-        if set(schema) <= set(data.column_names):
+        if set(schema) <= set(names):
             return schema
     fitting = "; ".join(" + ".join(schema) for schema in schemas)
-    raise UserError(f"{where} has the columns {', '.join(data.column_names)}; one of these is needed: {fitting}")
+    raise UserError(f"{where} has the columns {', '.join(names)}; one of these is needed: {fitting}")
 
 
 def encode_rows(data, function, where, description):
@@ -617,14 +673,25 @@ def encode_rows(data, function, where, description):
     def encode(row, index):
         return {"row": index, "problem": "", **function(row)}
 
+    if isinstance(data, datasets.IterableDataset):
+
+        def refuse(row):
+            if row["problem"]:
+                raise UserError(f"{where}, row {row['row']}: {row['problem']}")
+            return True
+
+        return data.map(encode, with_indices=True).filter(refuse)
     workers = min(os.cpu_count() or 1, 1 + len(data) // 2000)
-    rows = data.map(
-        encode,
-        with_indices=True,
-        remove_columns=data.column_names,
-        num_proc=workers if workers > 1 else None,
-        desc=description,
-    )
+    try:
+        rows = data.map(
+            encode,
+            with_indices=True,
+            remove_columns=data.column_names,
+            num_proc=workers if workers > 1 else None,
+            desc=description,
+        )
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} holds text that is not UTF-8 ({error}); save its file as UTF-8") from error
     bad = [(row["row"], row["problem"]) for row in rows.select_columns(["row", "problem"]) if row["problem"]]
     if bad:
         more = f" ({len(bad)} such rows)" if len(bad) > 1 else ""
@@ -632,18 +699,35 @@ def encode_rows(data, function, where, description):
     return rows.remove_columns(["problem"])
 
 
+def first_rows(stream, where):
+    """The first 256 rows of a stream, to show and to measure."""
+    rows = list(stream.take(256))
+    if not rows:
+        raise UserError(f"{where}: no row is left to train on")
+    return datasets.Dataset.from_list(rows)
+
+
+def load_config(source, args):
+    """The configuration of a base model."""
+    with reading(f"the configuration of {source.base}"):
+        config = AutoConfig.from_pretrained(source.base, trust_remote_code=args.trust_remote_code)
+        return config
+
+
 def load_tokenizer(source, args):
     """The tokenizer of a checkpoint; a missing pad token is an id it already has, so that no embedding is added."""
     place = source.base
     if source.adapter and (source.adapter / "tokenizer_config.json").is_file():
         place = source.adapter
-    try:
+    with reading(f"the tokenizer of {place}"):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
-    except Exception as error:
-        raise UserError(f"the tokenizer of {place} cannot be loaded: {error}") from error
-    if tokenizer.pad_token_id is None:
-        reserved = "<|finetune_right_pad_id|>"  # Llama 3.x keeps this one free for padding
-        tokenizer.pad_token = reserved if reserved in tokenizer.get_vocab() else tokenizer.eos_token
+        if isinstance(tokenizer.chat_template, dict):  # their names become file names when they are saved
+            assert all(re.fullmatch(r"[\w-]+", name) for name in tokenizer.chat_template), (
+                "a template has no plain name"
+            )
+        if tokenizer.pad_token_id is None:
+            reserved = "<|finetune_right_pad_id|>"  # Llama 3.x keeps this one free for padding
+            tokenizer.pad_token = reserved if reserved in tokenizer.get_vocab() else tokenizer.eos_token
     return tokenizer
 
 
@@ -662,16 +746,15 @@ def load_model(cls, source, args, trainable, **kwargs):
             bnb_4bit_compute_dtype=compute,
         )
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
-    try:
+    with reading(f"the model {source.base}"):
         return cls.from_pretrained(
             source.base,
             dtype=torch.float32 if trainable else compute,
             attn_implementation=args.attn_implementation,
             trust_remote_code=args.trust_remote_code,
+            use_safetensors=True,  # no pickle
             **kwargs,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"the model {source.base} cannot be loaded: {error}") from error
 
 
 def lora_config(args, source, task_type):
@@ -686,6 +769,9 @@ def lora_config(args, source, task_type):
             task_type=task_type,
         )
     found = read_json(source.adapter / "adapter_config.json")
+    with reading(source.adapter / "adapter_config.json"):
+        config = LoraConfig.from_pretrained(source.adapter)
+        found = {**config.to_dict(), **found}
     if found.get("peft_type") != "LORA":
         raise UserError(f"{source.adapter} is a {found.get('peft_type')} adapter; only LoRA adapters can be trained on")
     for flag in ("r", "lora_alpha", "lora_dropout"):
@@ -696,20 +782,28 @@ def lora_config(args, source, task_type):
             )
     if args.lora_target_modules and set(args.lora_target_modules) != set(found["target_modules"]):
         raise UserError(f"--lora_target_modules: the adapter {source.adapter} has its own; leave the flag out")
-    config = LoraConfig.from_pretrained(source.adapter)
     config.inference_mode, config.task_type = False, task_type
     return config
 
 
 def load_adapter_weights(model, adapter, name="default"):
     """Copy the LoRA weights in the directory `adapter` into the adapter `name` of a PeftModel; all must find a place."""
-    weights = load_file(adapter / "adapter_model.safetensors")
-    missed = set_peft_model_state_dict(model, weights, adapter_name=name).unexpected_keys
+    with reading(f"the adapter {adapter}"):
+        weights = load_file(adapter / "adapter_model.safetensors")
+        missed = set_peft_model_state_dict(model, weights, adapter_name=name).unexpected_keys
     if missed:
         raise UserError(
             f"the adapter {adapter} does not fit its base model: no place for {missed[0]} and {len(missed) - 1} more"
         )
     return weights
+
+
+def keep_input_dtype(model):
+    """Let LoRA layers take their input as it is: PEFT makes it float32, which autocast turns back into 16 bit, and every
+    layer keeps a copy of its own for the backward pass."""
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
 
 
 def make_config(config_class, args, **own):
@@ -741,6 +835,82 @@ def make_config(config_class, args, **own):
         raise UserError(f"{config_class.__name__}: {error}") from error
     config._n_gpu = min(config.n_gpu, 1)  # one process drives one GPU (no DataParallel); several: accelerate launch
     return config
+
+
+def estimate_memory(args, auto, config, peft_config, tokens, logits, trained_roles=1, frozen_roles=0, models=0):
+    """Bytes by part at the peak of training, from shapes alone; `disk`: those of a checkpoint.
+
+    `tokens`: in one forward pass; `logits`: rows of them kept at a time; each role is an adapter on one base, or without
+    LoRA a model; `models`: further frozen models. Weights are counted. Activations are those of a Llama layer, whose
+    autograd graph keeps of each token 4 hidden, 4 intermediate and 2 key/value vectors, and the inputs of its two norms
+    in float32. benchmarks/memory.py compares the sum with real runs."""
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        model = auto.from_config(config, trust_remote_code=args.trust_remote_code)
+        linear = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, transformers.pytorch_utils.Conv1D))]
+        linear = sum(m.weight.numel() for m in linear if m is not model.get_output_embeddings())
+        weights = sum(weight.numel() for weight in model.parameters())
+        if args.use_lora:
+            with reading("--lora_target_modules"):
+                model = get_peft_model(model, copy.deepcopy(peft_config), low_cpu_mem_usage=True)
+        trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    config, width = config.get_text_config(), 2 if args.bf16 or args.fp16 else 4
+    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, getattr(config, "num_attention_heads", 1)
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    head_size = getattr(config, "head_dim", None) or hidden // heads
+    kv = 2 * head_size * (getattr(config, "num_key_value_heads", None) or heads)
+    layer = tokens * (width * (4 * hidden + 4 * inner + kv) + (8 if args.use_lora else 20) * hidden)
+    # NF4 with double quantization: 4 bits, 8 per 64 weights, 32 per 64 * 256 (Dettmers et al. 2023, arXiv:2305.14314)
+    packed = (4 + 8 / 64 + 32 / (64 * 256)) / 8 if args.load_in_4bit else 1 if args.load_in_8bit else width
+    frozen = linear * packed + (weights - linear) * width
+    roles = 4 * (trained_roles + frozen_roles) * trained
+    return {
+        "base weights": frozen * (1 + models) if args.use_lora else roles + frozen * models,
+        "adapters": roles if args.use_lora else 0,
+        "copies of autocast": 0 if args.use_lora or width == 4 else weights * width,
+        "gradients": 4 * trained_roles * trained,
+        "AdamW's moments": 8 * trained_roles * trained,
+        "activations": layer + layers * tokens * hidden * width if args.gradient_checkpointing else layers * layer,
+        "logits": logits * config.vocab_size * (2 * width + 12),
+    }, 12 * trained_roles * trained
+
+
+def foresee(args, auto, source, steps, *sizes, **roles):
+    """Compare the memory and the disk space that a run will need with what is free, before any weight is loaded.
+
+    Refuses what does not fit; where gradient checkpointing makes it fit, turns that on."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") or os.environ.get("ACCELERATE_USE_FSDP"):
+        return  # they share one model out
+    with reading(f"the configuration of {source.base}"):
+        parts, size = estimate_memory(args, auto, load_config(source, args), *sizes, **roles)
+        less = argparse.Namespace(**{**vars(args), "gradient_checkpointing": True})
+        least = sum(estimate_memory(less, auto, load_config(source, args), *sizes, **roles)[0].values())
+    if torch.cuda.is_available():
+        device, used, free = "the GPU", 0, torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0]
+    else:
+        device, used, free = "this machine", psutil.Process().memory_info().rss, psutil.virtual_memory().available
+    needed = sum(parts.values())
+    if needed > free >= least and not args.gradient_checkpointing:
+        print(
+            f"gradient checkpointing is on: without it {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+        )
+        args.gradient_checkpointing, needed = True, least
+    print(f"memory: about {(used + needed) / 1e9:.2f} GB at the peak, {(used + free) / 1e9:.2f} GB for it on {device}")
+    if needed > free and not args.force:
+        names = ("use_lora", "gradient_checkpointing", "bf16", "load_in_4bit")
+        helps = ", ".join([f"--{name}" for name in names if not getattr(args, name)])
+        raise UserError(
+            f"the run needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; what helps: {helps}, "
+            "shorter texts, smaller batches; --force goes on all the same"
+        )
+    saves = min(args.save_total_limit, steps // args.save_steps) + 1  # a new one comes before an old one goes
+    size = saves * size + size / 3
+    folder = next(path for path in Path(args.output_dir, "x").resolve().parents if path.is_dir())
+    free = shutil.disk_usage(folder).free
+    if size > free and not args.force:
+        raise UserError(
+            f"{saves} checkpoints and the final one take {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {folder}; "
+            "see --save_total_limit, --save_steps and --use_lora; --force goes on all the same"
+        )
 
 
 class RunCallback(TrainerCallback):
@@ -780,13 +950,53 @@ class RunCallback(TrainerCallback):
         self.restore()
 
 
+class NonfiniteGuard:
+    """For a Trainer: the first loss or gradient that is NaN or infinite stops the run before it reaches the weights.
+
+    With `skips` > 0 so many such steps are left out instead. `rows`, the training data with a column `row`, and
+    `text_column`, its token ids, serve to find the rows that were at fault."""
+
+    skips, skipped, rows, text_column, fault = 0, 0, None, "input_ids", None
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.step_batches = [*getattr(self, "step_batches", []), (loss, inputs["input_ids"])]
+        return loss.nan_to_num(0, 0, 0)  # Trainer adds the losses up until it logs them
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Trainer asks for this norm right before each optimizer step."""
+        norm, batches = super()._get_grad_norm(model, grad_norm), getattr(self, "step_batches", [])
+        self.step_batches, fault, self.fault = [], self.fault, None
+        finite = torch.stack([loss for loss, _ in batches]).isfinite().tolist() if batches else []
+        if not all(finite):
+            fault = "the loss" + self.find_rows(ids for (_, ids), fine in zip(batches, finite) if not fine)
+        elif not math.isfinite(norm) and not self.args.fp16:  # float16 finds its loss scale by overflows
+            fault = fault or "the gradient" + self.find_rows(ids for _, ids in batches)
+        if not fault:
+            return norm
+        self.skipped += 1
+        text = f"{fault} is not finite, in step {self.state.global_step + 1}"
+        if self.skipped > self.skips:
+            raise UserError(f"{text}; the last checkpoint is good; --skip_nonfinite N leaves out up to N such steps")
+        print(f"{text}: left out ({self.skipped} of --skip_nonfinite {self.skips})", file=sys.stderr)
+        model.zero_grad()  # without gradients the optimizer changes nothing, its moments neither
+        return 0.0
+
+    def find_rows(self, batches):
+        batches = [f" {' '.join(map(str, ids.flatten().tolist()))} " for ids in batches]
+        pairs = zip(self.rows["row"], self.rows[self.text_column]) if self.rows is not None else ()
+        texts = ((row, f" {' '.join(map(str, ids))} ") for row, ids in pairs)
+        found = [str(row) for row, text in texts if any(text in batch for batch in batches)]
+        return f" of the data rows {', '.join(found)}" if found else ""
+
+
 def hash_base(base, names=None):
     """{name: hash} of a few tensors (first, middle and last by name, or `names`) of a local base model; {} for others.
 
     Of each the type, the shape and the first 64 KiB; the layout is that of https://huggingface.co/docs/safetensors."""
     places = {}
     for path in sorted(Path(base).glob("model*.safetensors")):
-        with open(path, "rb") as file:
+        with reading(path), safe_open(path, framework="pt"), open(path, "rb") as file:  # safetensors checks the header
             data = 8 + int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(data - 8))
         places |= {name: (path, data, info) for name, info in header.items() if name != "__metadata__"}
@@ -803,14 +1013,19 @@ def hash_base(base, names=None):
     return hashes
 
 
-def check_base(source, args):
-    """Refuse an adapter whose base model is no longer the one that it was trained on, as far as run.json tells."""
-    recorded = source.run.get("base_hash") if source.adapter else None
+def check_source(source, args, flag, reward_model=None):
+    """Refuse an adapter whose base model is no longer the one that it was trained on, and with `reward_model` True or
+    False a checkpoint that is none or is one; as far as run.json tells."""
+    recorded, problem = source.run.get("base_hash") if source.adapter else None, None
+    stage = source.run.get("parent_stage") or source.run.get("stage")
     if recorded and Path(source.base).is_dir() and hash_base(source.base, recorded) != recorded:
-        text = f"the base model {source.base} is not the one that the adapter {source.adapter} was trained on"
-        if not args.force:
-            raise UserError(f"{text}; put that one back, or pass --force")
-        print(text)
+        problem = f"the base model {source.base} is not the one that the adapter {source.adapter} was trained on"
+    elif stage and reward_model is not None and (stage == "reward") != reward_model:
+        problem = f"{flag} {source.adapter or source.base} comes from the stage {stage!r}: it is {'not ' * reward_model}a reward model"
+    if problem and not args.force:
+        raise UserError(f"{problem}; use the right one, or --force")
+    if problem:
+        print(problem)
 
 
 def describe_run(stage, args, source, prompt_format, tokenizer, rows):
@@ -842,7 +1057,10 @@ def train_model(trainer, checkpoint):
     A run that was stopped after its last step takes no other; Trainer would take one, in the middle of a pass over the
     data."""
     if checkpoint:
-        state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
+        for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state"):
+            setattr(trainer, name, reading(f"the checkpoint {checkpoint}")(getattr(trainer, name)))
+        with reading(checkpoint / "trainer_state.json"):
+            state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
         steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
         if state.global_step >= steps:
             trainer._load_from_checkpoint(str(checkpoint))
@@ -869,8 +1087,6 @@ def finish_run(args, trainer, callback, run, metrics, save):
         write_json(output_dir / "metrics.json", metrics)
         print(f"saved {output_dir / 'final_checkpoint'}")
         if args.push_to_hub:
-            from huggingface_hub import HfApi
-
             repo = HfApi().create_repo(output_dir.resolve().name, exist_ok=True).repo_id
             print(f"uploaded {HfApi().upload_folder(repo_id=repo, folder_path=output_dir / 'final_checkpoint')}")
     trainer.accelerator.wait_for_everyone()
@@ -918,6 +1134,12 @@ def encode_split(data, schema, prompt_format, args, where):
         }
 
     rows = encode_rows(data, encode, where, "Tokenizing")
+    if isinstance(rows, datasets.IterableDataset):
+        first = {}  # where a text came first; the same in every pass
+        rows = rows.filter(lambda row: row["trained"] and first.setdefault(row["digest"], row["row"]) == row["row"])
+        print(f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; read as it is needed")
+        rows = rows.select_columns(["row", "input_ids", "labels", "trained"])
+        return rows.shuffle(args.seed, buffer_size=1000), {}
     seen, kept, unanswered = set(), [], 0
     for i, (trained, digest) in enumerate(zip(rows["trained"], rows["digest"])):
         if digest not in seen and trained:
@@ -959,34 +1181,14 @@ def show_rows(rows, tokenizer):
             piece = tokenizer.decode([token for token, _ in piece])
             piece = piece if len(piece) <= 1000 else f"{piece[:480]} (...) {piece[-480:]}"
             text += f"{opening}{piece}{closing}" if trained else piece
-        encoding = sys.stdout.encoding or "utf-8"
-        print(text.encode(encoding, "replace").decode(encoding))
+        print(text)
 
 
-def checkpointing_needed(model, tokens, width):
-    """Whether a step with `tokens` tokens at once seems too large for the free memory without checkpointing.
-
-    A rough estimate: for the backward pass a Llama layer keeps about 10 hidden and 4 intermediate vectors a token, of
-    `width` bytes a number; a trained weight has a gradient and two AdamW moments, 12 bytes."""
-    config = model.config.get_text_config()
-    hidden = config.hidden_size
-    wide = getattr(config, "intermediate_size", None) or 4 * hidden
-    needed = tokens * config.num_hidden_layers * (10 * hidden + 4 * wide) * width
-    needed += 12 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    free = psutil.virtual_memory().available
-    if torch.cuda.is_available():  # where the model will be moved, if it is not there yet
-        here = sum(
-            weight.numel() * weight.element_size() for weight in model.parameters() if weight.device.type == "cpu"
-        )
-        free = torch.cuda.mem_get_info()[0] - here
-    if needed > 0.9 * free:
-        print(
-            f"gradient checkpointing is on: a step needs about {needed / 2**30:.1f} GB, {free / 2**30:.1f} GB are free"
-        )
-    return needed > 0.9 * free
+class GuardedTrainer(NonfiniteGuard, SFTTrainer):
+    """SFTTrainer that stops before NaN or infinity reaches the weights."""
 
 
-class RowTrainer(SFTTrainer):
+class RowTrainer(GuardedTrainer):
     """SFTTrainer for one row at a time: the head runs once over the answer's tokens alone, with the same loss.
 
     The stock loss goes through the head in chunks of 256 tokens, padded, and a second time for the backward pass: it
@@ -1012,10 +1214,12 @@ class RowTrainer(SFTTrainer):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     check_shared(args)
+    if args.streaming and (args.eval_fraction or not args.max_steps):
+        raise UserError("--streaming reads without an end in sight: it needs --max_steps, and excludes --eval_fraction")
     if args.eval_fraction and (args.eval_split or args.eval_subset):
         raise UserError("--eval_fraction holds out rows of --split; it excludes --eval_split and --eval_subset")
     source = locate_model(args.model_path, "--model_path")
-    check_base(source, args)
+    check_source(source, args, "--model_path", reward_model=False)
     args.use_lora = args.use_lora or source.adapter is not None
     if args.learning_rate is None:
         args.learning_rate = 2e-4 if args.use_lora else 2e-5
@@ -1023,7 +1227,7 @@ def main(argv=None):
     checkpoint = pick_checkpoint(args, "sft")
     tokenizer = load_tokenizer(source, args)
 
-    data = load_split(args, args.dataset_name, args.subset, args.split, "--split")
+    data = load_split(args, args.dataset_name, args.subset, args.split, "--split", args.streaming)
     where = f"{args.dataset_name}{f' {args.subset}' if args.subset else ''} [{args.split}]"
     schema = pick_schema(data, SCHEMAS, where)
     prompt_format = pick_format(args.prompt_format, "chat" if schema == ("messages",) else "qa", None, tokenizer)
@@ -1040,22 +1244,32 @@ def main(argv=None):
         train_rows, eval_rows = train_rows.train_test_split(args.eval_fraction, seed=args.seed).values()
         counts |= {"rows": len(train_rows), "eval": {"rows": len(eval_rows)}}
         print(f"held out for evaluation: {len(eval_rows)} rows")
-    if args.batch_size > len(train_rows):
+    known = train_rows  # with --streaming the first rows stand for all
+    if args.streaming:
+        known = first_rows(train_rows, where)
+    elif args.batch_size > len(train_rows):
         raise UserError(f"--batch_size {args.batch_size} is larger than the data set ({len(train_rows)} rows)")
-    try:
-        model_config = AutoConfig.from_pretrained(source.base, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the configuration of {source.base} cannot be loaded: {error}") from error
-    longest = max(map(len, train_rows["input_ids"]))
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", longest)
+    longest = args.max_length if args.streaming else max(map(len, train_rows["input_ids"]))
+    positions = getattr(load_config(source, args).get_text_config(), "max_position_embeddings", longest)
     if longest > positions:
         raise UserError(
-            f"--max_length {args.max_length}: the model has {positions} positions, a row has {longest} tokens"
+            f"--max_length {args.max_length}: the model has {positions} positions, a row {'may have' if args.streaming else 'has'} {longest} tokens"
         )
 
     # On a CPU a batch runs row by row: the same gradient (each answer token of the whole batch counts the same), the
     # memory of one row, and no mask over several. A GPU gets the batch as one row without padding.
     rows_at_once = args.batch_size if torch.accelerator.is_available() else 1
+    columns = ["input_ids", "labels"]
+    packed = pack_dataset(train_rows.select_columns(columns), args.max_length) if args.packing else train_rows
+    batch = args.batch_size * args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
+    steps = args.max_steps or math.ceil(args.num_train_epochs * math.ceil(len(packed) / batch))
+    print(
+        f"{steps} steps, {batch} {'packed rows' if args.packing else 'rows'} each; "
+        f"{'the first rows have' if args.streaming else f'an epoch has {len(packed)},'} "
+        f"{sum(map(len, known['input_ids']))} tokens, {sum(known['trained'])} trained on"
+    )
+    tokens, logits = rows_at_once * (args.max_length if args.packing else longest), max(known["trained"])
+    foresee(args, AutoModelForCausalLM, source, steps, peft_config, tokens, min(tokens, logits))
     config = make_config(
         SFTConfig,
         args,
@@ -1068,41 +1282,30 @@ def main(argv=None):
         packing=args.packing,
         eval_packing=False,
         padding_free=True,
+        use_liger_kernel=torch.cuda.is_available() and is_liger_kernel_available(),
+        accelerator_config={"dispatch_batches": False},  # with --streaming every process reads for itself
         eval_strategy="steps" if eval_rows and args.eval_steps else "no",
         save_strategy="steps",
     )
     run = describe_run("sft", args, source, prompt_format, tokenizer, counts)
-    columns = ["input_ids", "labels"]
-    packed = pack_dataset(train_rows.select_columns(columns), args.max_length) if args.packing else train_rows
-    batch = args.batch_size * args.gradient_accumulation_steps * config.world_size
-    steps = args.max_steps or math.ceil(args.num_train_epochs * math.ceil(len(packed) / batch))
-    print(
-        f"{steps} steps, {batch} {'packed rows' if args.packing else 'rows'} each; an epoch has {len(packed)}, "
-        f"{sum(map(len, train_rows['input_ids']))} tokens, {sum(train_rows['trained'])} trained on"
-    )
     if args.dry_run:
-        show_rows(train_rows, tokenizer)
+        show_rows(known, tokenizer)
         print("dry run: everything fits; nothing was loaded or written")
         return
 
     transformers.set_seed(args.seed)  # a new adapter starts at random
     model = load_model(AutoModelForCausalLM, source, args, trainable=not args.use_lora)
     if args.use_lora:
-        try:
-            model = get_peft_model(model, peft_config)
-        except ValueError as error:
-            raise UserError(f"--lora_target_modules: {error}") from error
+        model = get_peft_model(model, peft_config)
         if source.adapter:
             load_adapter_weights(model, source.adapter)
+        keep_input_dtype(model)
     model.generation_config.eos_token_id = prompt_format.stop_ids(model.generation_config)
-    tokens = rows_at_once * (args.max_length if args.packing else longest)
-    if not args.gradient_checkpointing and checkpointing_needed(model, tokens, 3 if args.bf16 or args.fp16 else 4):
-        config.gradient_checkpointing = config.activation_checkpointing = True  # the old name and the new one
     open_output_dir(args, checkpoint)
     callback = RunCallback(args.output_dir, run)
     # It warns that only flash-attention keeps flattened examples apart; SDPA does too when position ids restart.
     logging.getLogger("trl.trainer.sft_trainer").setLevel(logging.ERROR)
-    trainer = (SFTTrainer if torch.accelerator.is_available() else RowTrainer)(
+    trainer = (GuardedTrainer if torch.accelerator.is_available() else RowTrainer)(
         model=model,
         args=config,
         train_dataset=train_rows.select_columns(columns),
@@ -1110,6 +1313,7 @@ def main(argv=None):
         processing_class=tokenizer,
         callbacks=[callback],
     )
+    trainer.skips, trainer.rows = args.skip_nonfinite, None if args.streaming else train_rows
     metrics = train_model(trainer, checkpoint)
     if eval_rows:
         metrics.update(trainer.evaluate())

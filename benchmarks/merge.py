@@ -2,9 +2,9 @@
 
 A random Llama of about 1B (and 3B) weights in bfloat16 and an adapter of rank 16 on all its linear layers are made on
 the spot. Every way runs in a process of its own, from a warm page cache and with nothing left to write from before.
-Seconds are those of the work, after the imports; "on disk" is when fsync of every file has returned (copy and
-merge_with_lora.py do that themselves, PEFT does not). Errors are against the float32 sum, in units in the last place of
-bfloat16.
+Seconds are those of the work, after the imports: "on disk", until fsync of every file has returned (copy and
+merge_with_lora.py do that themselves, PEFT does not), and "processor", which other programs change least. Errors are
+against the float32 sum, in units in the last place of bfloat16.
 
     python benchmarks/merge.py --directory /big/disk --sizes 1 3
 """
@@ -63,7 +63,7 @@ def flush(folder):
 
 
 def copy(folder, size):
-    start = time.perf_counter()
+    start, computed = time.perf_counter(), time.process_time()
     (folder / "copy").mkdir()
     for path in (folder / "base").iterdir():
         with open(path, "rb") as source, open(folder / "copy" / path.name, "wb") as target:
@@ -71,7 +71,7 @@ def copy(folder, size):
                 target.write(data)
             target.flush()
             os.fsync(target.fileno())
-    return {"seconds_on_disk": time.perf_counter() - start}
+    return {"seconds_on_disk": time.perf_counter() - start, "processor_seconds": time.process_time() - computed}
 
 
 def peft(folder, size):
@@ -79,21 +79,22 @@ def peft(folder, size):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    start = time.perf_counter()
+    start, computed = time.perf_counter(), time.process_time()
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
     model = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload()
     model.save_pretrained(folder / "peft")
     seconds = time.perf_counter() - start
     flush(folder / "peft")
-    return {"seconds": seconds, "seconds_on_disk": time.perf_counter() - start}
+    on_disk = time.perf_counter() - start
+    return {"seconds": seconds, "seconds_on_disk": on_disk, "processor_seconds": time.process_time() - computed}
 
 
 def merge(folder, size, output="merge", *flags):
     import merge_with_lora
 
-    start = time.perf_counter()
+    start, computed = time.perf_counter(), time.process_time()
     merge_with_lora.main(["--adapter_path", str(folder / "adapter"), "--output_dir", str(folder / output), *flags])
-    return {"seconds_on_disk": time.perf_counter() - start}
+    return {"seconds_on_disk": time.perf_counter() - start, "processor_seconds": time.process_time() - computed}
 
 
 def unverified(folder, size):
@@ -165,7 +166,7 @@ def measure_size(size, parent, repeat):
         if "peft" in ways:
             results["check"] = run_role("check", folder, size)
     print(f"\n{results['make']['parameters'] / 1e9:.2f}B weights, bfloat16")
-    print(f"{'':18} {'s on disk':>9} {'/ copy':>7} {'/ PEFT':>7} {'peak GB':>8} {'error, ulp':>11}")
+    print(f"{'':18} {'s on disk':>9} {'/ copy':>7} {'/ PEFT':>7} {'processor s':>11} {'peak GB':>8} {'error, ulp':>11}")
     for way in ways:
         one = results[way]
         one["to_copy"] = one["seconds_on_disk"] / results["copy"]["seconds_on_disk"]
@@ -176,6 +177,7 @@ def measure_size(size, parent, repeat):
         figures += f" {one['to_peft']:7.2f}" if "to_peft" in one else " " * 8
         error = results.get("check", {}).get("ulp", {}).get(way)
         label = {"peft": "PEFT", "unverified": "merge --no_verify"}.get(way, way)
+        figures += f" {one['processor_seconds']:11.1f}"
         print(f"{label:18} {figures} {one['peak_rss_gb']:8.2f} {'' if error is None else f'{error:11.4f}'}")
     if "peft" in ways:
         print(f"PEFT takes {results['peft']['seconds']:.1f} s until it returns, without fsync")

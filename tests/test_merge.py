@@ -19,6 +19,7 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
 )
+from transformers.pytorch_utils import Conv1D
 
 IDS = torch.tensor([[5, 9, 33, 70, 120, 7], [8, 8, 51, 6, 300, 44]])
 
@@ -118,6 +119,36 @@ def test_every_kind_of_adapter_merges_as_in_peft(merge, llama, gpt2, tmp_path, k
     for name in expected:  # DoRA's norms are added up in another order
         torch.testing.assert_close(merged[name], expected[name], rtol=2e-6 if "dora" in kind else 0, atol=0, msg=name)
     assert verification["largest_difference"] <= verification["allowed"] < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora", "embedding", "saved modules", "conv1d", "conv1d dora"])
+def test_how_far_the_adapter_moves_the_logits(merge, llama, gpt2, tmp_path, kind):
+    """The base model goes through the same sweep as base + adapter, and is measured on the first text."""
+    family, settings = KINDS[kind]
+    base = {"llama": llama, "gpt2": gpt2}[family]
+    adapter = make_adapter(tmp_path / "adapter", base, **settings)
+    measured = run(merge, adapter, tmp_path / "merged")["verification"]["adapter_moves"]
+    ids = torch.tensor([AutoTokenizer.from_pretrained(base)(merge.TEXT)["input_ids"][:8]])
+    with torch.no_grad():
+        real = (load(base, [adapter])(ids).logits - load(base)(ids).logits).abs().max().item()
+    assert measured == pytest.approx(real, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Linear, Conv1D])
+def test_the_errors_of_rounding_are_those_of_a_changed_matrix(merge, kind):
+    torch.manual_seed(0)
+    module, x = kind(6, 5), torch.randn(3, 2, 5 if kind is Conv1D else 6)
+    weight, bias = module.weight.detach().clone(), module.bias.detach()
+    apart = merge.Apart(torch.zeros(3, 2), 1)
+    merge.Lazy(lambda begin=0, end=None: weight[begin:end], apart, 0.1).attach(module, "weight")
+    with torch.no_grad():
+        found = module(x)
+    apart.generator.manual_seed(0)
+    columns, rows = apart.draw_signs(x.shape[2]), apart.draw_signs(found.shape[2])
+    assert {*rows.tolist(), *columns.tolist()} == {-1, 1}
+    matrix = weight if kind is Conv1D else weight.T
+    changed = matrix * (1 + 0.1 * columns[:, None] * rows)
+    torch.testing.assert_close(found, torch.cat([x[:2] @ matrix, x[2:] @ changed]) + bias)
 
 
 TIED = {
@@ -366,7 +397,17 @@ def exchange_two(weights, base):
     weights[one], weights[other] = weights[other], weights[one]
 
 
-@pytest.mark.parametrize("corrupt", [forget_a_layer, zero_a_norm, exchange_two])
+def exchange_rows(weights, base):
+    rows = weights["model.layers.1.self_attn.v_proj.weight"]
+    rows[:2] = rows[:2].flip(0)
+
+
+def scale_wrongly(weights, base):
+    for name, weight in weights.items():
+        weight += (0.1 * (weight.float() - base[name].float())).to(weight.dtype)
+
+
+@pytest.mark.parametrize("corrupt", [forget_a_layer, zero_a_norm, exchange_two, exchange_rows, scale_wrongly])
 def test_a_corrupted_result_is_caught_and_not_published(merge, llama_bf16, tmp_path, monkeypatch, corrupt):
     adapter = make_adapter(tmp_path / "adapter", llama_bf16)
     write_weights = merge.write_weights

@@ -590,7 +590,7 @@ def test_bad_flags_are_refused_before_anything_is_written(reward, llama, pairs, 
 
 
 def test_an_sft_adapter_is_no_reward_model(reward, sft_adapter, pairs, tmp_path):
-    with pytest.raises(reward.UserError, match="has no score head"):
+    with pytest.raises(reward.UserError, match="stage 'sft': it is not a reward model"):
         run(reward, sft_adapter, pairs, tmp_path / "out", "--eval_only", "--eval_split", "train")
 
 

@@ -1014,7 +1014,7 @@ BAD_INPUT = {
     "no colon": (None, "--reward_function RULES", "should read FILE.py:NAME"),
     "no such function": (None, "--reward_function RULES:absent", "has no function absent"),
     "too few numbers": (None, "--reward_function RULES:too_few", "returned 0 numbers for"),
-    "not finite": (None, "--reward_function RULES:not_a_number", "reward is not finite"),
+    "not finite": (None, "--reward_function RULES:not_a_number", "a reward in the prompt rows"),
     "no such split": ("rm", "--eval_subset nowhere", "nowhere"),
     "reward model is an SFT adapter": ("sft", "", "is not a reward model's adapter"),
     "both precisions": ("rm", "--bf16 --fp16", "exclude each other"),
