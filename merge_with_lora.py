@@ -104,8 +104,10 @@ def reading(what):
     except UserError:
         raise
     except Exception as error:
-        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} "
-        raise UserError(f"{what} cannot be loaded: {kind}{error}") from error
+        kind = type(error).__name__
+        text = str(error) if isinstance(error, (OSError, ValueError)) else f"{kind} {error}"
+        text = "it holds more than tensors, and code in files is not run" if kind == "UnpicklingError" else text
+        raise UserError(f"{what} cannot be loaded: {text}") from error
 
 
 @contextlib.contextmanager
@@ -194,6 +196,7 @@ warnings.filterwarnings("ignore", module="peft")  # advice on tied embeddings, w
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import HfApi, snapshot_download, split_state_dict_into_shards_factory
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
@@ -208,11 +211,9 @@ from transformers.pytorch_utils import Conv1D
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Small enough for the processor's cache, and to be allocated again and again without growing or leaving the heap.
-BLOCK = 2**17  # weights that are summed or used at a time
-COPY = 2**20  # bytes copied at a time
-FLUSH = (
-    2**26
-)  # bytes after which the disk is given work; much smaller, and the jobs for it take more memory than the data
+BLOCK = 2**18  # weights that are summed or used at a time
+COPY = 2**18  # bytes copied at a time
+FLUSH = 2**26  # bytes after which the disk is given work: far smaller, and the jobs alone take 100 MB of memory at 3B
 FACTOR = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?")
 # What a LoRA config may set and still be read below. An adapter that uses anything else (target_parameters,
 # trainable_token_indices, lora_bias, ...) is left to PEFT.
@@ -420,7 +421,7 @@ def flush_file(path):
 def write_weights(folder, outputs, max_shard_size, pool):
     """Write the merged model's tensors as safetensors, in files of at most `max_shard_size`.
 
-    Returns the jobs in `pool` that bring them onto the disk, so that it works from the first block on."""
+    Returns the jobs in `pool` (of one thread) that bring them onto the disk, so that it works from the first block on."""
     outputs = {output.name: output for output in outputs}
     split = split_state_dict_into_shards_factory(
         outputs,
@@ -688,7 +689,8 @@ def run_lazily(model, tensors, steps, ids, adapter=None, change=None, apart=0, n
             buffer.copy_(read(name))
     modules = list(model.named_modules())
     if adapter:
-        model = get_peft_model(model, LoraConfig.from_pretrained(adapter), low_cpu_mem_usage=True)
+        with reading(f"the adapter {adapter}"):
+            model = get_peft_model(model, LoraConfig.from_pretrained(adapter), low_cpu_mem_usage=True)
     for prefix, module in modules:
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
@@ -833,6 +835,9 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", args.max_shard_size, re.IGNORECASE):
         raise UserError(f"--max_shard_size {args.max_shard_size} should be a whole number of MB or GB, e.g. 500MB")
+    if args.push_to_hub:
+        with reading("--push_to_hub: the name of --output_dir"):
+            validate_repo_id(Path(args.output_dir).resolve().name)
     chain, base = follow_chain(args)
     check_output_dir(args, [*chain, base])
     task, config_json = read_json(chain[-1] / "adapter_config.json").get("task_type"), read_json(base / "config.json")
@@ -846,11 +851,14 @@ def main(argv=None):
 
     auto = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
     place = next((folder for folder in [*chain[::-1], base] if (folder / "tokenizer_config.json").is_file()), None)
-    try:
+    with reading(f"the config of {base}"):
         config_class = type(AutoConfig.from_pretrained(base, trust_remote_code=False))
+    with reading(f"the tokenizer of {place}"):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False) if place else None
-    except Exception as error:  # of a dozen types, by what is wrong with which file
-        raise UserError(f"the config of {base} or the tokenizer of {place} cannot be read: {error}") from error
+        if tokenizer and isinstance(tokenizer.chat_template, dict):  # their names become file names when they are saved
+            assert all(re.fullmatch(r"[\w-]+", name) for name in tokenizer.chat_template), (
+                "a template has no plain name"
+            )
     if task == "SEQ_CLS":
         if tokenizer and tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -899,20 +907,19 @@ def main(argv=None):
         "arguments": vars(args),
         "versions": {n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft", "accelerate")},
     }
-    with concurrent.futures.ThreadPoolExecutor(2) as pool, publish(Path(args.output_dir).resolve()) as draft:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, publish(Path(args.output_dir).resolve()) as draft:
         if reasons:
             expected = merge_in_peft(chain, base, auto, config, FLOATS[dtype], draft, args.max_shard_size, ids)
             config_json = read_json(draft / "config.json")
             (draft / "config.json").unlink()
             jobs = [pool.submit(flush_file, path) for path in draft.glob("*.safetensors")]
         else:
-            if args.verify:  # while the weights are written, which is for the most part waiting for the disk
-                apart = 0 if task == "SEQ_CLS" else 1  # without its adapter a reward model has no head
-                both, model = torch.cat([ids, ids[:apart]]), build_model(auto, config)
-                expected = pool.submit(run_lazily, model, tensors, before, both, chain[-1], apart=apart)
             jobs = write_weights(draft, outputs, args.max_shard_size, pool)
             if args.verify:
-                expected, bare = expected.result().split([len(ids), apart])
+                apart = 0 if task == "SEQ_CLS" else 1  # without its adapter a reward model has no head
+                both, model = torch.cat([ids, ids[:apart]]), build_model(auto, config)
+                expected = run_lazily(model, tensors, before, both, chain[-1], apart=apart)
+                expected, bare = expected.split([len(ids), apart])
         if args.verify:
             merged_config = config_class.from_dict(config_json)
             apart = len(ids) if task == "SEQ_CLS" else 1  # a text has thousands of logits, or one score

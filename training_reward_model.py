@@ -111,8 +111,10 @@ def reading(what):
     except UserError:
         raise
     except Exception as error:
-        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} "
-        raise UserError(f"{what} cannot be loaded: {kind}{error}") from error
+        kind = type(error).__name__
+        text = str(error) if isinstance(error, (OSError, ValueError)) else f"{kind} {error}"
+        text = "it holds more than tensors, and code in files is not run" if kind == "UnpicklingError" else text
+        raise UserError(f"{what} cannot be loaded: {text}") from error
 
 
 @contextlib.contextmanager
@@ -629,7 +631,7 @@ def open_output_dir(args, checkpoint):
         for name in ("metrics.jsonl", "samples.jsonl"):
             if (output_dir / name).is_file():
                 with reading(output_dir / name):  # a line that a kill cut off has no line break yet
-                    lines = (output_dir / name).read_text(encoding="utf-8").split("\n")[:-1]
+                    lines = (output_dir / name).read_bytes().rpartition(b"\n")[0].decode("utf-8").splitlines()
                     kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step)
                 (output_dir / f"{name}.partial").write_text(kept, encoding="utf-8")
                 os.replace(output_dir / f"{name}.partial", output_dir / name)
@@ -1083,7 +1085,7 @@ def train_model(trainer, checkpoint):
     A run that was stopped after its last step takes no other; Trainer would take one, in the middle of a pass over the
     data."""
     if checkpoint:
-        for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state"):
+        for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state"):
             setattr(trainer, name, reading(f"the checkpoint {checkpoint}")(getattr(trainer, name)))
         with reading(checkpoint / "trainer_state.json"):
             state = TrainerState.load_from_json(checkpoint / "trainer_state.json")

@@ -112,8 +112,10 @@ def reading(what):
     except UserError:
         raise
     except Exception as error:
-        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} "
-        raise UserError(f"{what} cannot be loaded: {kind}{error}") from error
+        kind = type(error).__name__
+        text = str(error) if isinstance(error, (OSError, ValueError)) else f"{kind} {error}"
+        text = "it holds more than tensors, and code in files is not run" if kind == "UnpicklingError" else text
+        raise UserError(f"{what} cannot be loaded: {text}") from error
 
 
 @contextlib.contextmanager
@@ -635,7 +637,7 @@ def open_output_dir(args, checkpoint):
         for name in ("metrics.jsonl", "samples.jsonl"):
             if (output_dir / name).is_file():
                 with reading(output_dir / name):  # a line that a kill cut off has no line break yet
-                    lines = (output_dir / name).read_text(encoding="utf-8").split("\n")[:-1]
+                    lines = (output_dir / name).read_bytes().rpartition(b"\n")[0].decode("utf-8").splitlines()
                     kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step)
                 (output_dir / f"{name}.partial").write_text(kept, encoding="utf-8")
                 os.replace(output_dir / f"{name}.partial", output_dir / name)
@@ -1089,7 +1091,7 @@ def train_model(trainer, checkpoint):
     A run that was stopped after its last step takes no other; Trainer would take one, in the middle of a pass over the
     data."""
     if checkpoint:
-        for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state"):
+        for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state"):
             setattr(trainer, name, reading(f"the checkpoint {checkpoint}")(getattr(trainer, name)))
         with reading(checkpoint / "trainer_state.json"):
             state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
@@ -1903,7 +1905,8 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
                 role.model.load_state_dict(weights, strict=False)
             if role.head is not None:
                 role.head.weight.data.copy_(head)
-        self.ppo_state = read_json(checkpoint / "ppo_state.json")
+        state = read_json(checkpoint / "ppo_state.json")
+        self.ppo_state = state | {name: float(state[name]) for name in ("kl_coef", "reward_mean", "reward_std")}
         if self.options.max_kl and (checkpoint / "before_update.pt").is_file():
             self.snapshot = torch.load(checkpoint / "before_update.pt", weights_only=True)
 

@@ -38,8 +38,12 @@ SHAPES = {
     "llama-3.2-1b": (16, 2048, 32, 8, 8192, 128256),
     "llama-3.2-3b": (28, 3072, 24, 8, 8192, 128256),
 }
-WAYS = {"": {}, "--gradient_checkpointing": {"gradient_checkpointing": True}, "--load_in_4bit": {"load_in_4bit": True}}
-WAYS["--load_in_4bit --gradient_checkpointing"] = {**WAYS["--load_in_4bit"], **WAYS["--gradient_checkpointing"]}
+WAYS = {
+    "as it is": [],
+    "checkpointing": ["gradient_checkpointing"],
+    "4 bit": ["load_in_4bit"],
+    "4 bit, checkpointing": ["load_in_4bit", "gradient_checkpointing"],
+}
 
 
 def make_config(shape):
@@ -49,21 +53,23 @@ def make_config(shape):
 
 
 def compute(args):
-    """{flags: {part: GB}}, by the script's own estimate."""
+    """{way: {part: GB}}, by the script's own estimate."""
     tokens = args.prompt + args.response
     tokens = min(args.batch * tokens, max(SHAPES[args.shape][1], tokens))  # a row of training_rl.py
     logits = tokens * args.response // (args.prompt + args.response)
     table = {}
-    for flags, changes in WAYS.items():
+    for way, flags in WAYS.items():
         off = dict.fromkeys(
             ("fp16", "load_in_8bit", "load_in_4bit", "gradient_checkpointing", "trust_remote_code"), False
         )
-        options = argparse.Namespace(**{**off, "bf16": not args.float32, "use_lora": True, **changes})
+        options = argparse.Namespace(
+            **{**off, "bf16": not args.float32, "use_lora": True, **dict.fromkeys(flags, True)}
+        )
         lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         sizes = (make_config(args.shape), lora, tokens, logits)
         roles = {"trained_roles": 2, "frozen_roles": 2}
         parts, _ = training_rl.estimate_memory(options, AutoModelForCausalLM, *sizes, **roles)
-        table[flags] = {**{part: size / 1e9 for part, size in parts.items()}, "peak": sum(parts.values()) / 1e9}
+        table[way] = {**{part: size / 1e9 for part, size in parts.items()}, "peak": sum(parts.values()) / 1e9}
     return table
 
 
@@ -129,7 +135,14 @@ def measure(args, folder, flags):
     command += ["--subset", folder / "data", "--output_dir", folder / "out", "--overwrite_output_dir", "--use_lora"]
     command += ["--per_device_train_batch_size", args.batch, "--gradient_accumulation_steps", args.accumulation]
     command += ["--total_episodes", 2 * args.batch * args.accumulation, "--response_length", args.response]
-    command += ["--max_prompt_length", args.prompt, "--prompt_format", "qa", "--force", *flags.split()]
+    command += [
+        "--max_prompt_length",
+        args.prompt,
+        "--prompt_format",
+        "qa",
+        "--force",
+        *(f"--{flag}" for flag in flags),
+    ]
     training_rl.main([*map(str, command), *([] if args.float32 else ["--bf16"])])
     for name, function in kept.items():
         setattr(training_rl.PPOTrainer, name, function)
@@ -148,21 +161,21 @@ def main():
     parser.add_argument("--response", type=int, default=128, help="tokens")
     parser.add_argument("--float32", action="store_true", help="without --bf16")
     parser.add_argument("--measure", action="store_true", help="run it here also without a GPU")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), help="sets of flags to measure, each as one word")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="what to measure")
     args = parser.parse_args()
     table = compute(args)
-    print(f"computed from shapes, GB (1e9 bytes)\n{'':20}" + "".join(f"{flags or 'as it is':>42}" for flags in table))
-    for part in table[""]:
-        print(f"{part:20}" + "".join(f"{column[part]:>42.2f}" for column in table.values()))
+    print(f"computed from shapes, GB (1e9 bytes)\n{'':20}" + "".join(f"{way:>22}" for way in table))
+    for part in table["as it is"]:
+        print(f"{part:20}" + "".join(f"{column[part]:>22.2f}" for column in table.values()))
     result = {"arguments": vars(args), "computed_gb": table}
     name = "ppo_memory_computed"
     if torch.cuda.is_available() or args.measure:
         name, result["measured"] = "ppo_memory", {}
         with tempfile.TemporaryDirectory() as folder:
             make_models(args, Path(folder))
-            for flags in args.ways:
-                found = result["measured"][flags] = measure(args, Path(folder), flags)
-                print(f"\nmeasured {flags}; foreseen {table[flags]['peak']:.2f}")
+            for way in args.ways:
+                found = result["measured"][way] = measure(args, Path(folder), WAYS[way])
+                print(f"\nmeasured, {way}; computed {table[way]['peak']:.2f} GB")
                 for phase, values in found.items():
                     seconds = f"{values['seconds']:8.1f} s" if "seconds" in values else ""
                     print(f"  {phase:12} {values['peak_gb']:8.2f} GB {seconds}")

@@ -293,3 +293,13 @@ def test_a_bad_row_of_a_stream_is_named(stage, tmp_path):
     write_rows(tmp_path / "data" / "train.jsonl", rows)
     with pytest.raises(script.UserError, match="row 5: column chosen is empty"):
         script.main([*command, "--streaming", "--max_length", "128"])
+
+
+def test_a_sample_that_was_cut_inside_a_character_does_not_stop_the_resume(stage, tmp_path):
+    script, command = stage
+    script.main(command)
+    shutil.rmtree(tmp_path / "out" / "final_checkpoint")
+    with open(tmp_path / "out" / "metrics.jsonl", "ab") as file:
+        file.write('{"step": 8, "text": "caf\xe9'.encode()[:-1])
+    script.main([*command, "--resume_from_checkpoint"])
+    assert (tmp_path / "out" / "final_checkpoint").is_dir()
