@@ -871,13 +871,15 @@ def make_config(config_class, args, **own):
     return config
 
 
-def estimate_memory(args, auto, config, peft_config, tokens, logits, trained_roles=1, frozen_roles=0, models=0):
-    """Bytes by part at the peak of training, from shapes alone; `disk`: those of a checkpoint.
+def estimate_memory(
+    args, auto, config, peft_config, tokens, logits, trained_roles=1, frozen_roles=0, models=0, cached=0
+):
+    """(bytes by part at the peak of training, bytes of a checkpoint), from shapes alone.
 
     `tokens`: in one forward pass; `logits`: rows of them kept at a time; each role is an adapter on one base, or without
-    LoRA a model; `models`: further frozen models. Weights are counted. Activations are those of a Llama layer, whose
-    autograd graph keeps of each token 4 hidden, 4 intermediate and 2 key/value vectors, and the inputs of its two norms
-    in float32. benchmarks/memory.py compares the sum with real runs."""
+    LoRA a model; `models`: further frozen models; `cached`: tokens whose keys and values generation keeps. Weights are
+    counted. Activations are those of a Llama layer, whose autograd graph keeps of each token 4 hidden, 4 intermediate and
+    2 key/value vectors, and the inputs of its two norms in float32. benchmarks/memory.py compares with real runs."""
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
         model = auto.from_config(config, trust_remote_code=args.trust_remote_code)
         linear = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, transformers.pytorch_utils.Conv1D))]
@@ -897,14 +899,17 @@ def estimate_memory(args, auto, config, peft_config, tokens, logits, trained_rol
     packed = (4 + 8 / 64 + 32 / (64 * 256)) / 8 if args.load_in_4bit else 1 if args.load_in_8bit else width
     frozen = linear * packed + (weights - linear) * width
     roles = 4 * (trained_roles + frozen_roles) * trained
+    activations = layer + layers * tokens * hidden * width if args.gradient_checkpointing else layers * layer
+    logits *= config.vocab_size * (2 * width + 12)
     return {
         "base weights": frozen * (1 + models) if args.use_lora else roles + frozen * models,
         "adapters": roles if args.use_lora else 0,
         "copies of autocast": 0 if args.use_lora or width == 4 else weights * width,
         "gradients": 4 * trained_roles * trained,
         "AdamW's moments": 8 * trained_roles * trained,
-        "activations": layer + layers * tokens * hidden * width if args.gradient_checkpointing else layers * layer,
-        "logits": logits * config.vocab_size * (2 * width + 12),
+        "activations": activations,
+        "logits": logits,
+        "more for generation": max(0, cached * layers * kv * width - activations - logits),
     }, 12 * trained_roles * trained
 
 
@@ -914,10 +919,13 @@ def foresee(args, auto, source, steps, *sizes, **roles):
     Refuses what does not fit; where gradient checkpointing makes it fit, turns that on."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") or os.environ.get("ACCELERATE_USE_FSDP"):
         return  # they share one model out
-    with reading(f"the configuration of {source.base}"):
+    try:
         parts, size = estimate_memory(args, auto, load_config(source, args), *sizes, **roles)
         less = argparse.Namespace(**{**vars(args), "gradient_checkpointing": True})
         least = sum(estimate_memory(less, auto, load_config(source, args), *sizes, **roles)[0].values())
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, ImportError, AssertionError) as error:
+        print(f"memory: not foreseen, {source.base} cannot be built without its weights ({error})")
+        return
     if torch.cuda.is_available():
         device, used, free = "the GPU", 0, torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0]
     else:
@@ -2144,17 +2152,13 @@ def main(argv=None):
     others = others - {policy_source.base} if args.use_lora else others & {reward_source and reward_source.base}
     logits, frozen = tokens * args.response_length // text, 2 if args.use_lora and reward_source else 1
     trained = 2 if args.use_lora or not (value_source or reward_source or policy_source).adapter else 1
-    sizes = (peft_config, tokens, logits)
-    foresee(
-        args,
-        AutoModelForCausalLM,
-        policy_source,
-        updates,
-        *sizes,
-        trained_roles=trained,
-        frozen_roles=frozen,
-        models=len(others),
-    )
+    roles = {
+        "trained_roles": trained,
+        "frozen_roles": frozen,
+        "models": len(others),
+        "cached": text * min(episodes, 64),
+    }
+    foresee(args, AutoModelForCausalLM, policy_source, updates, peft_config, tokens, logits, **roles)
 
     config = make_config(
         trl_ppo.PPOConfig,

@@ -67,7 +67,8 @@ def compute(args):
         )
         lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         sizes = (make_config(args.shape), lora, tokens, logits)
-        roles = {"trained_roles": 2, "frozen_roles": 2}
+        cached = min(args.batch * args.accumulation, 64) * (args.prompt + args.response)
+        roles = {"trained_roles": 2, "frozen_roles": 2, "cached": cached}
         parts, _ = training_rl.estimate_memory(options, AutoModelForCausalLM, *sizes, **roles)
         table[way] = {**{part: size / 1e9 for part, size in parts.items()}, "peak": sum(parts.values()) / 1e9}
     return table

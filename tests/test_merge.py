@@ -471,7 +471,7 @@ def spoil(kind, adapter, base):
         message = "weights do not have the shapes of its config.json: model.layers.0.mlp.down_proj.weight"
     elif kind == "unknown":
         edit_json(base / "config.json", model_type="llamma")
-        message = "the config of .* cannot be read"
+        message = "the config of .* cannot be loaded"
     elif kind == "no base":
         edit_json(config, base_model_name_or_path=None)
         message = "names no base model; pass it as --base_model_path"
