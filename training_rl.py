@@ -537,6 +537,8 @@ def check_shared(args):
     quantized = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit" if args.load_in_8bit else None
     if quantized and not args.use_lora:
         raise UserError(f"{quantized} needs --use_lora: quantized weights cannot be trained themselves")
+    if args.skip_nonfinite and os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError("--skip_nonfinite: DeepSpeed takes its step before anything could be left out")
     if args.push_to_hub:
         with reading("--push_to_hub: the name of --output_dir"):
             validate_repo_id(Path(args.output_dir).resolve().name)
@@ -634,11 +636,23 @@ def open_output_dir(args, checkpoint):
         later = find_checkpoints(output_dir, step + 1) if args.overwrite_output_dir else []
         for path in [*find_checkpoints(output_dir, complete=False), *later]:
             shutil.rmtree(path)
+        history = read_json(checkpoint / "trainer_state.json").get("log_history", []) if checkpoint else []
+        known = [set(entry) for entry in history if entry.get("step") == step]  # what was logged before it was saved
+        evaluated = any("eval_policy_score" in entry for entry in known)
         for name in ("metrics.jsonl", "samples.jsonl"):
             if (output_dir / name).is_file():
                 with reading(output_dir / name):  # a line that a kill cut off has no line break yet
-                    lines = (output_dir / name).read_bytes().rpartition(b"\n")[0].decode("utf-8").splitlines()
-                    kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step)
+                    lines = (output_dir / name).read_bytes().decode("utf-8", "replace").split("\n")[:-1]
+                    pairs = [(line + "\n", json.loads(line)) for line in lines]
+                    last = [
+                        evaluated if name == "samples.jsonl" else set(row) in known or "train_runtime" in row
+                        for _, row in pairs
+                    ]
+                    kept = "".join(
+                        line
+                        for (line, row), there in zip(pairs, last)
+                        if row["step"] < step or row["step"] == step and there
+                    )
                 (output_dir / f"{name}.partial").write_text(kept, encoding="utf-8")
                 os.replace(output_dir / f"{name}.partial", output_dir / name)
 
@@ -659,9 +673,10 @@ def load_split(args, name, subset, split, flag, streaming=False):
         raise UserError(f"{where} is empty; it should have at least one row")
     for path in (path for path in files if loaders[path.suffix] == "json"):
         with open(path, "rb") as file:  # pyarrow crashes where it begins to read at a row that is null
-            if re.match(rb"(\xef\xbb\xbf)?[\s\[]*null\b", file.read(100)) or any(
-                line.strip() == b"null" for line in file
-            ):
+            bad = re.match(rb"(\xef\xbb\xbf)?[\s\[]*null\b", file.read(100))
+            file.seek(0)
+            lines = () if streaming or path.suffix == ".json" else file
+            if bad or any(line.strip() == b"null" for line in lines):
                 raise UserError(f"{path} has a row that is null; it should be an object")
     try:
         there = datasets.get_dataset_split_names(**kwargs)
@@ -711,7 +726,7 @@ def encode_rows(data, function, where, description):
 
         def refuse(row):
             if row["problem"]:
-                raise UserError(f"{where}, row {row['row']}: {row['problem']}")
+                raise UserError(f"{where}, row {row['row']} of its file: {row['problem']}")
             return True
 
         return data.map(encode, with_indices=True).filter(refuse)
@@ -861,8 +876,12 @@ def make_config(config_class, args, **own):
         "eval_steps": args.eval_steps,
         "report_to": args.report_to,
         "logging_nan_inf_filter": False,  # a NaN is to be seen
+        "accelerator_config": {"dispatch_batches": False},  # with --streaming every process reads for itself
         **own,
     }
+    for name in ("accelerator_config", "use_liger_kernel"):  # --set may change these
+        if any(pair.startswith(f"{name}=") for pair in args.set):
+            fields.pop(name, None)
     try:
         config = config_class(**fields, **set_fields(args.set, config_class, fields))
     except (ValueError, TypeError) as error:
@@ -872,15 +891,17 @@ def make_config(config_class, args, **own):
 
 
 def estimate_memory(
-    args, auto, config, peft_config, tokens, logits, trained_roles=1, frozen_roles=0, models=0, cached=0
+    args, auto, config, peft_config, tokens, logits, trained_roles=1, frozen_roles=0, models=(), cached=0
 ):
     """(bytes by part at the peak of training, bytes of a checkpoint), from shapes alone.
 
     `tokens`: in one forward pass; `logits`: rows of them kept at a time; each role is an adapter on one base, or without
-    LoRA a model; `models`: further frozen models; `cached`: tokens whose keys and values generation keeps. Weights are
+    LoRA a model; `models`: configs of further frozen models; `cached`: tokens whose keys and values generation keeps. Weights are
     counted. Activations are those of a Llama layer, whose autograd graph keeps of each token 4 hidden, 4 intermediate and
     2 key/value vectors, and the inputs of its two norms in float32. benchmarks/memory.py compares with real runs."""
-    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        others = sum(p.numel() for other in models for p in auto.from_config(other).parameters())
         model = auto.from_config(config, trust_remote_code=args.trust_remote_code)
         linear = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, transformers.pytorch_utils.Conv1D))]
         linear = sum(m.weight.numel() for m in linear if m is not model.get_output_embeddings())
@@ -902,7 +923,7 @@ def estimate_memory(
     activations = layer + layers * tokens * hidden * width if args.gradient_checkpointing else layers * layer
     logits *= config.vocab_size * (2 * width + 12)
     return {
-        "base weights": frozen * (1 + models) if args.use_lora else roles + frozen * models,
+        "base weights": (frozen if args.use_lora else roles) + others * width,
         "adapters": roles if args.use_lora else 0,
         "copies of autocast": 0 if args.use_lora or width == 4 else weights * width,
         "gradients": 4 * trained_roles * trained,
@@ -945,6 +966,7 @@ def foresee(args, auto, source, steps, *sizes, **roles):
             "shorter texts, smaller batches; --force goes on all the same"
         )
     saves = min(args.save_total_limit, steps // args.save_steps) + 1  # a new one comes before an old one goes
+    saves = max(1, saves - len(find_checkpoints(Path(args.output_dir))))
     size = saves * size + size / 3
     folder = next(path for path in Path(args.output_dir, "x").resolve().parents if path.is_dir())
     free = shutil.disk_usage(folder).free
@@ -1010,9 +1032,13 @@ class NonfiniteGuard:
         norm, batches = super()._get_grad_norm(model, grad_norm), getattr(self, "step_batches", [])
         self.step_batches, fault, self.fault = [], self.fault, None
         finite = torch.stack([loss for loss, _ in batches]).isfinite().tolist() if batches else []
+        bad = torch.tensor(float(not all(finite)), device=self.accelerator.device)
+        anywhere = self.accelerator.reduce(bad, "sum").item()  # processes leave a step out together
         if not all(finite):
             fault = "the loss" + self.find_rows(ids for (_, ids), fine in zip(batches, finite) if not fine)
-        elif not math.isfinite(norm) and not self.args.fp16:  # float16 finds its loss scale by overflows
+        elif anywhere:
+            fault = "the loss of another process"
+        elif norm is not None and not math.isfinite(norm) and not self.args.fp16:  # float16 scales by overflows
             fault = fault or "the gradient" + self.find_rows(ids for _, ids in batches)
         if not fault:
             return norm
@@ -1667,9 +1693,13 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
         model.eval()  # there is no dropout, and in train mode gradient checkpointing generates without a cache
         batches = self.roll_out(inputs)
         rolled_out = time.perf_counter()
-        if self.fault:  # stops or leaves out this update when Trainer asks for the gradient's norm
+        faults = torch.tensor(float(self.fault is not None), device=self.device)
+        if self.accelerator.reduce(
+            faults, "sum"
+        ):  # stops or leaves out the update when Trainer asks for its gradient norm
+            self.fault = self.fault or "a log-probability or reward of another process"
             self.latest, self.grad_norms = {}, []
-            return torch.zeros((), device=self.device)
+            return self.do_nothing()
         kl = self.accelerator.reduce(torch.stack([batch.kl.sum() for batch in batches]).sum(), "sum")
         kl = (kl / (self.args.per_device_train_batch_size * self.accelerator.num_processes)).item()
         if self.state.global_step == 0 and not any(batch.ended.any() for batch in batches):
@@ -1684,11 +1714,11 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
         model.train(self.options.gradient_checkpointing)
         losses = self.optimize(model, batches)
         self.measure(batches, losses, kl, rolled_out - started, time.perf_counter() - rolled_out)
-        if self.options.target_kl:  # Ziegler et al. 2019, section 2.2; horizon 10,000 episodes
+        if self.options.target_kl and math.isfinite(kl):  # Ziegler et al. 2019, section 2.2; horizon 10,000 episodes
             error = min(max(kl / self.options.target_kl - 1, -0.2), 0.2)
             episodes = self.args.per_device_train_batch_size * self.accelerator.num_processes
             self.ppo_state["kl_coef"] *= 1 + error * episodes / 10_000
-        return losses["loss"]
+        return losses["loss"].nan_to_num(0, 0, 0)
 
     def stop_for_kl(self, kl):
         print(f"KL {kl:.1f} nats is above --max_kl {self.options.max_kl}: stopped; the policy is the one before that")
@@ -1699,6 +1729,13 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
         self.latest, self.grad_norms = {"objective/kl": kl}, []
         self.args.save_strategy = "no"  # a run resumed from here would go on
         self.control.should_training_stop = True
+        return self.do_nothing()
+
+    def do_nothing(self):
+        """The loss of an update that changes nothing. The loss scaler of float16 has to have seen gradients."""
+        if self.args.fp16:
+            self.roles.mark_trained()
+            self.accelerator.backward(sum(parameter.sum() for parameter in self.roles.trained()) * 0.0)
         return torch.zeros((), device=self.device)
 
     def optimize(self, model, batches):
@@ -2148,14 +2185,15 @@ def main(argv=None):
     updates = math.ceil((args.total_episodes or len(train_rows)) / (episodes * processes))
     text = longest + args.response_length
     tokens = min(args.per_device_train_batch_size * text, max(config.hidden_size, text))  # see PPOTrainer.make_groups
-    others = {source.base for source in (reward_source, value_source) if source}
-    others = others - {policy_source.base} if args.use_lora else others & {reward_source and reward_source.base}
+    others = {source.base: source for source in (reward_source, value_source) if source}
+    if args.use_lora:
+        others.pop(policy_source.base, None)
     logits, frozen = tokens * args.response_length // text, 2 if args.use_lora and reward_source else 1
     trained = 2 if args.use_lora or not (value_source or reward_source or policy_source).adapter else 1
     roles = {
         "trained_roles": trained,
         "frozen_roles": frozen,
-        "models": len(others),
+        "models": [load_config(source, args) for source in others.values()],
         "cached": text * min(episodes, 64),
     }
     foresee(args, AutoModelForCausalLM, policy_source, updates, peft_config, tokens, logits, **roles)

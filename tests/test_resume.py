@@ -71,3 +71,21 @@ def test_an_error_while_publishing_leaves_nothing(sft, tmp_path):
         (draft / "half").touch()
         1 / 0  # noqa: B018
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_logged_after_the_last_save_is_not_there_twice(sft, llama, tmp_path):
+    """Killed between the evaluation at the end and final_checkpoint/: the evaluation is made again, and logged once."""
+    write_rows(tmp_path / "data" / "train.jsonl", [{"prompt": f"q {i}", "response": f"a {i}."} for i in range(16)])
+    command = ["--model_path", llama, "--dataset_name", "json", "--subset", str(tmp_path / "data"), *FLAGS]
+    command += ["--output_dir", str(tmp_path / "out"), "--eval_fraction", "0.25", "--logging_steps", "1"]
+
+    def logged():
+        lines = (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [(row["step"], "eval_loss" in row) for row in map(json.loads, lines) if "train_runtime" not in row]
+
+    sft.main(command)
+    before = logged()
+    assert before == [(step, False) for step in range(1, 6)] + [(5, True)]
+    shutil.rmtree(tmp_path / "out" / "final_checkpoint")
+    sft.main([*command, "--resume_from_checkpoint"])
+    assert logged() == before

@@ -10,10 +10,10 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, make_model, write_rows
+from conftest import ROOT, SHARED, make_model, make_tokenizer, write_rows
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
 PAIRS = [
     {"prompt": f"What is {word}?", "response": f"It is the word {word}" + ", again" * i}
@@ -590,3 +590,20 @@ def test_tied_embeddings_survive_saving(run, tied, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "final_checkpoint")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, trainer.model.lm_head.weight)
+
+
+def test_a_model_whose_layers_mix_examples_in_a_row_is_refused(sft, run, tmp_path):
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(chat=False)
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=8)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    tokenizer.save_pretrained(tmp_path / "mamba")
+    with pytest.raises(sft.UserError, match="examples that share a row see each other; leave --packing out"):
+        run(PAIRS, str(tmp_path / "mamba"), "--packing", "--max_length", 64, out="mixed")
+    run(PAIRS, str(tmp_path / "mamba"), out="apart")  # on a CPU row by row
+
+
+def test_an_adapter_on_the_head_is_trained(run, tmp_path, plain_llama):
+    run(PAIRS, plain_llama, "--use_lora", "--lora_target_modules", "q_proj", "lm_head", "--learning_rate", 1e-2)
+    found = weights(tmp_path / "out" / "final_checkpoint")
+    assert any("lm_head.lora_B" in name and tensor.any() for name, tensor in found.items())

@@ -291,7 +291,7 @@ def test_a_bad_row_of_a_stream_is_named(stage, tmp_path):
     script, command = stage
     rows = [{"prompt": f"q {i}", "chosen": "yes" if i != 5 else "", "rejected": "no"} for i in range(8)]
     write_rows(tmp_path / "data" / "train.jsonl", rows)
-    with pytest.raises(script.UserError, match="row 5: column chosen is empty"):
+    with pytest.raises(script.UserError, match="row 5 of its file: column chosen is empty"):
         script.main([*command, "--streaming", "--max_length", "128"])
 
 
