@@ -69,8 +69,13 @@ def run_as_script(function):
         sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
     try:
         function()
-    except (UserError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:
+        # safetensors and torch have types of their own for a full disk
+        full = re.search(r"No space left|os error 28|PytorchStreamWriter failed", str(error))
+        if not full and not isinstance(error, (UserError, OSError)):
+            raise
+        hint = "no space left to save; what was saved before is complete: " if full else ""
+        print(f"error: {hint}{' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130

@@ -70,8 +70,13 @@ def run_as_script(function):
         sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
     try:
         function()
-    except (UserError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:
+        # safetensors and torch have types of their own for a full disk
+        full = re.search(r"No space left|os error 28|PytorchStreamWriter failed", str(error))
+        if not full and not isinstance(error, (UserError, OSError)):
+            raise
+        hint = "no space left to save; what was saved before is complete: " if full else ""
+        print(f"error: {hint}{' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130
@@ -2185,9 +2190,9 @@ def main(argv=None):
     updates = math.ceil((args.total_episodes or len(train_rows)) / (episodes * processes))
     text = longest + args.response_length
     tokens = min(args.per_device_train_batch_size * text, max(config.hidden_size, text))  # see PPOTrainer.make_groups
-    others = {source.base: source for source in (reward_source, value_source) if source}
-    if args.use_lora:
-        others.pop(policy_source.base, None)
+    shared = policy_source.base if args.use_lora else None  # where adapters of other roles find their base
+    sources = [source for source in (reward_source, value_source) if source]
+    others = {source.base: source for source in sources if not source.adapter or source.base != shared}
     logits, frozen = tokens * args.response_length // text, 2 if args.use_lora and reward_source else 1
     trained = 2 if args.use_lora or not (value_source or reward_source or policy_source).adapter else 1
     roles = {

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, make_model, make_tokenizer, write_rows
+from safetensors import SafetensorError
 
 GOOD = [{"prompt": f"Why {word}?", "response": f"So {word}."} for word in "abcd"]
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -292,3 +293,26 @@ def test_a_mistyped_flag_is_one_line_and_nothing_else(tmp_path, llama):
     done = start(tmp_path, "--model_path", llama, "--batchsize", "2")
     assert done.code == 2 and not done.written
     assert done.err == "error: unrecognized arguments: --batchsize 2 (see training_sft.py --help)\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0"),
+        OSError(28, "No space left on device"),
+    ],
+)
+def test_a_full_disk_is_one_line(sft, capsys, error):
+    def save():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        sft.run_as_script(save)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: no space left to save") and said.count("\n") == 1
+
+
+def test_a_defect_keeps_its_traceback(sft):
+    with pytest.raises(RuntimeError, match="shapes"):
+        sft.run_as_script(lambda: (_ for _ in ()).throw(RuntimeError("shapes differ")))
