@@ -796,6 +796,10 @@ def lora_config(args, source, task_type):
         found = {**config.to_dict(), **found}
     if found.get("peft_type") != "LORA":
         raise UserError(f"{source.adapter} is a {found.get('peft_type')} adapter; only LoRA adapters can be trained on")
+    if found.get("alora_invocation_tokens"):
+        raise UserError(
+            f"{source.adapter} is an activated LoRA (alora_invocation_tokens); only plain LoRA is trained on"
+        )
     for flag in ("r", "lora_alpha", "lora_dropout"):
         asked = getattr(args, flag if flag.startswith("lora") else f"lora_{flag}")
         if asked is not None and asked != found[flag]:
