@@ -844,18 +844,6 @@ def lora_config(args, source, task_type):
     return config
 
 
-def load_adapter_weights(model, adapter, name="default"):
-    """Copy the LoRA weights in the directory `adapter` into the adapter `name` of a PeftModel; all must find a place."""
-    with reading(f"the adapter {adapter}"):
-        weights = load_file(adapter / "adapter_model.safetensors")
-        missed = set_peft_model_state_dict(model, weights, adapter_name=name).unexpected_keys
-    if missed:
-        raise UserError(
-            f"the adapter {adapter} does not fit its base model: no place for {missed[0]} and {len(missed) - 1} more"
-        )
-    return weights
-
-
 def keep_input_dtype(model):
     """Let LoRA layers take their input as it is: PEFT makes it float32, which autocast turns back into 16 bit, and every
     layer keeps a copy of its own for the backward pass."""

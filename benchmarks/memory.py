@@ -3,7 +3,7 @@
 Every run is a process of its own; the estimate is the line that the script prints before it loads a weight, the
 measured figure the peak resident memory of that process (on a GPU: the peak of CUDA's allocator). Texts are about
 400 tokens long, so that activations count. Linux's malloc is told to give back at once what is freed, as the allocator
-of a GPU would use it again: left alone it held 1.2 to 1.7 times as much here.
+of a GPU would use it again: left alone it held 1.1 to 1.8 times as much here.
 
     python benchmarks/memory.py --model_path runs/SmolLM2-135M-Instruct
 """
