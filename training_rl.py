@@ -551,10 +551,24 @@ def check_shared(args):
         raise UserError(f"--lr_scheduler_type {args.lr_scheduler_type} is not one of the schedulers of transformers")
 
 
-def pick_checkpoint(args, stage):
-    """The checkpoint of this stage to resume from, or None. Refuses to write into a directory that holds something else.
+def find_checkpoints(output_dir):
+    """{checkpoint-N directory: N, or None if it was never completed}, the newest first.
 
-    A checkpoint counts as complete when its trainer_state.json can be read: Trainer writes that file last."""
+    One counts as complete when its trainer_state.json can be read: Trainer writes that file last."""
+    found = {}
+    for path in sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: path.name[11:].zfill(20), reverse=True):
+        if path.name[11:].isdigit():
+            found[path] = int(path.name[11:])
+            try:
+                read_json(path / "trainer_state.json")["global_step"]
+            except (UserError, KeyError):
+                found[path] = None
+    return found
+
+
+def pick_checkpoint(args, stage):
+    """The checkpoint of this stage to resume from, or None. Refuses to write into a directory that holds something
+    else, and checkpoints that are damaged."""
     output_dir = Path(args.output_dir)
     if output_dir.is_file():
         raise UserError(f"--output_dir {output_dir} is a file; it should be a directory")
@@ -565,35 +579,33 @@ def pick_checkpoint(args, stage):
                 "that run, or --overwrite_output_dir to replace its checkpoints and metrics"
             )
         return None
-    if args.resume_from_checkpoint is not True:
+    checkpoints = find_checkpoints(output_dir)
+    complete = [path for path in checkpoints if checkpoints[path] is not None]
+    if args.resume_from_checkpoint is True:
+        for broken in checkpoints.keys() - complete:
+            print(f"{broken} was never completed: passed over")
+        if not complete:
+            print(f"no complete checkpoint in {output_dir}: starting from the beginning")
+            return None
+        checkpoint = complete[0]
+    else:
         checkpoint = Path(args.resume_from_checkpoint)
         if not (checkpoint / "trainer_state.json").is_file():
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)"
             )
-        later = find_checkpoints(output_dir, read_step(checkpoint) + 1)
-        if later and not args.overwrite_output_dir:
-            raise UserError(
-                f"--resume_from_checkpoint {checkpoint}: {later[0]} is later; --overwrite_output_dir drops it"
-            )
-    else:
-        for broken in find_checkpoints(output_dir, complete=False):
-            print(f"{broken} was never completed: passed over")
-        checkpoint = next(iter(find_checkpoints(output_dir)), None)
-        if not checkpoint:
-            print(f"no complete checkpoint in {output_dir}: starting from the beginning")
-            return None
+    step = read_json(checkpoint / "trainer_state.json").get("global_step")
+    if not isinstance(step, int):
+        raise UserError(f"{checkpoint / 'trainer_state.json'} has no global_step")
+    if complete and int(complete[0].name[11:]) > step and not args.overwrite_output_dir:
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: {complete[0]} is later; --overwrite_output_dir drops it"
+        )
     found = read_json(checkpoint / "run.json").get("stage") if (checkpoint / "run.json").is_file() else stage
     if found != stage:
         raise UserError(
             f"--resume_from_checkpoint: {checkpoint} is of the stage {found!r}; this script goes on with {stage!r}"
         )
-    check_files(checkpoint)
-    return checkpoint
-
-
-def check_files(checkpoint):
-    """Refuse a checkpoint that lacks the optimizer or has a damaged file, before anything is loaded from it."""
     if not any(path.name.startswith(("optimizer", "global_step")) for path in checkpoint.iterdir()):
         raise UserError(f"{checkpoint} holds no optimizer state: a run cannot go on from it as it would have")
     for path in checkpoint.rglob("*.*"):
@@ -604,62 +616,26 @@ def check_files(checkpoint):
                 raise SafetensorError("cut, or not written by torch.save")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged ({error}); resume from another checkpoint") from error
-
-
-def read_step(checkpoint):
-    """The number of steps taken when a checkpoint was saved."""
-    step = read_json(checkpoint / "trainer_state.json").get("global_step")
-    if not isinstance(step, int):
-        raise UserError(f"{checkpoint / 'trainer_state.json'} has no global_step")
-    return step
-
-
-def find_checkpoints(output_dir, first=0, complete=True):
-    """The checkpoint-N directories with N >= `first`, the newest first: the complete ones, or the others."""
-    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
-    found = []
-    for checkpoint in sorted(numbered, key=lambda path: -int(path.name[11:])):
-        try:
-            readable = read_step(checkpoint) >= 0
-        except UserError:
-            readable = False
-        if readable == complete and int(checkpoint.name[11:]) >= first:
-            found.append(checkpoint)
-    return found
+    return checkpoint
 
 
 def open_output_dir(args, checkpoint):
-    """Make --output_dir ready: without the checkpoints that were never completed, and the metrics of steps to come.
-
-    With --overwrite_output_dir without all later checkpoints. The first process does it, before the others go on."""
-    output_dir = Path(args.output_dir)
+    """Make --output_dir ready: metrics.jsonl as the checkpoint knows it, no checkpoint that was never completed, and
+    with --overwrite_output_dir none that is later. The first process does it, before the others go on."""
+    output_dir, state = Path(args.output_dir), {}
     with PartialState().main_process_first():
         if not PartialState().is_main_process:
             return
+        if checkpoint:
+            state = read_json(checkpoint / "trainer_state.json")
         output_dir.mkdir(parents=True, exist_ok=True)
-        step = read_step(checkpoint) if checkpoint else -1
-        later = find_checkpoints(output_dir, step + 1) if args.overwrite_output_dir else []
-        for path in [*find_checkpoints(output_dir, complete=False), *later]:
-            shutil.rmtree(path)
-        history = read_json(checkpoint / "trainer_state.json").get("log_history", []) if checkpoint else []
-        known = [set(entry) for entry in history if entry.get("step") == step]  # what was logged before it was saved
-        evaluated = any("eval_policy_score" in entry for entry in known)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            if (output_dir / name).is_file():
-                with reading(output_dir / name):  # a line that a kill cut off has no line break yet
-                    lines = (output_dir / name).read_bytes().decode("utf-8", "replace").split("\n")[:-1]
-                    pairs = [(line + "\n", json.loads(line)) for line in lines]
-                    last = [
-                        evaluated if name == "samples.jsonl" else set(row) in known or "train_runtime" in row
-                        for _, row in pairs
-                    ]
-                    kept = "".join(
-                        line
-                        for (line, row), there in zip(pairs, last)
-                        if row["step"] < step or row["step"] == step and there
-                    )
-                (output_dir / f"{name}.partial").write_text(kept, encoding="utf-8")
-                os.replace(output_dir / f"{name}.partial", output_dir / name)
+        for path, step in find_checkpoints(output_dir).items():
+            if step is None or args.overwrite_output_dir and step > state.get("global_step", -1):
+                shutil.rmtree(path)
+        lines = [json.dumps({"step": entry["step"], **entry}) + "\n" for entry in state.get("log_history", [])]
+        (output_dir / "metrics.jsonl").unlink(missing_ok=True)
+        if lines:
+            (output_dir / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def load_split(args, name, subset, split, flag, streaming=False):
@@ -764,8 +740,7 @@ def first_rows(stream, where):
 def load_config(source, args):
     """The configuration of a base model."""
     with reading(f"the configuration of {source.base}"):
-        config = AutoConfig.from_pretrained(source.base, trust_remote_code=args.trust_remote_code)
-        return config
+        return AutoConfig.from_pretrained(source.base, trust_remote_code=args.trust_remote_code)
 
 
 def load_tokenizer(source, args):
@@ -775,10 +750,9 @@ def load_tokenizer(source, args):
         place = source.adapter
     with reading(f"the tokenizer of {place}"):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
-        if isinstance(tokenizer.chat_template, dict):  # their names become file names when they are saved
-            assert all(re.fullmatch(r"[\w-]+", name) for name in tokenizer.chat_template), (
-                "a template has no plain name"
-            )
+        names = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ()
+        if not all(re.fullmatch(r"[\w-]+", name) for name in names):  # they become file names when they are saved
+            raise ValueError(f"not every chat template has a plain name: {', '.join(names)}")
         if tokenizer.pad_token_id is None:
             reserved = "<|finetune_right_pad_id|>"  # Llama 3.x keeps this one free for padding
             tokenizer.pad_token = reserved if reserved in tokenizer.get_vocab() else tokenizer.eos_token
@@ -963,7 +937,7 @@ def foresee(args, auto, source, steps, *sizes, **roles):
             "shorter texts, smaller batches; --force goes on all the same"
         )
     saves = min(args.save_total_limit, steps // args.save_steps) + 1  # a new one comes before an old one goes
-    saves = max(1, saves - len(find_checkpoints(Path(args.output_dir))))
+    saves = max(1, saves - len(find_checkpoints(args.output_dir)))
     size = saves * size + size / 3
     folder = next(path for path in Path(args.output_dir, "x").resolve().parents if path.is_dir())
     free = shutil.disk_usage(folder).free
@@ -1302,30 +1276,26 @@ def build_roles(args, policy_source, reward_source, value_source, same_tokens):
             )
         return model
 
+    policy_config = lora_config(args, policy_source, "CAUSAL_LM") if args.use_lora else None
     if args.use_lora:
         with reading(f"the adapter {policy_source.adapter}"):
             weights = load_file(policy_source.adapter / "adapter_model.safetensors") if policy_source.adapter else None
-        config = lora_config(args, policy_source, "CAUSAL_LM")
-        model = add_adapter("default", policy_source, config, weights, AutoModelForCausalLM)
+        model = add_adapter("default", policy_source, policy_config, weights, AutoModelForCausalLM)
         start = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
-        add_adapter(
-            "reference", policy_source, lora_config(args, policy_source, "CAUSAL_LM"), start, AutoModelForCausalLM
-        )
+        add_adapter("reference", policy_source, copy.deepcopy(policy_config), start, AutoModelForCausalLM)
         policy, reference = Role(model, "default"), Role(model, "reference")
     else:
-        policy = Role(load_model(AutoModelForCausalLM, policy_source, args, trainable=True))
-        reference = Role(load_model(AutoModelForCausalLM, policy_source, args, trainable=True))
+        policy, reference = (Role(load_model(AutoModelForCausalLM, policy_source, args, trainable=True)) for _ in "pr")
 
     reward = add_scorer("reward", reward_source, trainable=False) if reward_source else None
     if value_source or (reward_source and same_tokens):
         value = add_scorer("value", value_source or reward_source, trainable=True)
+    elif args.use_lora:
+        model = add_adapter("value", policy_source, copy.deepcopy(policy_config), start, AutoModelForCausalLM)
+        value = Role(model, "value", scalar_head(torch.zeros(1, model.config.get_text_config().hidden_size)))
     else:
-        head = scalar_head(torch.zeros(1, policy.model.config.get_text_config().hidden_size))
-        if args.use_lora:
-            config = lora_config(args, policy_source, "CAUSAL_LM")
-            value = Role(add_adapter("value", policy_source, config, start, AutoModelForCausalLM), "value", head)
-        else:
-            value = Role(load_model(AutoModelForCausalLM, policy_source, args, trainable=True), None, head)
+        value = add_scorer("value", policy_source, trainable=True)
+        value.head.weight.data.zero_()
     for model in bases.values():
         keep_input_dtype(model)
     return Roles(policy, reference, reward, value)
@@ -1805,56 +1775,45 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
     def measure(self, batches, losses, kl, rollout_seconds, train_seconds):
         """The update's metrics, over response tokens only and all processes, for the next log line (names as in TRL)."""
 
-        def total(value):
-            return sum(value(batch).sum().double() for batch in batches)
+        def mean(value, count=1):
+            total = sum(value(batch).sum().float() for batch in batches)
+            return self.accelerator.reduce(total, "sum").item() / count
 
-        sums = {
-            "episodes": total(lambda b: b.lengths > 0),
-            "score": total(lambda b: b.scores),
-            "score_squared": total(lambda b: b.scores.square()),
-            "shaped": total(lambda b: b.shaped_scores),
-            "penalty": total(lambda b: b.penalty),
-            "length": total(lambda b: b.lengths),
-            "ended": total(lambda b: b.ended),
-            "tokens": total(lambda b: b.input_ids > -1),
-            "entropy": total(lambda b: b.entropy * b.actions),
-            "surprise": total(lambda b: -b.logprobs * b.actions),
-            "states": total(lambda b: b.states),
-            "return": total(lambda b: b.returns * b.states),
-            "return_squared": total(lambda b: b.returns.square() * b.states),
-            "error": total(lambda b: (b.returns - b.values) * b.states),
-            "error_squared": total(lambda b: (b.returns - b.values).square() * b.states),
-        }
-        reduced = self.accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
-        sums = dict(zip(sums, reduced))
-        n, length, states = sums["episodes"], sums["length"], sums["states"]
-        spread = sums["return_squared"] / states - (sums["return"] / states) ** 2
-        error_spread = sums["error_squared"] / states - (sums["error"] / states) ** 2
-        kl_penalty = self.ppo_state["kl_coef"] * sums["penalty"] / n
+        n = self.args.per_device_train_batch_size * self.accelerator.num_processes
+        length, states, tokens = (
+            mean(lambda b: b.lengths, n),
+            mean(lambda b: b.states),
+            mean(lambda b: b.input_ids > -1),
+        )
+        score, returned = mean(lambda b: b.scores, n), mean(lambda b: b.returns * b.states, states)
+        error = mean(lambda b: (b.returns - b.values) * b.states, states)
+        unexplained = mean(lambda b: (b.returns - b.values - error).square() * b.states, states)
+        spread = mean(lambda b: (b.returns - returned).square() * b.states, states)
+        kl_penalty = self.ppo_state["kl_coef"] * mean(lambda b: b.penalty, n)
         self.latest = {
-            "objective/scores": sums["score"] / n,
-            "objective/scores_std": math.sqrt(max(sums["score_squared"] / n - (sums["score"] / n) ** 2, 0.0)),
+            "objective/scores": score,
+            "objective/scores_std": math.sqrt(mean(lambda b: (b.scores - score).square(), n)),
             "objective/kl": kl,
             "objective/kl_coef": self.ppo_state["kl_coef"],
-            "objective/entropy": sums["surprise"] / n,
+            "objective/entropy": mean(lambda b: -b.logprobs * b.actions, n),
             "objective/non_score_reward": -kl_penalty,
-            "objective/rlhf_reward": sums["shaped"] / n - kl_penalty,
-            "policy/entropy_avg": sums["entropy"] / length,
+            "objective/rlhf_reward": mean(lambda b: b.shaped_scores, n) - kl_penalty,
+            "policy/entropy_avg": mean(lambda b: b.entropy * b.actions, n * length),
             "policy/approxkl_avg": losses["approxkl"].item(),
             "policy/clipfrac_avg": losses["clipfrac"].item(),
             "loss/policy_avg": losses["policy_loss"].item(),
             "loss/value_avg": losses["value_loss"].item(),
             "val/clipfrac_avg": losses["value_clipfrac"].item(),
             "val/ratio": losses["ratio"].item(),
-            "val/explained_variance": 1 - error_spread / spread if spread > 0 else 0.0,
-            "response/length": length / n,
-            "response/stop_rate": sums["ended"] / n,
+            "val/explained_variance": 1 - unexplained / spread if spread > 0 else 0.0,
+            "response/length": length,
+            "response/stop_rate": mean(lambda b: b.ended, n),
             "speed/rollout_seconds": rollout_seconds,
             "speed/train_seconds": train_seconds,
             "speed/episodes_per_second": n / (rollout_seconds + train_seconds),
-            "speed/rollout_tokens_per_second": length / rollout_seconds,
-            "speed/train_tokens_per_second": sums["tokens"] * self.args.num_ppo_epochs / train_seconds,
-            "episode": (self.state.global_step + 1) * int(n),
+            "speed/rollout_tokens_per_second": n * length / rollout_seconds,
+            "speed/train_tokens_per_second": self.args.num_ppo_epochs * tokens / train_seconds,
+            "episode": (self.state.global_step + 1) * n,
         }
         self.grad_norms = losses["grad_norms"]
 
@@ -1884,12 +1843,15 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
             for key in ("score", "length", "ended")
         }
         if self.is_world_process_zero():
-            with open(Path(self.args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
-                for row, policy, reference in zip(rows, *answers.values()):
-                    sample = {"step": self.state.global_step, "row": row["row"], "prompt": row["text"]}
-                    sample |= {f"policy_{key}": value for key, value in policy.items()}
-                    sample |= {f"reference_{key}": value for key, value in reference.items()}
-                    file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+            path, step = Path(self.args.output_dir) / "samples.jsonl", self.state.global_step
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+            lines = [line for line in lines if json.loads(line)["step"] < step]  # a resumed run comes by again
+            for row, *found in zip(rows, *answers.values()):
+                sample = {"step": step, "row": row["row"], "prompt": row["text"]}
+                sample |= {f"{who}_{key}": value for who, one in zip(answers, found) for key, value in one.items()}
+                lines.append(json.dumps(sample, ensure_ascii=False))
+            Path(f"{path}.partial").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            os.replace(f"{path}.partial", path)
             for row, *pair in list(zip(rows, *answers.values()))[:5]:
                 tqdm.write(f"\n> {row['text'].strip()[-200:]}")
                 for who, found in zip(answers, pair):
@@ -1926,8 +1888,7 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
         """Policy at the top of the directory, value model in `value/` (in the form of a reward model's checkpoint)."""
         if self.args.should_save:
             output_dir = Path(output_dir or self.args.output_dir)
-            save_policy(self.roles, output_dir)
-            save_value(self.roles, output_dir / "value")
+            save_roles(self.roles, output_dir)
             self.tokenizer.save_pretrained(output_dir)
             write_json(output_dir / "ppo_state.json", self.ppo_state)
             if self.snapshot is not None:
@@ -1939,59 +1900,31 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
             if role.adapter:
                 lora, head = split_head(load_file(directory / "adapter_model.safetensors"))
                 set_peft_model_state_dict(role.model, lora, adapter_name=role.adapter)
-            else:
-                weights = {}
-                for file in sorted(directory.glob("model*.safetensors")):
-                    weights.update(load_file(file))
-                head = weights.pop("score.weight", None) if role.head is not None else None
-                role.model.load_state_dict(weights, strict=False)
-            if role.head is not None:
-                role.head.weight.data.copy_(head)
+                if head is not None:
+                    role.head.weight.data.copy_(head)
+                continue
+            for file in sorted(directory.glob("model*.safetensors")):
+                role.model.load_state_dict(load_file(file), strict=False)
         state = read_json(checkpoint / "ppo_state.json")
         self.ppo_state = state | {name: float(state[name]) for name in ("kl_coef", "reward_mean", "reward_std")}
         if self.options.max_kl and (checkpoint / "before_update.pt").is_file():
             self.snapshot = torch.load(checkpoint / "before_update.pt", weights_only=True)
 
 
-def save_policy(roles, directory):
-    """The policy, as one PEFT or transformers call loads it."""
-    if roles.policy.adapter:
-        roles.policy.model.save_pretrained(directory, selected_adapters=["default"])
-    else:
-        roles.policy.model.save_pretrained(directory)
-
-
-def save_value(roles, directory):
-    """The value model: an adapter with a scalar head, or a full classifier."""
-    value = roles.value
-    directory.mkdir(parents=True, exist_ok=True)
-    head = {"score.weight": value.head.weight.detach().cpu().contiguous()}
-    if value.adapter:
-        weights = get_peft_model_state_dict(value.model, adapter_name=value.adapter)
-        weights["base_model.model.score.weight"] = head["score.weight"]
-        save_file(
-            {name: tensor.contiguous() for name, tensor in weights.items()},
-            directory / "adapter_model.safetensors",
-            {"format": "pt"},
-        )
-        config = LoraConfig(
-            **{
-                **value.model.peft_config[value.adapter].to_dict(),
-                "runtime_config": None,
-                "task_type": "SEQ_CLS",
-                "modules_to_save": ["score"],
-                "inference_mode": True,
-            }
-        )
-        config.save_pretrained(directory)
-    else:
-        weights = {
-            name: tensor.contiguous()
-            for name, tensor in value.model.base_model.state_dict(prefix=value.model.base_model_prefix + ".").items()
-        }
-        save_file({**weights, **head}, directory / "model.safetensors", {"format": "pt"})
-        value.model.config.num_labels = 1  # where it started as a causal language model
-        value.model.config.save_pretrained(directory)
+def save_roles(roles, directory):
+    """The policy in `directory` and the value model in its `value/`, as one PEFT or transformers call loads each."""
+    policy, value = roles.policy, roles.value
+    policy.model.save_pretrained(directory, **({"selected_adapters": ["default"]} if policy.adapter else {}))
+    if not value.adapter:
+        value.model.save_pretrained(directory / "value")
+        return
+    weights = get_peft_model_state_dict(value.model, adapter_name=value.adapter)
+    weights["base_model.model.score.weight"] = value.head.weight.detach()
+    config = copy.copy(value.model.peft_config[value.adapter])
+    config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], True
+    config.save_pretrained(directory / "value")
+    weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+    save_file(weights, directory / "value" / "adapter_model.safetensors", {"format": "pt"})
 
 
 class EpisodeBar(TrainerCallback):
@@ -2136,13 +2069,8 @@ def main(argv=None):
         if same_tokens and reward_format.encode(probe) == prompt_format.encode(probe):
             reward_format = None
         else:
-            other = (
-                "tokenizer"
-                if not same_tokens
-                else "chat template"
-                if reward_format.name == prompt_format.name
-                else "prompt format"
-            )
+            same_format = reward_format.name == prompt_format.name
+            other = "tokenizer" if not same_tokens else "chat template" if same_format else "prompt format"
             print(
                 f"the reward model reads other tokens than the policy writes, since it was trained with another {other}: "
                 f"it gets texts, in its own format ({reward_format.name})"
@@ -2228,6 +2156,8 @@ def main(argv=None):
     roles = build_roles(args, policy_source, reward_source, value_source, same_tokens)
     print(describe_roles(roles))
     open_output_dir(args, checkpoint)
+    if not checkpoint and PartialState().is_main_process:
+        Path(args.output_dir, "samples.jsonl").unlink(missing_ok=True)
     callback = RunCallback(args.output_dir, run)
     trainer = PPOTrainer(
         roles,
@@ -2253,10 +2183,9 @@ def main(argv=None):
         metrics.update(trainer.latest, **trainer.evaluate(), stopped=trainer.ppo_state["stopped"])
 
     def save(directory):
-        save_policy(roles, directory)
+        save_roles(roles, directory)
         ends = {"eos_token_id": prompt_format.stop_ids(roles.policy.model.generation_config)}
         write_json(directory / "generation_config.json", roles.policy.model.generation_config.to_diff_dict() | ends)
-        save_value(roles, directory / "value")
         tokenizer.save_pretrained(directory / "value")
 
     finish_run(args, trainer, callback, run, metrics, save)

@@ -519,10 +519,24 @@ def check_shared(args):
         raise UserError(f"--lr_scheduler_type {args.lr_scheduler_type} is not one of the schedulers of transformers")
 
 
-def pick_checkpoint(args, stage):
-    """The checkpoint of this stage to resume from, or None. Refuses to write into a directory that holds something else.
+def find_checkpoints(output_dir):
+    """{checkpoint-N directory: N, or None if it was never completed}, the newest first.
 
-    A checkpoint counts as complete when its trainer_state.json can be read: Trainer writes that file last."""
+    One counts as complete when its trainer_state.json can be read: Trainer writes that file last."""
+    found = {}
+    for path in sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: path.name[11:].zfill(20), reverse=True):
+        if path.name[11:].isdigit():
+            found[path] = int(path.name[11:])
+            try:
+                read_json(path / "trainer_state.json")["global_step"]
+            except (UserError, KeyError):
+                found[path] = None
+    return found
+
+
+def pick_checkpoint(args, stage):
+    """The checkpoint of this stage to resume from, or None. Refuses to write into a directory that holds something
+    else, and checkpoints that are damaged."""
     output_dir = Path(args.output_dir)
     if output_dir.is_file():
         raise UserError(f"--output_dir {output_dir} is a file; it should be a directory")
@@ -533,35 +547,33 @@ def pick_checkpoint(args, stage):
                 "that run, or --overwrite_output_dir to replace its checkpoints and metrics"
             )
         return None
-    if args.resume_from_checkpoint is not True:
+    checkpoints = find_checkpoints(output_dir)
+    complete = [path for path in checkpoints if checkpoints[path] is not None]
+    if args.resume_from_checkpoint is True:
+        for broken in checkpoints.keys() - complete:
+            print(f"{broken} was never completed: passed over")
+        if not complete:
+            print(f"no complete checkpoint in {output_dir}: starting from the beginning")
+            return None
+        checkpoint = complete[0]
+    else:
         checkpoint = Path(args.resume_from_checkpoint)
         if not (checkpoint / "trainer_state.json").is_file():
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)"
             )
-        later = find_checkpoints(output_dir, read_step(checkpoint) + 1)
-        if later and not args.overwrite_output_dir:
-            raise UserError(
-                f"--resume_from_checkpoint {checkpoint}: {later[0]} is later; --overwrite_output_dir drops it"
-            )
-    else:
-        for broken in find_checkpoints(output_dir, complete=False):
-            print(f"{broken} was never completed: passed over")
-        checkpoint = next(iter(find_checkpoints(output_dir)), None)
-        if not checkpoint:
-            print(f"no complete checkpoint in {output_dir}: starting from the beginning")
-            return None
+    step = read_json(checkpoint / "trainer_state.json").get("global_step")
+    if not isinstance(step, int):
+        raise UserError(f"{checkpoint / 'trainer_state.json'} has no global_step")
+    if complete and int(complete[0].name[11:]) > step and not args.overwrite_output_dir:
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: {complete[0]} is later; --overwrite_output_dir drops it"
+        )
     found = read_json(checkpoint / "run.json").get("stage") if (checkpoint / "run.json").is_file() else stage
     if found != stage:
         raise UserError(
             f"--resume_from_checkpoint: {checkpoint} is of the stage {found!r}; this script goes on with {stage!r}"
         )
-    check_files(checkpoint)
-    return checkpoint
-
-
-def check_files(checkpoint):
-    """Refuse a checkpoint that lacks the optimizer or has a damaged file, before anything is loaded from it."""
     if not any(path.name.startswith(("optimizer", "global_step")) for path in checkpoint.iterdir()):
         raise UserError(f"{checkpoint} holds no optimizer state: a run cannot go on from it as it would have")
     for path in checkpoint.rglob("*.*"):
@@ -572,62 +584,26 @@ def check_files(checkpoint):
                 raise SafetensorError("cut, or not written by torch.save")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged ({error}); resume from another checkpoint") from error
-
-
-def read_step(checkpoint):
-    """The number of steps taken when a checkpoint was saved."""
-    step = read_json(checkpoint / "trainer_state.json").get("global_step")
-    if not isinstance(step, int):
-        raise UserError(f"{checkpoint / 'trainer_state.json'} has no global_step")
-    return step
-
-
-def find_checkpoints(output_dir, first=0, complete=True):
-    """The checkpoint-N directories with N >= `first`, the newest first: the complete ones, or the others."""
-    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
-    found = []
-    for checkpoint in sorted(numbered, key=lambda path: -int(path.name[11:])):
-        try:
-            readable = read_step(checkpoint) >= 0
-        except UserError:
-            readable = False
-        if readable == complete and int(checkpoint.name[11:]) >= first:
-            found.append(checkpoint)
-    return found
+    return checkpoint
 
 
 def open_output_dir(args, checkpoint):
-    """Make --output_dir ready: without the checkpoints that were never completed, and the metrics of steps to come.
-
-    With --overwrite_output_dir without all later checkpoints. The first process does it, before the others go on."""
-    output_dir = Path(args.output_dir)
+    """Make --output_dir ready: metrics.jsonl as the checkpoint knows it, no checkpoint that was never completed, and
+    with --overwrite_output_dir none that is later. The first process does it, before the others go on."""
+    output_dir, state = Path(args.output_dir), {}
     with PartialState().main_process_first():
         if not PartialState().is_main_process:
             return
+        if checkpoint:
+            state = read_json(checkpoint / "trainer_state.json")
         output_dir.mkdir(parents=True, exist_ok=True)
-        step = read_step(checkpoint) if checkpoint else -1
-        later = find_checkpoints(output_dir, step + 1) if args.overwrite_output_dir else []
-        for path in [*find_checkpoints(output_dir, complete=False), *later]:
-            shutil.rmtree(path)
-        history = read_json(checkpoint / "trainer_state.json").get("log_history", []) if checkpoint else []
-        known = [set(entry) for entry in history if entry.get("step") == step]  # what was logged before it was saved
-        evaluated = any("eval_policy_score" in entry for entry in known)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            if (output_dir / name).is_file():
-                with reading(output_dir / name):  # a line that a kill cut off has no line break yet
-                    lines = (output_dir / name).read_bytes().decode("utf-8", "replace").split("\n")[:-1]
-                    pairs = [(line + "\n", json.loads(line)) for line in lines]
-                    last = [
-                        evaluated if name == "samples.jsonl" else set(row) in known or "train_runtime" in row
-                        for _, row in pairs
-                    ]
-                    kept = "".join(
-                        line
-                        for (line, row), there in zip(pairs, last)
-                        if row["step"] < step or row["step"] == step and there
-                    )
-                (output_dir / f"{name}.partial").write_text(kept, encoding="utf-8")
-                os.replace(output_dir / f"{name}.partial", output_dir / name)
+        for path, step in find_checkpoints(output_dir).items():
+            if step is None or args.overwrite_output_dir and step > state.get("global_step", -1):
+                shutil.rmtree(path)
+        lines = [json.dumps({"step": entry["step"], **entry}) + "\n" for entry in state.get("log_history", [])]
+        (output_dir / "metrics.jsonl").unlink(missing_ok=True)
+        if lines:
+            (output_dir / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def load_split(args, name, subset, split, flag, streaming=False):
@@ -732,8 +708,7 @@ def first_rows(stream, where):
 def load_config(source, args):
     """The configuration of a base model."""
     with reading(f"the configuration of {source.base}"):
-        config = AutoConfig.from_pretrained(source.base, trust_remote_code=args.trust_remote_code)
-        return config
+        return AutoConfig.from_pretrained(source.base, trust_remote_code=args.trust_remote_code)
 
 
 def load_tokenizer(source, args):
@@ -743,10 +718,9 @@ def load_tokenizer(source, args):
         place = source.adapter
     with reading(f"the tokenizer of {place}"):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
-        if isinstance(tokenizer.chat_template, dict):  # their names become file names when they are saved
-            assert all(re.fullmatch(r"[\w-]+", name) for name in tokenizer.chat_template), (
-                "a template has no plain name"
-            )
+        names = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ()
+        if not all(re.fullmatch(r"[\w-]+", name) for name in names):  # they become file names when they are saved
+            raise ValueError(f"not every chat template has a plain name: {', '.join(names)}")
         if tokenizer.pad_token_id is None:
             reserved = "<|finetune_right_pad_id|>"  # Llama 3.x keeps this one free for padding
             tokenizer.pad_token = reserved if reserved in tokenizer.get_vocab() else tokenizer.eos_token
@@ -931,7 +905,7 @@ def foresee(args, auto, source, steps, *sizes, **roles):
             "shorter texts, smaller batches; --force goes on all the same"
         )
     saves = min(args.save_total_limit, steps // args.save_steps) + 1  # a new one comes before an old one goes
-    saves = max(1, saves - len(find_checkpoints(Path(args.output_dir))))
+    saves = max(1, saves - len(find_checkpoints(args.output_dir)))
     size = saves * size + size / 3
     folder = next(path for path in Path(args.output_dir, "x").resolve().parents if path.is_dir())
     free = shutil.disk_usage(folder).free

@@ -504,7 +504,8 @@ class Run:
         draft = self.final.with_name(f"{self.final.name}.partial").exists()
         if self.stage == "merge":
             return "saving" if draft else "finished" if self.final.exists() else "starting"
-        picked, found = next(iter(training_sft.find_checkpoints(self.out)), None), self.checkpoints()
+        complete = [path for path, step in training_sft.find_checkpoints(self.out).items() if step is not None]
+        picked, found = next(iter(complete), None), self.checkpoints()
         if picked:
             lacking = self.needed - found[int(picked.name[11:])]
             assert not lacking, f"{picked.name} would be picked up and lacks {lacking}"
