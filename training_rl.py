@@ -923,10 +923,8 @@ def foresee(args, auto, source, steps, *sizes, **roles):
     else:
         device, used, free = "this machine", psutil.Process().memory_info().rss, psutil.virtual_memory().available
     needed = sum(parts.values())
-    if needed > free >= least and not args.gradient_checkpointing:
-        print(
-            f"gradient checkpointing is on: without it {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
-        )
+    if 1.1 * needed > free and not args.gradient_checkpointing:  # the estimate is good to about a tenth
+        print(f"gradient checkpointing is on: without it {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free")
         args.gradient_checkpointing, needed = True, least
     print(f"memory: about {(used + needed) / 1e9:.2f} GB at the peak, {(used + free) / 1e9:.2f} GB for it on {device}")
     if needed > free and not args.force:
@@ -1569,14 +1567,20 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
         # in `qa` the space of "Answer: x" is part of the answer's first token
         return [text.removeprefix(" ") for text in texts] if self.prompt_format.name == "qa" else texts
 
-    def score(self, batch):
-        """The score (B,) of each response: reward model plus reward function, before penalty, scaling and clipping."""
-        scores = torch.zeros(len(batch.rows), device=self.device)
-        if self.roles.reward is not None:
-            scores += self.model_scores(batch)
+    def add_scores(self, batches):
+        """The score (B,) of each response: reward model plus reward function, before penalty, scaling and clipping.
+
+        The function is called once for all of them."""
+        for batch in batches:
+            batch.scores = torch.zeros(len(batch.rows), device=self.device)
+            if self.roles.reward is not None:
+                batch.scores += self.model_scores(batch)
         if self.score_texts is not None:
-            scores += torch.tensor(self.score_texts(batch.rows, self.response_texts(batch)), device=self.device)
-        return scores
+            rows = [row for batch in batches for row in batch.rows]
+            texts = [text for batch in batches for text in self.response_texts(batch)]
+            scores = torch.tensor(self.score_texts(rows, texts), device=self.device)
+            for batch, part in zip(batches, scores.split([len(batch.rows) for batch in batches])):
+                batch.scores += part
 
     @torch.no_grad()
     def roll_out(self, rows):
@@ -1596,8 +1600,8 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
         with self.roles.value.active():
             for batch in batches:
                 batch.values = self.state_values(batch) * batch.states
+        self.add_scores(batches)
         for batch in batches:
-            batch.scores = self.score(batch)
             for what, values in (("log-probability", batch.logprobs), ("reward", batch.scores)):
                 if not torch.isfinite(values).all():
                     self.fault = f"a {what} in the prompt rows {', '.join(str(row['row']) for row in batch.rows)}"
@@ -1865,10 +1869,11 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
         """Greedy answers to the rows: text, score, length in tokens, and whether it ends, one dict each."""
         prompts, found = [row["prompt_ids"] for row in rows], []
         responses = self.generate(role, prompts, sample=False)
-        for i, response in enumerate(responses):
-            batch = self.collate([i], prompts, responses, rows, len(response))
-            text, ended = self.response_texts(batch)[0], batch.ended.item()
-            found.append({"answer": text, "score": self.score(batch).item(), "length": len(response), "ended": ended})
+        batches = [self.collate([i], prompts, responses, rows, len(responses[i])) for i in range(len(rows))]
+        self.add_scores(batches)
+        for batch, response in zip(batches, responses):
+            text, score = self.response_texts(batch)[0], batch.scores.item()
+            found.append({"answer": text, "score": score, "length": len(response), "ended": batch.ended.item()})
         return found
 
     @torch.no_grad()
@@ -1876,9 +1881,9 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
         """Mean and spread of the score on the reference's own sampled answers (--normalize_reward)."""
         prompts = [row["prompt_ids"] for row in rows]
         responses = self.generate(self.roles.reference, prompts)
-        width = max(map(len, responses))
-        scores = torch.cat([self.score(self.collate([i], prompts, responses, rows, width)) for i in range(len(rows))])
-        scores = self.accelerator.gather(scores)
+        batches = [self.collate([i], prompts, responses, rows, len(responses[i])) for i in range(len(rows))]
+        self.add_scores(batches)
+        scores = self.accelerator.gather(torch.cat([batch.scores for batch in batches]))
         self.ppo_state.update(reward_mean=scores.mean().item(), reward_std=max(scores.std().item(), 1e-4))
         self.roles.mark_trained()  # the optimizer is made after this
 
@@ -1973,30 +1978,32 @@ def load_reward_function(spec):
     return score_texts
 
 
-def encode_split(data, schema, prompt_format, args, where):
-    """Rows as `prompt_ids`, `messages`, `text`; prompts longer than --max_prompt_length are left out.
+def load_prompts(args, subset, split, flag, prompt_format):
+    """One split as rows with `prompt_ids`, `messages`, `text`; prompts over --max_prompt_length are left out.
 
     Returns (rows, counts)."""
+    data, where = load_split(args, args.dataset_name, subset, split, flag), f"{args.dataset_name} [{split}]"
+    (column,) = pick_schema(data, SCHEMAS, where)
 
     def encode(row):
-        value = row[schema[0]]
+        value, ids, text = row[column], [], ""
         problem = check_text(value) if not isinstance(value, list) else check_messages(value, last="user")
-        empty = {"prompt_ids": [], "messages": [], "text": ""}
-        if problem:
-            return {"problem": f"column {schema[0]} {problem}", **empty}
         messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
-        messages = [{"role": message["role"], "content": message["content"]} for message in messages]
+        messages = [] if problem else [{"role": m["role"], "content": m["content"]} for m in messages]
+        problem = problem and f"column {column} {problem}"
         try:
-            ids = prompt_format.encode(messages, open_end=True)[0]
+            if not problem:
+                ids, text = prompt_format.encode(messages, open_end=True)[0], messages[-1]["content"]
         except UserError as error:
-            return {"problem": str(error), **empty}
-        return {"prompt_ids": ids, "messages": messages, "text": messages[-1]["content"]}
+            problem = f"column {column}: {error}"
+        return {"problem": problem, "prompt_ids": ids, "messages": messages, "text": text}
 
     rows = encode_rows(data, encode, where, "Tokenizing")
     kept = rows.filter(lambda row: len(row["prompt_ids"]) <= args.max_prompt_length)
     counts = {"rows": len(kept), "too_long": len(rows) - len(kept)}
     print(
-        f"{where}: column {schema[0]}, format {prompt_format.name}; {len(kept)} prompts, {counts['too_long']} left out (over {args.max_prompt_length} tokens)"
+        f"{where}: column {column}, format {prompt_format.name}; {len(kept)} prompts, {counts['too_long']} left out "
+        f"(over {args.max_prompt_length} tokens)"
     )
     if not len(kept):
         raise UserError(f"{where}: no prompt is within --max_prompt_length {args.max_prompt_length} tokens")
@@ -2020,38 +2027,78 @@ def check_reward_model(source, args):
         print(text)
 
 
-def check_args(args):
-    """The checks on flags that only this script has."""
-    check_shared(args)
-    if not args.reward_model_path and not args.reward_function:
-        raise UserError("a reward is needed: --reward_model_path, --reward_function, or both")
-    episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    if episodes % args.num_mini_batches:
-        raise UserError(
-            f"--num_mini_batches {args.num_mini_batches} does not divide the {episodes} episodes of an update "
-            "(--per_device_train_batch_size x --gradient_accumulation_steps)"
-        )
-    group = min(args.per_device_train_batch_size, episodes // args.num_mini_batches)
-    if episodes // args.num_mini_batches % group:
-        raise UserError(
-            f"a mini-batch of {episodes // args.num_mini_batches} episodes cannot be cut into micro-batches of {group}"
-        )
-    return episodes
+def locate_roles(args):
+    """The Sources of policy, reward model and value model; None for one without a flag."""
+    policy = locate_model(args.model_path, "--model_path")
+    check_source(policy, args, "--model_path", reward_model=False)
+    reward = value = None
+    if args.reward_model_path:
+        reward = locate_model(args.reward_model_path, "--reward_model_path")
+        check_source(reward, args, "--reward_model_path", reward_model=True)
+        check_reward_model(reward, args)
+    if args.value_model_path:
+        value = locate_model(args.value_model_path, "--value_model_path")
+        check_source(value, args, "--value_model_path")
+    for source in (reward, value):
+        if source and source.adapter:
+            load_scorer(source)
+    return policy, reward, value
+
+
+def pick_reward_format(args, source, prompt_format):
+    """(PromptFormat of a reward model that reads other tokens than the policy writes, or None; whether their
+    vocabulary is the same)."""
+    tokenizer = load_tokenizer(source, args)
+    same_tokens = tokenizer.get_vocab() == prompt_format.tokenizer.get_vocab()
+    recorded = source.run.get("prompt_format", prompt_format.name if same_tokens else None)
+    found = pick_format("auto", "chat", recorded, tokenizer)
+    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    if same_tokens and found.encode(probe) == prompt_format.encode(probe):
+        return None, True
+    same_format = found.name == prompt_format.name
+    other = "tokenizer" if not same_tokens else "chat template" if same_format else "prompt format"
+    print(
+        f"the reward model reads other tokens than the policy writes, since it was trained with another {other}: "
+        f"it gets texts, in its own format ({found.name})"
+    )
+    return found, same_tokens
+
+
+def foresee_roles(args, policy, reward, value, config, longest, episodes, updates):
+    """foresee() for the four roles; `longest`: tokens of a prompt and its answer, `episodes`: of an update."""
+    peft_config = lora_config(args, policy, "CAUSAL_LM") if args.use_lora else None
+    tokens = min(args.per_device_train_batch_size * longest, max(config.hidden_size, longest))  # as in make_groups
+    shared = policy.base if args.use_lora else None  # where adapters of other roles find their base
+    others = {other.base: other for other in (reward, value) if other and not (other.adapter and other.base == shared)}
+    foresee(
+        args,
+        AutoModelForCausalLM,
+        policy,
+        updates,
+        peft_config,
+        tokens,
+        tokens * args.response_length // longest,
+        trained_roles=2 if args.use_lora or not (value or reward or policy).adapter else 1,
+        frozen_roles=2 if args.use_lora and reward else 1,
+        models=[load_config(other, args) for other in others.values()],
+        cached=longest * min(episodes, trl_ppo.PPOConfig.local_rollout_forward_batch_size),
+    )
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    episodes = check_args(args)
+    check_shared(args)
+    if not args.reward_model_path and not args.reward_function:
+        raise UserError("a reward is needed: --reward_model_path, --reward_function, or both")
+    episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    mini_batch = episodes // args.num_mini_batches
+    if episodes % args.num_mini_batches or mini_batch % min(args.per_device_train_batch_size, max(mini_batch, 1)):
+        raise UserError(
+            f"--num_mini_batches {args.num_mini_batches} does not divide the {episodes} episodes of an update "
+            "(--per_device_train_batch_size x --gradient_accumulation_steps) into whole micro-batches"
+        )
     score_texts = load_reward_function(args.reward_function) if args.reward_function else None
-    policy_source = locate_model(args.model_path, "--model_path")
-    reward_source = args.reward_model_path and locate_model(args.reward_model_path, "--reward_model_path")
-    value_source = args.value_model_path and locate_model(args.value_model_path, "--value_model_path")
-    check_source(policy_source, args, "--model_path", reward_model=False)
-    if reward_source:
-        check_source(reward_source, args, "--reward_model_path", reward_model=True)
-        check_reward_model(reward_source, args)
-    if value_source:
-        check_source(value_source, args, "--value_model_path")
+    policy_source, reward_source, value_source = locate_roles(args)
     args.use_lora = args.use_lora or policy_source.adapter is not None
     if args.learning_rate is None:
         args.learning_rate = 5e-5 if args.use_lora else 3e-6
@@ -2061,67 +2108,33 @@ def main(argv=None):
     prompt_format = pick_format(args.prompt_format, "chat", policy_source.run.get("prompt_format"), tokenizer)
     reward_format, same_tokens = None, True
     if reward_source:
-        reward_tokenizer = load_tokenizer(reward_source, args)
-        same_tokens = tokenizer.get_vocab() == reward_tokenizer.get_vocab()
-        recorded = reward_source.run.get("prompt_format", prompt_format.name if same_tokens else None)
-        reward_format = pick_format("auto", "chat", recorded, reward_tokenizer)
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        if same_tokens and reward_format.encode(probe) == prompt_format.encode(probe):
-            reward_format = None
-        else:
-            same_format = reward_format.name == prompt_format.name
-            other = "tokenizer" if not same_tokens else "chat template" if same_format else "prompt format"
-            print(
-                f"the reward model reads other tokens than the policy writes, since it was trained with another {other}: "
-                f"it gets texts, in its own format ({reward_format.name})"
-            )
+        reward_format, same_tokens = pick_reward_format(args, reward_source, prompt_format)
     if value_source and load_tokenizer(value_source, args).get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"--value_model_path {args.value_model_path} has another tokenizer than the policy, whose tokens it reads"
         )
 
-    data = load_split(args, args.dataset_name, args.subset, args.split, "--split")
-    where = f"{args.dataset_name} [{args.split}]"
-    train_rows, counts = encode_split(data, pick_schema(data, SCHEMAS, where), prompt_format, args, where)
+    train_rows, counts = load_prompts(args, args.subset, args.split, "--split", prompt_format)
     eval_rows = train_rows.select(range(min(8, len(train_rows))))
     if args.eval_split or args.eval_subset:
-        split = args.eval_split or "test"
-        data = load_split(args, args.dataset_name, args.eval_subset or args.subset, split, "--eval_split")
-        where = f"{args.dataset_name} [{split}]"
-        eval_rows, counts["eval"] = encode_split(data, pick_schema(data, SCHEMAS, where), prompt_format, args, where)
+        subset, split = args.eval_subset or args.subset, args.eval_split or "test"
+        eval_rows, counts["eval"] = load_prompts(args, subset, split, "--eval_split", prompt_format)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if episodes * processes > len(train_rows):
         raise UserError(
             f"an update takes {episodes * processes} episodes (--per_device_train_batch_size x "
             f"--gradient_accumulation_steps x processes), but there are only {len(train_rows)} prompts"
         )
-    longest = max(len(ids) for rows in (train_rows, eval_rows) for ids in rows["prompt_ids"])
-    config = load_config(policy_source, args).get_text_config()
-    positions = getattr(config, "max_position_embeddings", longest + args.response_length)
-    if longest + args.response_length > positions:
+    longest = max(len(ids) for rows in (train_rows, eval_rows) for ids in rows["prompt_ids"]) + args.response_length
+    text_config = load_config(policy_source, args).get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", longest)
+    if longest > positions:
         raise UserError(
-            f"the model has {positions} positions, but a prompt has {longest} tokens and its answer may have "
-            f"{args.response_length}: lower --max_prompt_length {args.max_prompt_length} or --response_length"
+            f"the model has {positions} positions, but a prompt and its answer may have {longest} tokens: lower "
+            f"--max_prompt_length {args.max_prompt_length} or --response_length {args.response_length}"
         )
-    peft_config = lora_config(args, policy_source, "CAUSAL_LM") if args.use_lora else None
-    for source in (reward_source, value_source):
-        if source and source.adapter:
-            load_scorer(source)
     updates = math.ceil((args.total_episodes or len(train_rows)) / (episodes * processes))
-    text = longest + args.response_length
-    tokens = min(args.per_device_train_batch_size * text, max(config.hidden_size, text))  # see PPOTrainer.make_groups
-    shared = policy_source.base if args.use_lora else None  # where adapters of other roles find their base
-    sources = [source for source in (reward_source, value_source) if source]
-    others = {source.base: source for source in sources if not source.adapter or source.base != shared}
-    logits, frozen = tokens * args.response_length // text, 2 if args.use_lora and reward_source else 1
-    trained = 2 if args.use_lora or not (value_source or reward_source or policy_source).adapter else 1
-    roles = {
-        "trained_roles": trained,
-        "frozen_roles": frozen,
-        "models": [load_config(source, args) for source in others.values()],
-        "cached": text * min(episodes, 64),
-    }
-    foresee(args, AutoModelForCausalLM, policy_source, updates, peft_config, tokens, logits, **roles)
+    foresee_roles(args, policy_source, reward_source, value_source, text_config, longest, episodes, updates)
 
     config = make_config(
         trl_ppo.PPOConfig,
@@ -2149,6 +2162,8 @@ def main(argv=None):
         f"{updates} updates of {episodes * processes} episodes, {args.num_ppo_epochs * args.num_mini_batches} optimizer steps each"
     )
     if args.dry_run:
+        for row in train_rows.select(range(min(2, len(train_rows)))):
+            print(f"--- row {row['row']}, {len(row['prompt_ids'])} tokens\n{tokenizer.decode(row['prompt_ids'])}")
         print("dry run: everything fits; nothing was loaded or written")
         return
 

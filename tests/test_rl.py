@@ -1006,7 +1006,7 @@ def test_dry_run_writes_nothing(rl, chain, tmp_path, capsys, monkeypatch):
 BAD_INPUT = {
     "no reward": (None, "", "a reward is needed"),
     "mini-batches": ("rm", "--num_mini_batches 3", "--num_mini_batches 3 does not divide the 4 episodes"),
-    "micro-batches": ("rm", "--per_device_train_batch_size 4 --gradient_accumulation_steps 3 --num_mini_batches 2", "cut into micro-batches of 4"),
+    "micro-batches": ("rm", "--per_device_train_batch_size 4 --gradient_accumulation_steps 3 --num_mini_batches 2", "into whole micro-batches"),
     "small data set": ("rm", "--max_samples 3", "there are only 3 prompts"),
     "only long prompts": ("rm", "--max_prompt_length 3", "no prompt is within --max_prompt_length 3"),
     "positions": ("rm", "--response_length 600", "has 512 positions"),
