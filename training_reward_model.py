@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -1269,22 +1268,14 @@ def show_rows(rows, tokenizer):
         print(text)
 
 
-def collate_padded(rows, pad_token_id):
-    """A batch as RewardTrainer makes it, all chosen texts before all rejected ones, and the place of each last token."""
-    batch = DataCollatorForPreference(pad_token_id)(rows)
-    lengths = batch["attention_mask"].sum(1)
-    return {**batch, "last": torch.arange(len(lengths)) * batch["input_ids"].shape[1] + lengths - 1}
-
-
 def collate_shared(rows):
     """A batch as one row without padding: of each pair the common beginning, then the two ends.
 
-    `pairs` (pairs, 4) holds where each one starts, where its common beginning ends, and its two texts."""
+    `pairs` (pairs, 4) holds where each one starts, where its common beginning ends, and where its two texts end."""
     ids, position_ids, pairs = [], [], []
     for row in rows:
-        chosen, rejected = row["chosen_ids"], row["rejected_ids"]
-        common = min(len(os.path.commonprefix([chosen, rejected])), len(chosen) - 1, len(rejected) - 1)
-        start = len(ids)
+        chosen, rejected, start = row["chosen_ids"], row["rejected_ids"], len(ids)
+        common = min(len(os.path.commonprefix([chosen, rejected])), len(rejected) - 1)
         ids += chosen + rejected[common:]
         position_ids += [*range(len(chosen)), *range(common, len(rejected))]
         pairs.append((start, start + common, start + len(chosen), len(ids)))
@@ -1293,7 +1284,6 @@ def collate_shared(rows):
         "input_ids": torch.tensor([ids]),
         "attention_mask": torch.ones(1, len(ids), dtype=torch.long),  # RewardTrainer counts tokens by it
         "position_ids": torch.tensor([position_ids]),
-        "last": torch.tensor([pair[2] - 1 for pair in pairs] + [pair[3] - 1 for pair in pairs]),
     }
     if "margin" in rows[0]:
         batch["margin"] = torch.tensor([row["margin"] for row in rows])
@@ -1307,31 +1297,31 @@ def attend_pairs(module, query, key, value, attention_mask, pairs, **kwargs):
     outputs = []
     for start, common, middle, end in pairs:
         text, rest = slice(start, middle), slice(middle, end)
-        outputs.append(
-            sdpa_attention_forward(module, query[:, :, text], key[:, :, text], value[:, :, text], None, **kwargs)[0]
-        )
-        seen_key, seen_value = (torch.cat([x[:, :, start:common], x[:, :, rest]], dim=2) for x in (key, value))
-        mask = torch.ones(end - middle, seen_key.shape[2], dtype=torch.bool, device=key.device).tril(common - start)
-        outputs.append(
-            sdpa_attention_forward(module, query[:, :, rest], seen_key, seen_value, mask[None, None], **kwargs)[0]
-        )
+        chosen = [x[:, :, text] for x in (query, key, value)]
+        outputs.append(sdpa_attention_forward(module, *chosen, None, **kwargs)[0])
+        seen = [torch.cat([x[:, :, start:common], x[:, :, rest]], dim=2) for x in (key, value)]
+        mask = torch.ones(end - middle, seen[0].shape[2], dtype=torch.bool, device=key.device).tril(common - start)
+        outputs.append(sdpa_attention_forward(module, query[:, :, rest], *seen, mask[None, None], **kwargs)[0])
     return torch.cat(outputs, dim=1), None
 
 
 AttentionInterface.register("pairs", attend_pairs)
 
 
-def score_texts(self, input_ids, last, attention_mask=None, position_ids=None, pairs=None, **kwargs):
-    """In place of the classifier's forward: scores (texts, 1), read at the flat positions `last`.
+def score_texts(self, input_ids, attention_mask=None, position_ids=None, pairs=None, **kwargs):
+    """In place of the classifier's forward: scores (texts, 1) at the last token, all chosen before all rejected texts.
 
     The classifier's own looks for the last token that is not padding, and passes over an EOS that serves as padding.
     The head works in float32: in bfloat16, scores near 2 would come in steps of 0.016."""
-    layout = {"attention_mask": attention_mask}
-    if pairs is not None:
+    if pairs is None:
+        layout = {"attention_mask": attention_mask}
+        last = torch.arange(len(input_ids), device=input_ids.device), attention_mask.sum(1) - 1
+    else:
         layout = {"position_ids": position_ids, "pairs": pairs.tolist()}
+        last = 0, pairs[:, 2:].T.flatten() - 1
     hidden = self.base_model(input_ids, use_cache=False, **layout).last_hidden_state
     with torch.autocast(hidden.device.type, enabled=False):
-        return SequenceClassifierOutput(logits=self.score(hidden.flatten(0, 1)[last].float()))
+        return SequenceClassifierOutput(logits=self.score(hidden[last].float()))
 
 
 def load_reward_model(source, args):
@@ -1381,26 +1371,25 @@ def load_reward_model(source, args):
 
 def score_batch(model, batch, args):
     """The scores (texts, 1) of a batch, without gradients, in the precision of the training."""
+    model.eval()
     dtype = torch.float16 if args.fp16 else torch.bfloat16
     with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=args.fp16 or args.bf16):
         return model(**{name: value.to(model.device) for name, value in batch.items()}).logits
 
 
 def pick_collator(model, rows, tokenizer, args):
-    """`collate_shared` where the model computes with it what it computes with padding, else `collate_padded`.
+    """`collate_shared` where the model computes with it what it computes with padding, else TRL's collator.
 
     Tried on the longest pair: a model may not hand `pairs` down to its attention, or attend in a way of its own."""
-    padded = functools.partial(collate_padded, pad_token_id=tokenizer.pad_token_id)
+    padded = DataCollatorForPreference(tokenizer.pad_token_id)
     if args.attn_implementation:
         return padded
-    classifier = model.get_base_model() if args.use_lora else model
-    own, hidden = classifier.config._attn_implementation, []
-    hook = classifier.score.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
+    own, hidden = model.config._attn_implementation, []
+    hook = model.score.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
     longest = rows[int(np.argmax(rows["length"]))]
-    model.eval()
     score_batch(model, padded([longest]), args)
     try:
-        classifier.set_attn_implementation("pairs")
+        model.set_attn_implementation("pairs")
         score_batch(model, collate_shared([longest]), args)
         error = ((hidden[1] - hidden[0]).norm(dim=-1) / hidden[0].norm(dim=-1)).max().item()
     except (TypeError, ValueError, RuntimeError, LookupError) as reason:
@@ -1408,8 +1397,8 @@ def pick_collator(model, rows, tokenizer, args):
     hook.remove()
     if isinstance(error, float) and error < 0.1:  # rounding: 1e-5 in float32, a few percent in bfloat16
         return collate_shared
-    classifier.set_attn_implementation(own)
-    print(f"{type(classifier).__name__}: batches are padded, attention within flattened pairs does not work ({error})")
+    model.set_attn_implementation(own)
+    print(f"{model.config.model_type}: batches are padded, attention within flattened pairs does not work ({error})")
     return padded
 
 
@@ -1419,18 +1408,16 @@ class GuardedTrainer(NonfiniteGuard, RewardTrainer):
 
 def score_pairs(model, rows, collate, args, tokens=4096):
     """(score_chosen, score_rejected), arrays in the order of `rows`, from batches of similar lengths."""
-    model.eval()
     lengths = [len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows]
     scores, order = np.zeros((2, len(rows))), sorted(range(len(rows)), key=lambda i: -lengths[i])
     while order:
         size = max(1, tokens // lengths[order[0]])
         batch, order = order[:size], order[size:]
         scores[:, batch] = score_batch(model, collate([rows[i] for i in batch]), args).view(2, -1).cpu().numpy()
-    if not np.isfinite(scores).all():
-        bad = np.flatnonzero(~np.isfinite(scores).all(axis=0))
-        raise UserError(
-            f"{len(bad)} pairs have scores that are NaN or infinite, the first in row {rows[int(bad[0])]['row']}"
-        )
+    bad = np.flatnonzero(~np.isfinite(scores).all(axis=0))
+    if len(bad):
+        row = rows[int(bad[0])]["row"]
+        raise UserError(f"{len(bad)} pairs have scores that are NaN or infinite, the first in row {row}")
     return scores
 
 
@@ -1637,7 +1624,6 @@ def main(argv=None):
     trainer = GuardedTrainer(
         model=model,
         args=config,
-        data_collator=collate_shared,
         train_dataset=rows["train"].select_columns(columns),
         eval_dataset=rows["eval"].select_columns(columns[:2]) if "eval" in rows else None,
         processing_class=tokenizer,

@@ -155,7 +155,7 @@ def test_shared_and_padded_batches_give_the_scores_and_gradients_of_the_stock_mo
     rows = list(rows)
     results = []
     for name, collate in (
-        ("sdpa", lambda rows: reward.collate_padded(rows, 0)),
+        ("sdpa", reward.DataCollatorForPreference(pad_token_id=0)),
         ("pairs", reward.collate_shared),
     ):
         classifier.set_attn_implementation(name)
