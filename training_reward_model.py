@@ -1,10 +1,10 @@
 """Reward model: a language model with a scalar score head, trained on pairs of a preferred and a rejected answer.
 
-In: a model (hub id, directory, or LoRA adapter directory) and a data set with one of these columns sets:
-`prompt` + `chosen` + `rejected` (texts, or chat message lists); `question` + `response_j` + `response_k` (j is preferred).
+In: a model (hub id, directory, or LoRA adapter directory) and a data set with the columns `prompt`, `chosen` and
+`rejected` (texts, or chat message lists) or `question`, `response_j` and `response_k` (j is preferred).
 Out, in --output_dir: `final_checkpoint/` (model or adapter with its score head, tokenizer, run.json), resumable
-`checkpoint-N/`, `metrics.jsonl` (one line per log event) and `metrics.json` (the final figures and the report). It loads
-again with AutoPeftModelForSequenceClassification (an adapter) or AutoModelForSequenceClassification:
+`checkpoint-N/`, `metrics.jsonl` (one line per log event) and `metrics.json` (the final figures and the report).
+It loads again with AutoPeftModelForSequenceClassification (an adapter) or AutoModelForSequenceClassification:
 `.from_pretrained(directory, num_labels=1, pad_token_id=tokenizer.pad_token_id)`. The score is read at the last token.
 
     python training_reward_model.py --model_path checkpoints/sft/final_checkpoint --dataset_name json \
@@ -268,33 +268,16 @@ def build_parser():
     add("--subset", help="data_dir of the data set, e.g. data/reward")
     add("--train_split", default="train", help="split to train on")
     add("--eval_subset", help="data_dir of the evaluation split (that of --subset)")
-    add("--eval_split", help="split to evaluate on; none by default")
-    add(
-        "--eval_fraction", type=number(float, 0, 0.9), help="without an evaluation split: share of the prompts held out"
-    )
+    add("--eval_split", help="split to evaluate on (test with --eval_subset, else none)")
+    add("--eval_fraction", type=number(float, 0, 0.9), help="share of the prompts to hold out in place of --eval_split")
     add("--per_device_train_batch_size", type=number(int, 1), default=1, help="pairs per device and step")
-    add(
-        "--max_length",
-        type=number(int, 2),
-        default=1024,
-        help="longest text, in tokens; pairs with a longer one are left out",
-    )
+    add("--max_length", type=number(int, 2), default=1024, help="longest text in tokens; longer pairs are left out")
     add("--max_steps", type=number(int, 1), help="optimizer steps; goes before --num_train_epochs")
     add("--num_train_epochs", type=number(float, 0), default=1.0, help="passes over the data")
-    add(
-        "--center_rewards_coefficient",
-        type=number(float, 0),
-        help="weight of (score_chosen + score_rejected)^2, e.g. 0.01",
-    )
+    add("--center_rewards_coefficient", type=number(float, 0), help="weight of (sum of the two scores)^2, e.g. 0.01")
     add("--streaming", action="store_true", help="read --train_split as it is needed, for data beyond memory")
-    add(
-        "--use_margin",
-        action="store_true",
-        help="ask for a margin of score_chosen - score_rejected, as the data grade it",
-    )
-    add(
-        "--eval_only", action="store_true", help="no training: the report on an existing reward model, and scores.jsonl"
-    )
+    add("--use_margin", action="store_true", help="ask for the margin score_chosen - score_rejected of the data")
+    add("--eval_only", action="store_true", help="no training: the report on a reward model, and scores.jsonl")
     add_shared_flags(parser, learning_rate="1e-4 with LoRA, 1e-5 without")
     return parser
 
@@ -317,15 +300,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    TrainerCallback,
-    TrainerState,
-)
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, TrainerState
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
@@ -1305,7 +1280,7 @@ def attend_pairs(module, query, key, value, attention_mask, pairs, **kwargs):
     return torch.cat(outputs, dim=1), None
 
 
-AttentionInterface.register("pairs", attend_pairs)
+transformers.AttentionInterface.register("pairs", attend_pairs)
 
 
 def score_texts(self, input_ids, attention_mask=None, position_ids=None, pairs=None, **kwargs):
@@ -1327,21 +1302,14 @@ def score_texts(self, input_ids, attention_mask=None, position_ids=None, pairs=N
 def load_reward_model(source, args):
     """The model of `source` with its score head, or a new one, and with --use_lora its adapter."""
     transformers.set_seed(args.seed)
-    verbosity = transformers.logging.get_verbosity()
+    trainable, verbosity = not (args.use_lora or args.eval_only), transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # else a table says that the head is new; a line below does
     model, info = load_model(
-        AutoModelForSequenceClassification,
-        source,
-        args,
-        trainable=not (args.use_lora or args.eval_only),
-        num_labels=1,
-        output_loading_info=True,
+        transformers.AutoModelForSequenceClassification, source, args, trainable, num_labels=1, output_loading_info=True
     )
     transformers.logging.set_verbosity(verbosity)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
-        raise UserError(
-            f"{source.base} loads as {type(model).__name__}, without a `score` head; it should be a decoder"
-        )
+        raise UserError(f"{source.base} loads as {type(model).__name__} without `score` head; it should be a decoder")
     head, new_head = model.score.float(), "score.weight" in info["missing_keys"]
     if new_head:
         # Scores start near 0, as the last layer of a policy does in Andrychowicz et al. 2021 (arXiv:2006.05990, 3.2).
@@ -1578,7 +1546,15 @@ def main(argv=None):
         )
         peft_config = lora_config(args, source, "SEQ_CLS") if args.use_lora else None
         largest = 2 * args.max_length if args.streaming else max(sizes)
-        foresee(args, AutoModelForSequenceClassification, source, steps, peft_config, pairs_at_once * largest, 0)
+        foresee(
+            args,
+            transformers.AutoModelForSequenceClassification,
+            source,
+            steps,
+            peft_config,
+            pairs_at_once * largest,
+            0,
+        )
     config = make_config(
         RewardConfig,
         args,
