@@ -1131,104 +1131,104 @@ SCHEMAS = [("prompt", "chosen", "rejected"), ("question", "response_j", "respons
 
 
 def row_pair(row, schema):
-    """The row as two lists of messages, chosen and rejected. Raises UserError with what is wrong with it."""
-    prompt, *sides = schema
+    """(chosen, rejected, margin): the row as two lists of messages, and how far apart the data grade them.
+
+    Raises UserError with what is wrong with the row."""
+    prompt, *sides = schema[:3]
+    grades = [row[column] for column in schema[3:]] or [0, 0]
     is_chat = any(isinstance(row[side], list) for side in sides)
-    for column in sides if is_chat else schema:
+    for column in sides if is_chat else schema[:3]:
         problem = check_messages(row[column], last="assistant") if is_chat else check_text(row[column])
         if problem:
             raise UserError(f"column {column} {problem}")
-    if not is_chat:
+    if is_chat:  # a conversation stands in both columns as a whole; `prompt` repeats its first question
+        chosen, rejected = ([{key: turn[key] for key in ("role", "content")} for turn in row[side]] for side in sides)
+    else:
         question = {"role": "user", "content": row[prompt]}
-        return [[question, {"role": "assistant", "content": row[side]}] for side in sides]
-    # A conversation stands in both columns as a whole; `prompt` repeats its first question.
-    chosen, rejected = ([{key: turn[key] for key in ("role", "content")} for turn in row[side]] for side in sides)
+        chosen, rejected = ([question, {"role": "assistant", "content": row[side]}] for side in sides)
     if chosen[:-1] != rejected[:-1]:
         raise UserError(f"columns {sides[0]} and {sides[1]} differ before the last turn; only the answers may differ")
-    return chosen, rejected
+    if not all(isinstance(grade, (int, float)) and math.isfinite(grade) for grade in grades):
+        raise UserError(f"columns score_chosen and score_rejected should be numbers for --use_margin: {grades}")
+    return chosen, rejected, float(grades[0] - grades[1])
 
 
-def encode_split(data, schema, prompt_format, args, where):
-    """Pairs as `chosen_ids` and `rejected_ids`, with --use_margin also `margin`.
+def encode_split(data, prompt_format, args, where, use_margin=False):
+    """(rows, counts): pairs as `chosen_ids` and `rejected_ids`, their `margin`, and their tokens: `length`, of both
+    texts; `size`, with what they share counted once; `longest`, of the longer text; `prompt_length`.
 
     Left out and counted: pairs with a text over --max_length tokens (a cut answer is not the one that was judged),
-    pairs of two equal texts, and pairs that came before. Returns (rows, counts)."""
-    max_length = args.max_length
-    use_margin = args.use_margin and {"score_chosen", "score_rejected"} <= set(
-        data.column_names or next(iter(data), {})
-    )
+    pairs of two equal texts, and pairs that came before."""
+    schemas = [(*schema, "score_chosen", "score_rejected") for schema in SCHEMAS] if use_margin else SCHEMAS
+    schema = pick_schema(data, schemas, f"--use_margin: {where}" if use_margin else where)
 
-    def digest(value):
-        return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    def digest(ids):
+        return hashlib.sha256(repr(ids).encode()).hexdigest()
 
     def encode(row):
+        chosen_ids, rejected_ids, mask, margin, problem = [], [], [], 0.0, ""
         try:
-            chosen, rejected = row_pair(row, schema)
-            grades = [row["score_chosen"], row["score_rejected"]] if use_margin else [0, 0]
-            if not all(isinstance(grade, (int, float)) and math.isfinite(grade) for grade in grades):
-                raise UserError(f"columns score_chosen and score_rejected should be numbers for --use_margin: {grades}")
+            chosen, rejected, margin = row_pair(row, schema)
             (chosen_ids, mask), (rejected_ids, _) = prompt_format.encode(chosen), prompt_format.encode(rejected)
-        except UserError as error:  # the template's, or one of the above
-            nothing = {"length": 0, "prompt_length": 0, "margin": 0.0, "prompt": "", "pair": ""}
-            return {"problem": str(error), "chosen_ids": [], "rejected_ids": [], **nothing}
+        except UserError as error:  # of row_pair, or of the template
+            problem = str(error)
+        length, prompt_length = len(chosen_ids) + len(rejected_ids), len(mask) - (mask[::-1] + [0]).index(0)
         return {
-            "problem": "",
+            "problem": problem,
             "chosen_ids": chosen_ids,
             "rejected_ids": rejected_ids,
-            "length": len(chosen_ids) + len(rejected_ids),
-            "prompt_length": len(mask) - (mask[::-1] + [0]).index(0),
-            "margin": float(grades[0] - grades[1]),
-            "prompt": digest(chosen[:-1]),
+            "margin": margin,
+            "length": length,
+            "size": length - len(os.path.commonprefix([chosen_ids, rejected_ids])),
+            "longest": max(len(chosen_ids), len(rejected_ids)),
+            "prompt_length": prompt_length,
+            "prompt": digest(chosen_ids[:prompt_length]),
             "pair": digest([chosen_ids, rejected_ids]),
         }
 
-    rows = encode_rows(data, encode, where, "Tokenizing")
-    if isinstance(rows, datasets.IterableDataset):
-        first = {}  # where a pair came first; the same in every pass
-        rows = rows.filter(lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= max_length)
-        rows = rows.filter(lambda row: row["chosen_ids"] != row["rejected_ids"])
-        rows = rows.filter(lambda row: first.setdefault(row["pair"], row["row"]) == row["row"])
-        print(f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; read as it is needed")
-        columns = ["row", "chosen_ids", "rejected_ids", "length", "prompt_length", *(["margin"] if use_margin else [])]
-        return rows.select_columns(columns).shuffle(args.seed, buffer_size=1000), {}
-    counts, keep, seen = {"rows": 0, "too_long": 0, "identical": 0, "duplicates": 0}, [], set()
-    for i, row in enumerate(rows.select_columns(["chosen_ids", "rejected_ids", "pair"])):
+    first = {}  # where a pair came first; the same in every pass over a stream
+
+    def left_out(row):
         if row["chosen_ids"] == row["rejected_ids"]:
-            counts["identical"] += 1
-        elif row["pair"] in seen:
-            counts["duplicates"] += 1
-        elif max(len(row["chosen_ids"]), len(row["rejected_ids"])) > max_length:
-            counts["too_long"] += 1
-        else:
-            keep.append(i)
-        seen.add(row["pair"])
-    counts["rows"] = len(keep)
+            return "identical"
+        if first.setdefault(row["pair"], row["row"]) != row["row"]:
+            return "duplicates"
+        return "too_long" if row["longest"] > args.max_length else None
+
+    rows = encode_rows(data, encode, where, "Tokenizing")
+    note = f"{where}: schema {' + '.join(schema)}, format {prompt_format.name};"
+    if isinstance(rows, datasets.IterableDataset):
+        print(note, "read as it is needed")
+        columns = ["row", "chosen_ids", "rejected_ids", "margin", "length", "size", "longest", "prompt_length"]
+        rows = rows.filter(lambda row: not left_out(row)).select_columns(columns)
+        return rows.shuffle(args.seed, buffer_size=1000), {}
+    reasons = [left_out(row) for row in rows]
+    keep = [i for i, reason in enumerate(reasons) if not reason]
+    counts = {"rows": len(keep), **{name: reasons.count(name) for name in ("too_long", "identical", "duplicates")}}
     print(
-        f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; {len(keep)} of {len(rows)} pairs kept; "
-        f"left out: {counts['too_long']} longer than {max_length} tokens, {counts['identical']} of two equal "
-        f"texts, {counts['duplicates']} repeated"
+        f"{note} {len(keep)} of {len(rows)} pairs kept; left out: {counts['too_long']} longer than {args.max_length} "
+        f"tokens, {counts['identical']} of two equal texts, {counts['duplicates']} repeated"
     )
     if not keep:
-        raise UserError(f"{where}: no pair is left to use; see --max_length {max_length}")
-    return rows.select(keep).remove_columns(["pair"] if use_margin else ["pair", "margin"]), counts
+        raise UserError(f"{where}: no pair is left to use; see --max_length {args.max_length}")
+    return rows.select(keep), counts
 
 
 def hold_out(rows, fraction, seed):
     """(training rows, held-out rows): `fraction` of the prompts, with all their pairs, is held out."""
     prompts = sorted(set(rows["prompt"]))
     random.Random(seed).shuffle(prompts)
-    held = set(prompts[: max(1, round(fraction * len(prompts)))])
+    held = prompts[: max(1, round(fraction * len(prompts)))]
     if len(held) == len(prompts):
         raise UserError(f"--eval_fraction {fraction} of {len(prompts)} prompts leaves none to train on")
-    return tuple(
-        rows.select([i for i, prompt in enumerate(rows["prompt"]) if (prompt in held) is out]) for out in (False, True)
-    )
+    is_held = np.isin(rows["prompt"][:], held)
+    print(f"held out for evaluation: {is_held.sum()} pairs, all those of {len(held)} prompts")
+    return rows.select(np.flatnonzero(~is_held)), rows.select(np.flatnonzero(is_held))
 
 
 def show_rows(rows, tokenizer):
-    """A histogram of lengths, and two pairs as text: chosen answers in green, rejected ones in red (in a pipe: marked)."""
-    longest = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
-    counts, edges = np.histogram(longest, bins=8)
+    """A histogram of lengths, and two pairs as text: the chosen answer in green, the rejected one in red, or marked."""
+    counts, edges = np.histogram(rows["longest"][:], bins=8)
     for count, low, high in zip(counts, edges, edges[1:]):
         print(f"{low:>7.0f} to {high:<6.0f} tokens {count:>8} pairs {'#' * math.ceil(40 * count / max(counts))}")
     marks = ("\033[32m", "\033[31m", "\033[0m") if sys.stdout.isatty() else ("[[chosen: ", "[[rejected: ", "]]")
@@ -1236,11 +1236,10 @@ def show_rows(rows, tokenizer):
         start = row["prompt_length"]
         pieces = row["chosen_ids"][:start], row["chosen_ids"][start:], row["rejected_ids"][start:]
         print(f"--- row {row['row']}: prompt {start} tokens, chosen {len(pieces[1])}, rejected {len(pieces[2])}")
-        prompt, *answers = (
+        prompt, chosen, rejected = (
             text if len(text) <= 1000 else f"{text[:480]} (...) {text[-480:]}" for text in map(tokenizer.decode, pieces)
         )
-        text = prompt + "".join(f"\n{mark}{answer}{marks[2]}" for mark, answer in zip(marks, answers))
-        print(text)
+        print(f"{prompt}\n{marks[0]}{chosen}{marks[2]}\n{marks[1]}{rejected}{marks[2]}")
 
 
 def collate_shared(rows):
@@ -1394,7 +1393,7 @@ def mean(values):
 
 
 def make_report(scores, length_difference):
-    """What the scores of pairs say; `scores` (2, pairs): chosen, rejected; `length_difference`: chosen - rejected, tokens.
+    """What the `scores` (2, pairs), chosen and rejected, say; `length_difference`: chosen - rejected, in tokens.
 
     Calibration is that of the model's confidence in the side that it prefers, sigmoid(|margin|), in ten bins from 0.5
     to 1; a tie is half right there, and wrong in the accuracy. The interval is Wilson's (1927), the calibration error
@@ -1442,24 +1441,18 @@ def evaluate_pairs(model, rows, collate, args, where):
     agreement = mean(np.sign(again[0] - again[1]) == np.sign(first[0] - first[1]))
     report["swapped"] = {"pairs": len(some), "agreement": agreement, "difference": float(np.abs(again - first).max())}
 
-    (low, high), bias, swapped = report["accuracy_interval"], report["length_bias"], report["swapped"]
-    longer, shorter = bias["chosen_longer"], bias["chosen_shorter"]
+    (low, high), bias, difference = report["accuracy_interval"], report["length_bias"], report["swapped"]["difference"]
     lines = [
         ("accuracy", report["accuracy"], f"95% interval {low:.3f} to {high:.3f}; {report['ties']} ties"),
-        ("  chosen is longer", longer["accuracy"], f"{longer['pairs']} pairs"),
-        ("  chosen is shorter", shorter["accuracy"], f"{shorter['pairs']} pairs"),
+        ("  chosen is longer", bias["chosen_longer"]["accuracy"], f"{bias['chosen_longer']['pairs']} pairs"),
+        ("  chosen is shorter", bias["chosen_shorter"]["accuracy"], f"{bias['chosen_shorter']['pairs']} pairs"),
         ("margin and length", bias["correlation"], "correlation of the differences in score and in tokens"),
         ("mean margin", report["mean_margin"], f"score_chosen - score_rejected; loss {report['loss']:.3f}"),
-        ("sides swapped", agreement, f"agree, of {len(some)} pairs; scores within {swapped['difference']:.0e}"),
-        (
-            "calibration error",
-            report["calibration_error"],
-            "of sigmoid(|margin|), the confidence; accuracy by bins of it:",
-        ),
+        ("sides swapped", agreement, f"agree, of {len(some)} pairs; scores within {difference:.0e}"),
+        ("calibration error", report["calibration_error"], "of confidence sigmoid(|margin|); accuracy by bins:"),
     ]
-    for row in report["reliability"]:
-        if row["pairs"]:
-            lines.append((f"  {row['from']:.2f} to {row['to']:.2f}", row["accuracy"], f"{row['pairs']} pairs"))
+    bins = [row for row in report["reliability"] if row["pairs"]]
+    lines += [(f"  {row['from']:.2f} to {row['to']:.2f}", row["accuracy"], f"{row['pairs']} pairs") for row in bins]
     print(f"report on {len(rows)} pairs of {where}")
     for name, value, note in lines:
         print(f"  {name:20} {'    -' if value is None else format(value, '6.3f')}  {note}")
@@ -1469,11 +1462,6 @@ def evaluate_pairs(model, rows, collate, args, where):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     check_shared(args)
-    source = locate_model(args.model_path, "--model_path")
-    check_source(source, args, "--model_path", reward_model=True if args.eval_only else None)
-    args.use_lora = args.use_lora or source.adapter is not None
-    if args.learning_rate is None:
-        args.learning_rate = 1e-4 if args.use_lora else 1e-5
     eval_split = args.eval_split or ("test" if args.eval_subset else None)
     if args.eval_fraction and eval_split:
         raise UserError("--eval_fraction holds out rows of --train_split; it excludes --eval_split and --eval_subset")
@@ -1483,6 +1471,11 @@ def main(argv=None):
         raise UserError("--eval_only needs pairs to evaluate on: --eval_split, --eval_subset or --eval_fraction")
     if args.eval_only and args.resume_from_checkpoint:
         raise UserError("--eval_only trains nothing, so there is nothing to resume: leave --resume_from_checkpoint out")
+    source = locate_model(args.model_path, "--model_path")
+    check_source(source, args, "--model_path", reward_model=True if args.eval_only else None)
+    args.use_lora = args.use_lora or source.adapter is not None
+    if args.learning_rate is None:
+        args.learning_rate = 1e-4 if args.use_lora else 1e-5
     checkpoint = pick_checkpoint(args, "reward")
     tokenizer = load_tokenizer(source, args)
     prompt_format = pick_format(args.prompt_format, "chat", source.run.get("prompt_format"), tokenizer)
@@ -1495,74 +1488,52 @@ def main(argv=None):
 
     splits = {}
     if not (args.eval_only and eval_split):
-        splits["train"] = args.subset, args.train_split, "--train_split"
+        splits["train"] = args.subset, args.train_split
     if eval_split:
-        splits["eval"] = args.eval_subset or args.subset, eval_split, "--eval_split"
-    rows, counts, where = {}, {}, {}
-    for name, (subset, split, flag) in splits.items():
-        where[name] = f"{args.dataset_name} {subset + ' ' if subset else ''}[{split}]"
-        data = load_split(args, args.dataset_name, subset, split, flag, args.streaming and name == "train")
-        schema = pick_schema(data, SCHEMAS, where[name])
-        names = set(data.column_names or next(iter(data), {}))
-        if args.use_margin and name == "train" and not {"score_chosen", "score_rejected"} <= names:
-            raise UserError(f"--use_margin: {where[name]} has no columns score_chosen and score_rejected")
-        rows[name], counts[name] = encode_split(data, schema, prompt_format, args, where[name])
+        splits["eval"] = args.eval_subset or args.subset, eval_split
+    rows, counts, where = {}, {"train": {}, "eval": None}, {}
+    for name, (subset, split) in splits.items():
+        where[name] = f"{args.dataset_name}{f' {subset}' if subset else ''} [{split}]"
+        streaming, use_margin = (flag and name == "train" for flag in (args.streaming, args.use_margin))
+        data = load_split(args, args.dataset_name, subset, split, f"--{name}_split", streaming)
+        rows[name], counts[name] = encode_split(data, prompt_format, args, where[name], use_margin)
     if args.eval_fraction:
         rows["train"], rows["eval"] = hold_out(rows["train"], args.eval_fraction, args.seed)
         counts["train"]["rows"], counts["eval"] = len(rows["train"]), {"rows": len(rows["eval"])}
         where["eval"] = f"{where['train']}, held out"
-        print(
-            f"held out for evaluation: {len(rows['eval'])} pairs, all those of {len(set(rows['eval']['prompt']))} prompts"
-        )
-    known = {**rows}  # with --streaming the first pairs stand for all
-    if args.streaming and not args.eval_only:
+    batch_size = args.per_device_train_batch_size
+    known = {**rows}
+    if args.streaming:  # the first pairs stand for all
         known["train"] = first_rows(rows["train"], where["train"])
-    elif not args.eval_only and args.per_device_train_batch_size > len(rows["train"]):
+    elif not args.eval_only and batch_size > len(rows["train"]):
         raise UserError(
-            f"--per_device_train_batch_size {args.per_device_train_batch_size} is larger than the data set "
-            f"({len(rows['train'])} pairs)"
+            f"--per_device_train_batch_size {batch_size} is larger than the data set ({len(rows['train'])} pairs)"
         )
-    longest = max(
-        len(ids) for split in known.values() for side in ("chosen_ids", "rejected_ids") for ids in split[side]
-    )
+    longest = max(max(split["longest"]) for split in known.values())
     positions = getattr(load_config(source, args).get_text_config(), "max_position_embeddings", longest)
     if longest > positions:
-        raise UserError(
-            f"--max_length {args.max_length}: the model has {positions} positions, a text has {longest} tokens"
-        )
-    # On a CPU a batch runs pair by pair: the same gradient, the memory of one pair, about a tenth slower. A GPU gets the
-    # batch as one row without padding.
-    pairs_at_once = args.per_device_train_batch_size if torch.accelerator.is_available() else 1
+        raise UserError(f"--max_length {args.max_length}: the model has {positions} positions, a text {longest} tokens")
+
+    # On a CPU a batch runs pair by pair: the same gradient, the memory of one pair, about a tenth slower. A GPU gets
+    # the batch as one row without padding.
+    pairs_at_once = batch_size if torch.accelerator.is_available() else 1
     if not args.eval_only:
-        texts = known["train"]
-        batch = (
-            args.per_device_train_batch_size * args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
-        )
-        steps = args.max_steps or math.ceil(args.num_train_epochs * math.ceil(len(texts) / batch))
-        sizes = [collate_shared([row])["input_ids"].shape[1] for row in texts]
+        pairs = known["train"]
+        batch = batch_size * args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
+        steps = args.max_steps or math.ceil(args.num_train_epochs * math.ceil(len(pairs) / batch))
         print(
-            f"{steps} steps of {batch} pairs; {'the first' if args.streaming else 'an epoch has'} {len(texts)} pairs, {sum(texts['length'])} tokens, {sum(sizes)} "
-            "with what the two texts of a pair share counted once"
+            f"{steps} steps of {batch} pairs; {'the first' if args.streaming else 'an epoch has'} {len(pairs)} pairs, "
+            f"{sum(pairs['length'])} tokens, {sum(pairs['size'])} with what the two texts of a pair share counted once"
         )
         peft_config = lora_config(args, source, "SEQ_CLS") if args.use_lora else None
-        largest = 2 * args.max_length if args.streaming else max(sizes)
-        foresee(
-            args,
-            transformers.AutoModelForSequenceClassification,
-            source,
-            steps,
-            peft_config,
-            pairs_at_once * largest,
-            0,
-        )
+        tokens = pairs_at_once * (2 * args.max_length if args.streaming else max(pairs["size"]))
+        foresee(args, transformers.AutoModelForSequenceClassification, source, steps, peft_config, tokens, 0)
     config = make_config(
         RewardConfig,
         args,
         per_device_train_batch_size=pairs_at_once,
-        gradient_accumulation_steps=args.gradient_accumulation_steps
-        * args.per_device_train_batch_size
-        // pairs_at_once,
-        per_device_eval_batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps * batch_size // pairs_at_once,
+        per_device_eval_batch_size=batch_size,
         max_steps=args.max_steps or -1,
         num_train_epochs=args.num_train_epochs,
         max_length=None,  # longer pairs are left out already
@@ -1571,9 +1542,8 @@ def main(argv=None):
         eval_strategy="steps" if "eval" in rows and args.eval_steps else "no",
         save_strategy="steps",
     )
-    run = describe_run(
-        "reward", args, source, prompt_format, tokenizer, {**counts.get("train", {}), "eval": counts.get("eval")}
-    )
+    dataset = {**counts["train"], "eval": counts["eval"]}
+    run = describe_run("reward", args, source, prompt_format, tokenizer, dataset)
     if args.dry_run:
         show_rows(known["eval" if args.eval_only else "train"], tokenizer)
         print("dry run: everything fits; nothing was loaded or written")
@@ -1589,14 +1559,14 @@ def main(argv=None):
         output_dir.mkdir(parents=True, exist_ok=True)
         with open(output_dir / "scores.jsonl", "w", encoding="utf-8") as file:
             for row, chosen, rejected in zip(rows["eval"]["row"], *scores.tolist()):
-                file.write(json.dumps({"row": row, "score_chosen": chosen, "score_rejected": rejected}) + "\n")
+                print(json.dumps({"row": row, "score_chosen": chosen, "score_rejected": rejected}), file=file)
         write_json(output_dir / "metrics.json", {"accuracy": report["accuracy"], "report": report})
         print(f"saved {output_dir / 'scores.jsonl'}")
         return
 
     open_output_dir(args, checkpoint)
     callback = RunCallback(args.output_dir, run)
-    columns = ["chosen_ids", "rejected_ids", "margin"] if args.use_margin else ["chosen_ids", "rejected_ids"]
+    columns = ["chosen_ids", "rejected_ids", "margin"]
     trainer = GuardedTrainer(
         model=model,
         args=config,
@@ -1608,7 +1578,8 @@ def main(argv=None):
     for parameter in model.parameters():  # RewardTrainer makes them bfloat16 on a quantized base, see load_model
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    model.config.pad_token_id = None if tokenizer.pad_token_id in ends else tokenizer.pad_token_id
+    if tokenizer.pad_token_id in ends:  # RewardTrainer writes it into the config, which is saved
+        model.config.pad_token_id = None
     trainer.data_collator = collate = pick_collator(model, known["train"], tokenizer, args)
     trainer.skips, trainer.text_column = args.skip_nonfinite, "chosen_ids"
     trainer.rows = None if args.streaming else rows["train"]
