@@ -1,10 +1,10 @@
 """Reward model: a language model with a scalar score head, trained on pairs of a preferred and a rejected answer.
 
-In: a model (hub id, directory, or LoRA adapter directory) and a data set with one of these columns sets:
-`prompt` + `chosen` + `rejected` (texts, or chat message lists); `question` + `response_j` + `response_k` (j is preferred).
+In: a model (hub id, directory, or LoRA adapter directory) and a data set with the columns `prompt`, `chosen` and
+`rejected` (texts, or chat message lists) or `question`, `response_j` and `response_k` (j is preferred).
 Out, in --output_dir: `final_checkpoint/` (model or adapter with its score head, tokenizer, run.json), resumable
-`checkpoint-N/`, `metrics.jsonl` (one line per log event) and `metrics.json` (the final figures and the report). It loads
-again with AutoPeftModelForSequenceClassification (an adapter) or AutoModelForSequenceClassification:
+`checkpoint-N/`, `metrics.jsonl` (one line per log event) and `metrics.json` (the final figures and the report).
+It loads again with AutoPeftModelForSequenceClassification (an adapter) or AutoModelForSequenceClassification:
 `.from_pretrained(directory, num_labels=1, pad_token_id=tokenizer.pad_token_id)`. The score is read at the last token.
 
     python training_reward_model.py --model_path checkpoints/sft/final_checkpoint --dataset_name json \
@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -269,33 +268,16 @@ def build_parser():
     add("--subset", help="data_dir of the data set, e.g. data/reward")
     add("--train_split", default="train", help="split to train on")
     add("--eval_subset", help="data_dir of the evaluation split (that of --subset)")
-    add("--eval_split", help="split to evaluate on; none by default")
-    add(
-        "--eval_fraction", type=number(float, 0, 0.9), help="without an evaluation split: share of the prompts held out"
-    )
+    add("--eval_split", help="split to evaluate on (test with --eval_subset, else none)")
+    add("--eval_fraction", type=number(float, 0, 0.9), help="share of the prompts to hold out in place of --eval_split")
     add("--per_device_train_batch_size", type=number(int, 1), default=1, help="pairs per device and step")
-    add(
-        "--max_length",
-        type=number(int, 2),
-        default=1024,
-        help="longest text, in tokens; pairs with a longer one are left out",
-    )
+    add("--max_length", type=number(int, 2), default=1024, help="longest text in tokens; longer pairs are left out")
     add("--max_steps", type=number(int, 1), help="optimizer steps; goes before --num_train_epochs")
     add("--num_train_epochs", type=number(float, 0), default=1.0, help="passes over the data")
-    add(
-        "--center_rewards_coefficient",
-        type=number(float, 0),
-        help="weight of (score_chosen + score_rejected)^2, e.g. 0.01",
-    )
+    add("--center_rewards_coefficient", type=number(float, 0), help="weight of (sum of the two scores)^2, e.g. 0.01")
     add("--streaming", action="store_true", help="read --train_split as it is needed, for data beyond memory")
-    add(
-        "--use_margin",
-        action="store_true",
-        help="ask for a margin of score_chosen - score_rejected, as the data grade it",
-    )
-    add(
-        "--eval_only", action="store_true", help="no training: the report on an existing reward model, and scores.jsonl"
-    )
+    add("--use_margin", action="store_true", help="ask for the margin score_chosen - score_rejected of the data")
+    add("--eval_only", action="store_true", help="no training: the report on a reward model, and scores.jsonl")
     add_shared_flags(parser, learning_rate="1e-4 with LoRA, 1e-5 without")
     return parser
 
@@ -318,15 +300,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    TrainerCallback,
-    TrainerState,
-)
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, TrainerState
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
@@ -1129,104 +1103,104 @@ SCHEMAS = [("prompt", "chosen", "rejected"), ("question", "response_j", "respons
 
 
 def row_pair(row, schema):
-    """The row as two lists of messages, chosen and rejected. Raises UserError with what is wrong with it."""
-    prompt, *sides = schema
+    """(chosen, rejected, margin): the row as two lists of messages, and how far apart the data grade them.
+
+    Raises UserError with what is wrong with the row."""
+    prompt, *sides = schema[:3]
+    grades = [row[column] for column in schema[3:]] or [0, 0]
     is_chat = any(isinstance(row[side], list) for side in sides)
-    for column in sides if is_chat else schema:
+    for column in sides if is_chat else schema[:3]:
         problem = check_messages(row[column], last="assistant") if is_chat else check_text(row[column])
         if problem:
             raise UserError(f"column {column} {problem}")
-    if not is_chat:
+    if is_chat:  # a conversation stands in both columns as a whole; `prompt` repeats its first question
+        chosen, rejected = ([{key: turn[key] for key in ("role", "content")} for turn in row[side]] for side in sides)
+    else:
         question = {"role": "user", "content": row[prompt]}
-        return [[question, {"role": "assistant", "content": row[side]}] for side in sides]
-    # A conversation stands in both columns as a whole; `prompt` repeats its first question.
-    chosen, rejected = ([{key: turn[key] for key in ("role", "content")} for turn in row[side]] for side in sides)
+        chosen, rejected = ([question, {"role": "assistant", "content": row[side]}] for side in sides)
     if chosen[:-1] != rejected[:-1]:
         raise UserError(f"columns {sides[0]} and {sides[1]} differ before the last turn; only the answers may differ")
-    return chosen, rejected
+    if not all(isinstance(grade, (int, float)) and math.isfinite(grade) for grade in grades):
+        raise UserError(f"columns score_chosen and score_rejected should be numbers for --use_margin: {grades}")
+    return chosen, rejected, float(grades[0] - grades[1])
 
 
-def encode_split(data, schema, prompt_format, args, where):
-    """Pairs as `chosen_ids` and `rejected_ids`, with --use_margin also `margin`.
+def encode_split(data, prompt_format, args, where, use_margin=False):
+    """(rows, counts): pairs as `chosen_ids` and `rejected_ids`, their `margin`, and their tokens: `length`, of both
+    texts; `size`, with what they share counted once; `longest`, of the longer text; `prompt_length`.
 
     Left out and counted: pairs with a text over --max_length tokens (a cut answer is not the one that was judged),
-    pairs of two equal texts, and pairs that came before. Returns (rows, counts)."""
-    max_length = args.max_length
-    use_margin = args.use_margin and {"score_chosen", "score_rejected"} <= set(
-        data.column_names or next(iter(data), {})
-    )
+    pairs of two equal texts, and pairs that came before."""
+    schemas = [(*schema, "score_chosen", "score_rejected") for schema in SCHEMAS] if use_margin else SCHEMAS
+    schema = pick_schema(data, schemas, f"--use_margin: {where}" if use_margin else where)
 
-    def digest(value):
-        return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    def digest(ids):
+        return hashlib.sha256(repr(ids).encode()).hexdigest()
 
     def encode(row):
+        chosen_ids, rejected_ids, mask, margin, problem = [], [], [], 0.0, ""
         try:
-            chosen, rejected = row_pair(row, schema)
-            grades = [row["score_chosen"], row["score_rejected"]] if use_margin else [0, 0]
-            if not all(isinstance(grade, (int, float)) and math.isfinite(grade) for grade in grades):
-                raise UserError(f"columns score_chosen and score_rejected should be numbers for --use_margin: {grades}")
+            chosen, rejected, margin = row_pair(row, schema)
             (chosen_ids, mask), (rejected_ids, _) = prompt_format.encode(chosen), prompt_format.encode(rejected)
-        except UserError as error:  # the template's, or one of the above
-            nothing = {"length": 0, "prompt_length": 0, "margin": 0.0, "prompt": "", "pair": ""}
-            return {"problem": str(error), "chosen_ids": [], "rejected_ids": [], **nothing}
+        except UserError as error:  # of row_pair, or of the template
+            problem = str(error)
+        length, prompt_length = len(chosen_ids) + len(rejected_ids), len(mask) - (mask[::-1] + [0]).index(0)
         return {
-            "problem": "",
+            "problem": problem,
             "chosen_ids": chosen_ids,
             "rejected_ids": rejected_ids,
-            "length": len(chosen_ids) + len(rejected_ids),
-            "prompt_length": len(mask) - (mask[::-1] + [0]).index(0),
-            "margin": float(grades[0] - grades[1]),
-            "prompt": digest(chosen[:-1]),
+            "margin": margin,
+            "length": length,
+            "size": length - len(os.path.commonprefix([chosen_ids, rejected_ids])),
+            "longest": max(len(chosen_ids), len(rejected_ids)),
+            "prompt_length": prompt_length,
+            "prompt": digest(chosen_ids[:prompt_length]),
             "pair": digest([chosen_ids, rejected_ids]),
         }
 
-    rows = encode_rows(data, encode, where, "Tokenizing")
-    if isinstance(rows, datasets.IterableDataset):
-        first = {}  # where a pair came first; the same in every pass
-        rows = rows.filter(lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= max_length)
-        rows = rows.filter(lambda row: row["chosen_ids"] != row["rejected_ids"])
-        rows = rows.filter(lambda row: first.setdefault(row["pair"], row["row"]) == row["row"])
-        print(f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; read as it is needed")
-        columns = ["row", "chosen_ids", "rejected_ids", "length", "prompt_length", *(["margin"] if use_margin else [])]
-        return rows.select_columns(columns).shuffle(args.seed, buffer_size=1000), {}
-    counts, keep, seen = {"rows": 0, "too_long": 0, "identical": 0, "duplicates": 0}, [], set()
-    for i, row in enumerate(rows.select_columns(["chosen_ids", "rejected_ids", "pair"])):
+    first = {}  # where a pair came first; the same in every pass over a stream
+
+    def left_out(row):
         if row["chosen_ids"] == row["rejected_ids"]:
-            counts["identical"] += 1
-        elif row["pair"] in seen:
-            counts["duplicates"] += 1
-        elif max(len(row["chosen_ids"]), len(row["rejected_ids"])) > max_length:
-            counts["too_long"] += 1
-        else:
-            keep.append(i)
-        seen.add(row["pair"])
-    counts["rows"] = len(keep)
+            return "identical"
+        if first.setdefault(row["pair"], row["row"]) != row["row"]:
+            return "duplicates"
+        return "too_long" if row["longest"] > args.max_length else None
+
+    rows = encode_rows(data, encode, where, "Tokenizing")
+    note = f"{where}: schema {' + '.join(schema)}, format {prompt_format.name};"
+    if isinstance(rows, datasets.IterableDataset):
+        print(note, "read as it is needed")
+        columns = ["row", "chosen_ids", "rejected_ids", "margin", "length", "size", "longest", "prompt_length"]
+        rows = rows.filter(lambda row: not left_out(row)).select_columns(columns)
+        return rows.shuffle(args.seed, buffer_size=1000), {}
+    reasons = [left_out(row) for row in rows]
+    keep = [i for i, reason in enumerate(reasons) if not reason]
+    counts = {"rows": len(keep), **{name: reasons.count(name) for name in ("too_long", "identical", "duplicates")}}
     print(
-        f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; {len(keep)} of {len(rows)} pairs kept; "
-        f"left out: {counts['too_long']} longer than {max_length} tokens, {counts['identical']} of two equal "
-        f"texts, {counts['duplicates']} repeated"
+        f"{note} {len(keep)} of {len(rows)} pairs kept; left out: {counts['too_long']} longer than {args.max_length} "
+        f"tokens, {counts['identical']} of two equal texts, {counts['duplicates']} repeated"
     )
     if not keep:
-        raise UserError(f"{where}: no pair is left to use; see --max_length {max_length}")
-    return rows.select(keep).remove_columns(["pair"] if use_margin else ["pair", "margin"]), counts
+        raise UserError(f"{where}: no pair is left to use; see --max_length {args.max_length}")
+    return rows.select(keep), counts
 
 
 def hold_out(rows, fraction, seed):
     """(training rows, held-out rows): `fraction` of the prompts, with all their pairs, is held out."""
     prompts = sorted(set(rows["prompt"]))
     random.Random(seed).shuffle(prompts)
-    held = set(prompts[: max(1, round(fraction * len(prompts)))])
+    held = prompts[: max(1, round(fraction * len(prompts)))]
     if len(held) == len(prompts):
         raise UserError(f"--eval_fraction {fraction} of {len(prompts)} prompts leaves none to train on")
-    return tuple(
-        rows.select([i for i, prompt in enumerate(rows["prompt"]) if (prompt in held) is out]) for out in (False, True)
-    )
+    is_held = np.isin(rows["prompt"][:], held)
+    print(f"held out for evaluation: {is_held.sum()} pairs, all those of {len(held)} prompts")
+    return rows.select(np.flatnonzero(~is_held)), rows.select(np.flatnonzero(is_held))
 
 
 def show_rows(rows, tokenizer):
-    """A histogram of lengths, and two pairs as text: chosen answers in green, rejected ones in red (in a pipe: marked)."""
-    longest = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
-    counts, edges = np.histogram(longest, bins=8)
+    """A histogram of lengths, and two pairs as text: the chosen answer in green, the rejected one in red, or marked."""
+    counts, edges = np.histogram(rows["longest"][:], bins=8)
     for count, low, high in zip(counts, edges, edges[1:]):
         print(f"{low:>7.0f} to {high:<6.0f} tokens {count:>8} pairs {'#' * math.ceil(40 * count / max(counts))}")
     marks = ("\033[32m", "\033[31m", "\033[0m") if sys.stdout.isatty() else ("[[chosen: ", "[[rejected: ", "]]")
@@ -1234,29 +1208,20 @@ def show_rows(rows, tokenizer):
         start = row["prompt_length"]
         pieces = row["chosen_ids"][:start], row["chosen_ids"][start:], row["rejected_ids"][start:]
         print(f"--- row {row['row']}: prompt {start} tokens, chosen {len(pieces[1])}, rejected {len(pieces[2])}")
-        prompt, *answers = (
+        prompt, chosen, rejected = (
             text if len(text) <= 1000 else f"{text[:480]} (...) {text[-480:]}" for text in map(tokenizer.decode, pieces)
         )
-        text = prompt + "".join(f"\n{mark}{answer}{marks[2]}" for mark, answer in zip(marks, answers))
-        print(text)
-
-
-def collate_padded(rows, pad_token_id):
-    """A batch as RewardTrainer makes it, all chosen texts before all rejected ones, and the place of each last token."""
-    batch = DataCollatorForPreference(pad_token_id)(rows)
-    lengths = batch["attention_mask"].sum(1)
-    return {**batch, "last": torch.arange(len(lengths)) * batch["input_ids"].shape[1] + lengths - 1}
+        print(f"{prompt}\n{marks[0]}{chosen}{marks[2]}\n{marks[1]}{rejected}{marks[2]}")
 
 
 def collate_shared(rows):
     """A batch as one row without padding: of each pair the common beginning, then the two ends.
 
-    `pairs` (pairs, 4) holds where each one starts, where its common beginning ends, and its two texts."""
+    `pairs` (pairs, 4) holds where each one starts, where its common beginning ends, and where its two texts end."""
     ids, position_ids, pairs = [], [], []
     for row in rows:
-        chosen, rejected = row["chosen_ids"], row["rejected_ids"]
-        common = min(len(os.path.commonprefix([chosen, rejected])), len(chosen) - 1, len(rejected) - 1)
-        start = len(ids)
+        chosen, rejected, start = row["chosen_ids"], row["rejected_ids"], len(ids)
+        common = min(len(os.path.commonprefix([chosen, rejected])), len(rejected) - 1)
         ids += chosen + rejected[common:]
         position_ids += [*range(len(chosen)), *range(common, len(rejected))]
         pairs.append((start, start + common, start + len(chosen), len(ids)))
@@ -1265,7 +1230,6 @@ def collate_shared(rows):
         "input_ids": torch.tensor([ids]),
         "attention_mask": torch.ones(1, len(ids), dtype=torch.long),  # RewardTrainer counts tokens by it
         "position_ids": torch.tensor([position_ids]),
-        "last": torch.tensor([pair[2] - 1 for pair in pairs] + [pair[3] - 1 for pair in pairs]),
     }
     if "margin" in rows[0]:
         batch["margin"] = torch.tensor([row["margin"] for row in rows])
@@ -1279,51 +1243,44 @@ def attend_pairs(module, query, key, value, attention_mask, pairs, **kwargs):
     outputs = []
     for start, common, middle, end in pairs:
         text, rest = slice(start, middle), slice(middle, end)
-        outputs.append(
-            sdpa_attention_forward(module, query[:, :, text], key[:, :, text], value[:, :, text], None, **kwargs)[0]
-        )
-        seen_key, seen_value = (torch.cat([x[:, :, start:common], x[:, :, rest]], dim=2) for x in (key, value))
-        mask = torch.ones(end - middle, seen_key.shape[2], dtype=torch.bool, device=key.device).tril(common - start)
-        outputs.append(
-            sdpa_attention_forward(module, query[:, :, rest], seen_key, seen_value, mask[None, None], **kwargs)[0]
-        )
+        chosen = [x[:, :, text] for x in (query, key, value)]
+        outputs.append(sdpa_attention_forward(module, *chosen, None, **kwargs)[0])
+        seen = [torch.cat([x[:, :, start:common], x[:, :, rest]], dim=2) for x in (key, value)]
+        mask = torch.ones(end - middle, seen[0].shape[2], dtype=torch.bool, device=key.device).tril(common - start)
+        outputs.append(sdpa_attention_forward(module, query[:, :, rest], *seen, mask[None, None], **kwargs)[0])
     return torch.cat(outputs, dim=1), None
 
 
-AttentionInterface.register("pairs", attend_pairs)
+transformers.AttentionInterface.register("pairs", attend_pairs)
 
 
-def score_texts(self, input_ids, last, attention_mask=None, position_ids=None, pairs=None, **kwargs):
-    """In place of the classifier's forward: scores (texts, 1), read at the flat positions `last`.
+def score_texts(self, input_ids, attention_mask=None, position_ids=None, pairs=None, **kwargs):
+    """In place of the classifier's forward: scores (texts, 1) at the last token, all chosen before all rejected texts.
 
     The classifier's own looks for the last token that is not padding, and passes over an EOS that serves as padding.
     The head works in float32: in bfloat16, scores near 2 would come in steps of 0.016."""
-    layout = {"attention_mask": attention_mask}
-    if pairs is not None:
+    if pairs is None:
+        layout = {"attention_mask": attention_mask}
+        last = torch.arange(len(input_ids), device=input_ids.device), attention_mask.sum(1) - 1
+    else:
         layout = {"position_ids": position_ids, "pairs": pairs.tolist()}
+        last = 0, pairs[:, 2:].T.flatten() - 1
     hidden = self.base_model(input_ids, use_cache=False, **layout).last_hidden_state
     with torch.autocast(hidden.device.type, enabled=False):
-        return SequenceClassifierOutput(logits=self.score(hidden.flatten(0, 1)[last].float()))
+        return SequenceClassifierOutput(logits=self.score(hidden[last].float()))
 
 
 def load_reward_model(source, args):
     """The model of `source` with its score head, or a new one, and with --use_lora its adapter."""
     transformers.set_seed(args.seed)
-    verbosity = transformers.logging.get_verbosity()
+    trainable, verbosity = not (args.use_lora or args.eval_only), transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # else a table says that the head is new; a line below does
     model, info = load_model(
-        AutoModelForSequenceClassification,
-        source,
-        args,
-        trainable=not (args.use_lora or args.eval_only),
-        num_labels=1,
-        output_loading_info=True,
+        transformers.AutoModelForSequenceClassification, source, args, trainable, num_labels=1, output_loading_info=True
     )
     transformers.logging.set_verbosity(verbosity)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
-        raise UserError(
-            f"{source.base} loads as {type(model).__name__}, without a `score` head; it should be a decoder"
-        )
+        raise UserError(f"{source.base} loads as {type(model).__name__} without `score` head; it should be a decoder")
     head, new_head = model.score.float(), "score.weight" in info["missing_keys"]
     if new_head:
         # Scores start near 0, as the last layer of a policy does in Andrychowicz et al. 2021 (arXiv:2006.05990, 3.2).
@@ -1353,26 +1310,25 @@ def load_reward_model(source, args):
 
 def score_batch(model, batch, args):
     """The scores (texts, 1) of a batch, without gradients, in the precision of the training."""
+    model.eval()
     dtype = torch.float16 if args.fp16 else torch.bfloat16
     with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=args.fp16 or args.bf16):
         return model(**{name: value.to(model.device) for name, value in batch.items()}).logits
 
 
 def pick_collator(model, rows, tokenizer, args):
-    """`collate_shared` where the model computes with it what it computes with padding, else `collate_padded`.
+    """`collate_shared` where the model computes with it what it computes with padding, else TRL's collator.
 
     Tried on the longest pair: a model may not hand `pairs` down to its attention, or attend in a way of its own."""
-    padded = functools.partial(collate_padded, pad_token_id=tokenizer.pad_token_id)
+    padded = DataCollatorForPreference(tokenizer.pad_token_id)
     if args.attn_implementation:
         return padded
-    classifier = model.get_base_model() if args.use_lora else model
-    own, hidden = classifier.config._attn_implementation, []
-    hook = classifier.score.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
+    own, hidden = model.config._attn_implementation, []
+    hook = model.score.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
     longest = rows[int(np.argmax(rows["length"]))]
-    model.eval()
     score_batch(model, padded([longest]), args)
     try:
-        classifier.set_attn_implementation("pairs")
+        model.set_attn_implementation("pairs")
         score_batch(model, collate_shared([longest]), args)
         error = ((hidden[1] - hidden[0]).norm(dim=-1) / hidden[0].norm(dim=-1)).max().item()
     except (TypeError, ValueError, RuntimeError, LookupError) as reason:
@@ -1380,8 +1336,8 @@ def pick_collator(model, rows, tokenizer, args):
     hook.remove()
     if isinstance(error, float) and error < 0.1:  # rounding: 1e-5 in float32, a few percent in bfloat16
         return collate_shared
-    classifier.set_attn_implementation(own)
-    print(f"{type(classifier).__name__}: batches are padded, attention within flattened pairs does not work ({error})")
+    model.set_attn_implementation(own)
+    print(f"{model.config.model_type}: batches are padded, attention within flattened pairs does not work ({error})")
     return padded
 
 
@@ -1391,18 +1347,16 @@ class GuardedTrainer(NonfiniteGuard, RewardTrainer):
 
 def score_pairs(model, rows, collate, args, tokens=4096):
     """(score_chosen, score_rejected), arrays in the order of `rows`, from batches of similar lengths."""
-    model.eval()
     lengths = [len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows]
     scores, order = np.zeros((2, len(rows))), sorted(range(len(rows)), key=lambda i: -lengths[i])
     while order:
         size = max(1, tokens // lengths[order[0]])
         batch, order = order[:size], order[size:]
         scores[:, batch] = score_batch(model, collate([rows[i] for i in batch]), args).view(2, -1).cpu().numpy()
-    if not np.isfinite(scores).all():
-        bad = np.flatnonzero(~np.isfinite(scores).all(axis=0))
-        raise UserError(
-            f"{len(bad)} pairs have scores that are NaN or infinite, the first in row {rows[int(bad[0])]['row']}"
-        )
+    bad = np.flatnonzero(~np.isfinite(scores).all(axis=0))
+    if len(bad):
+        row = rows[int(bad[0])]["row"]
+        raise UserError(f"{len(bad)} pairs have scores that are NaN or infinite, the first in row {row}")
     return scores
 
 
@@ -1411,7 +1365,7 @@ def mean(values):
 
 
 def make_report(scores, length_difference):
-    """What the scores of pairs say; `scores` (2, pairs): chosen, rejected; `length_difference`: chosen - rejected, tokens.
+    """What the `scores` (2, pairs), chosen and rejected, say; `length_difference`: chosen - rejected, in tokens.
 
     Calibration is that of the model's confidence in the side that it prefers, sigmoid(|margin|), in ten bins from 0.5
     to 1; a tie is half right there, and wrong in the accuracy. The interval is Wilson's (1927), the calibration error
@@ -1459,24 +1413,18 @@ def evaluate_pairs(model, rows, collate, args, where):
     agreement = mean(np.sign(again[0] - again[1]) == np.sign(first[0] - first[1]))
     report["swapped"] = {"pairs": len(some), "agreement": agreement, "difference": float(np.abs(again - first).max())}
 
-    (low, high), bias, swapped = report["accuracy_interval"], report["length_bias"], report["swapped"]
-    longer, shorter = bias["chosen_longer"], bias["chosen_shorter"]
+    (low, high), bias, difference = report["accuracy_interval"], report["length_bias"], report["swapped"]["difference"]
     lines = [
         ("accuracy", report["accuracy"], f"95% interval {low:.3f} to {high:.3f}; {report['ties']} ties"),
-        ("  chosen is longer", longer["accuracy"], f"{longer['pairs']} pairs"),
-        ("  chosen is shorter", shorter["accuracy"], f"{shorter['pairs']} pairs"),
+        ("  chosen is longer", bias["chosen_longer"]["accuracy"], f"{bias['chosen_longer']['pairs']} pairs"),
+        ("  chosen is shorter", bias["chosen_shorter"]["accuracy"], f"{bias['chosen_shorter']['pairs']} pairs"),
         ("margin and length", bias["correlation"], "correlation of the differences in score and in tokens"),
         ("mean margin", report["mean_margin"], f"score_chosen - score_rejected; loss {report['loss']:.3f}"),
-        ("sides swapped", agreement, f"agree, of {len(some)} pairs; scores within {swapped['difference']:.0e}"),
-        (
-            "calibration error",
-            report["calibration_error"],
-            "of sigmoid(|margin|), the confidence; accuracy by bins of it:",
-        ),
+        ("sides swapped", agreement, f"agree, of {len(some)} pairs; scores within {difference:.0e}"),
+        ("calibration error", report["calibration_error"], "of confidence sigmoid(|margin|); accuracy by bins:"),
     ]
-    for row in report["reliability"]:
-        if row["pairs"]:
-            lines.append((f"  {row['from']:.2f} to {row['to']:.2f}", row["accuracy"], f"{row['pairs']} pairs"))
+    bins = [row for row in report["reliability"] if row["pairs"]]
+    lines += [(f"  {row['from']:.2f} to {row['to']:.2f}", row["accuracy"], f"{row['pairs']} pairs") for row in bins]
     print(f"report on {len(rows)} pairs of {where}")
     for name, value, note in lines:
         print(f"  {name:20} {'    -' if value is None else format(value, '6.3f')}  {note}")
@@ -1486,11 +1434,6 @@ def evaluate_pairs(model, rows, collate, args, where):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     check_shared(args)
-    source = locate_model(args.model_path, "--model_path")
-    check_source(source, args, "--model_path", reward_model=True if args.eval_only else None)
-    args.use_lora = args.use_lora or source.adapter is not None
-    if args.learning_rate is None:
-        args.learning_rate = 1e-4 if args.use_lora else 1e-5
     eval_split = args.eval_split or ("test" if args.eval_subset else None)
     if args.eval_fraction and eval_split:
         raise UserError("--eval_fraction holds out rows of --train_split; it excludes --eval_split and --eval_subset")
@@ -1500,6 +1443,11 @@ def main(argv=None):
         raise UserError("--eval_only needs pairs to evaluate on: --eval_split, --eval_subset or --eval_fraction")
     if args.eval_only and args.resume_from_checkpoint:
         raise UserError("--eval_only trains nothing, so there is nothing to resume: leave --resume_from_checkpoint out")
+    source = locate_model(args.model_path, "--model_path")
+    check_source(source, args, "--model_path", reward_model=True if args.eval_only else None)
+    args.use_lora = args.use_lora or source.adapter is not None
+    if args.learning_rate is None:
+        args.learning_rate = 1e-4 if args.use_lora else 1e-5
     checkpoint = pick_checkpoint(args, "reward")
     tokenizer = load_tokenizer(source, args)
     prompt_format = pick_format(args.prompt_format, "chat", source.run.get("prompt_format"), tokenizer)
@@ -1512,66 +1460,52 @@ def main(argv=None):
 
     splits = {}
     if not (args.eval_only and eval_split):
-        splits["train"] = args.subset, args.train_split, "--train_split"
+        splits["train"] = args.subset, args.train_split
     if eval_split:
-        splits["eval"] = args.eval_subset or args.subset, eval_split, "--eval_split"
-    rows, counts, where = {}, {}, {}
-    for name, (subset, split, flag) in splits.items():
-        where[name] = f"{args.dataset_name} {subset + ' ' if subset else ''}[{split}]"
-        data = load_split(args, args.dataset_name, subset, split, flag, args.streaming and name == "train")
-        schema = pick_schema(data, SCHEMAS, where[name])
-        names = set(data.column_names or next(iter(data), {}))
-        if args.use_margin and name == "train" and not {"score_chosen", "score_rejected"} <= names:
-            raise UserError(f"--use_margin: {where[name]} has no columns score_chosen and score_rejected")
-        rows[name], counts[name] = encode_split(data, schema, prompt_format, args, where[name])
+        splits["eval"] = args.eval_subset or args.subset, eval_split
+    rows, counts, where = {}, {"train": {}, "eval": None}, {}
+    for name, (subset, split) in splits.items():
+        where[name] = f"{args.dataset_name}{f' {subset}' if subset else ''} [{split}]"
+        streaming, use_margin = (flag and name == "train" for flag in (args.streaming, args.use_margin))
+        data = load_split(args, args.dataset_name, subset, split, f"--{name}_split", streaming)
+        rows[name], counts[name] = encode_split(data, prompt_format, args, where[name], use_margin)
     if args.eval_fraction:
         rows["train"], rows["eval"] = hold_out(rows["train"], args.eval_fraction, args.seed)
         counts["train"]["rows"], counts["eval"] = len(rows["train"]), {"rows": len(rows["eval"])}
         where["eval"] = f"{where['train']}, held out"
-        print(
-            f"held out for evaluation: {len(rows['eval'])} pairs, all those of {len(set(rows['eval']['prompt']))} prompts"
-        )
-    known = {**rows}  # with --streaming the first pairs stand for all
-    if args.streaming and not args.eval_only:
+    batch_size = args.per_device_train_batch_size
+    known = {**rows}
+    if args.streaming:  # the first pairs stand for all
         known["train"] = first_rows(rows["train"], where["train"])
-    elif not args.eval_only and args.per_device_train_batch_size > len(rows["train"]):
+    elif not args.eval_only and batch_size > len(rows["train"]):
         raise UserError(
-            f"--per_device_train_batch_size {args.per_device_train_batch_size} is larger than the data set "
-            f"({len(rows['train'])} pairs)"
+            f"--per_device_train_batch_size {batch_size} is larger than the data set ({len(rows['train'])} pairs)"
         )
-    longest = max(
-        len(ids) for split in known.values() for side in ("chosen_ids", "rejected_ids") for ids in split[side]
-    )
+    longest = max(max(split["longest"]) for split in known.values())
     positions = getattr(load_config(source, args).get_text_config(), "max_position_embeddings", longest)
     if longest > positions:
-        raise UserError(
-            f"--max_length {args.max_length}: the model has {positions} positions, a text has {longest} tokens"
-        )
-    # On a CPU a batch runs pair by pair: the same gradient, the memory of one pair, about a tenth slower. A GPU gets the
-    # batch as one row without padding.
-    pairs_at_once = args.per_device_train_batch_size if torch.accelerator.is_available() else 1
+        raise UserError(f"--max_length {args.max_length}: the model has {positions} positions, a text {longest} tokens")
+
+    # On a CPU a batch runs pair by pair: the same gradient, the memory of one pair, about a tenth slower. A GPU gets
+    # the batch as one row without padding.
+    pairs_at_once = batch_size if torch.accelerator.is_available() else 1
     if not args.eval_only:
-        texts = known["train"]
-        batch = (
-            args.per_device_train_batch_size * args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
-        )
-        steps = args.max_steps or math.ceil(args.num_train_epochs * math.ceil(len(texts) / batch))
-        sizes = [collate_shared([row])["input_ids"].shape[1] for row in texts]
+        pairs = known["train"]
+        batch = batch_size * args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
+        steps = args.max_steps or math.ceil(args.num_train_epochs * math.ceil(len(pairs) / batch))
         print(
-            f"{steps} steps of {batch} pairs; {'the first' if args.streaming else 'an epoch has'} {len(texts)} pairs, {sum(texts['length'])} tokens, {sum(sizes)} "
-            "with what the two texts of a pair share counted once"
+            f"{steps} steps of {batch} pairs; {'the first' if args.streaming else 'an epoch has'} {len(pairs)} pairs, "
+            f"{sum(pairs['length'])} tokens, {sum(pairs['size'])} with what the two texts of a pair share counted once"
         )
         peft_config = lora_config(args, source, "SEQ_CLS") if args.use_lora else None
-        largest = 2 * args.max_length if args.streaming else max(sizes)
-        foresee(args, AutoModelForSequenceClassification, source, steps, peft_config, pairs_at_once * largest, 0)
+        tokens = pairs_at_once * (2 * args.max_length if args.streaming else max(pairs["size"]))
+        foresee(args, transformers.AutoModelForSequenceClassification, source, steps, peft_config, tokens, 0)
     config = make_config(
         RewardConfig,
         args,
         per_device_train_batch_size=pairs_at_once,
-        gradient_accumulation_steps=args.gradient_accumulation_steps
-        * args.per_device_train_batch_size
-        // pairs_at_once,
-        per_device_eval_batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps * batch_size // pairs_at_once,
+        per_device_eval_batch_size=batch_size,
         max_steps=args.max_steps or -1,
         num_train_epochs=args.num_train_epochs,
         max_length=None,  # longer pairs are left out already
@@ -1580,9 +1514,8 @@ def main(argv=None):
         eval_strategy="steps" if "eval" in rows and args.eval_steps else "no",
         save_strategy="steps",
     )
-    run = describe_run(
-        "reward", args, source, prompt_format, tokenizer, {**counts.get("train", {}), "eval": counts.get("eval")}
-    )
+    dataset = {**counts["train"], "eval": counts["eval"]}
+    run = describe_run("reward", args, source, prompt_format, tokenizer, dataset)
     if args.dry_run:
         show_rows(known["eval" if args.eval_only else "train"], tokenizer)
         print("dry run: everything fits; nothing was loaded or written")
@@ -1598,18 +1531,17 @@ def main(argv=None):
         output_dir.mkdir(parents=True, exist_ok=True)
         with open(output_dir / "scores.jsonl", "w", encoding="utf-8") as file:
             for row, chosen, rejected in zip(rows["eval"]["row"], *scores.tolist()):
-                file.write(json.dumps({"row": row, "score_chosen": chosen, "score_rejected": rejected}) + "\n")
+                print(json.dumps({"row": row, "score_chosen": chosen, "score_rejected": rejected}), file=file)
         write_json(output_dir / "metrics.json", {"accuracy": report["accuracy"], "report": report})
         print(f"saved {output_dir / 'scores.jsonl'}")
         return
 
     open_output_dir(args, checkpoint)
     callback = RunCallback(args.output_dir, run)
-    columns = ["chosen_ids", "rejected_ids", "margin"] if args.use_margin else ["chosen_ids", "rejected_ids"]
+    columns = ["chosen_ids", "rejected_ids", "margin"]
     trainer = GuardedTrainer(
         model=model,
         args=config,
-        data_collator=collate_shared,
         train_dataset=rows["train"].select_columns(columns),
         eval_dataset=rows["eval"].select_columns(columns[:2]) if "eval" in rows else None,
         processing_class=tokenizer,
@@ -1618,7 +1550,8 @@ def main(argv=None):
     for parameter in model.parameters():  # RewardTrainer makes them bfloat16 on a quantized base, see load_model
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    model.config.pad_token_id = None if tokenizer.pad_token_id in ends else tokenizer.pad_token_id
+    if tokenizer.pad_token_id in ends:  # RewardTrainer writes it into the config, which is saved
+        model.config.pad_token_id = None
     trainer.data_collator = collate = pick_collator(model, known["train"], tokenizer, args)
     trainer.skips, trainer.text_column = args.skip_nonfinite, "chosen_ids"
     trainer.rows = None if args.streaming else rows["train"]

@@ -56,10 +56,8 @@ def encode(reward, model, rows, name="chat", **args):
     """Rows encoded as the script does it, and their format."""
     prompt_format = reward.PromptFormat(AutoTokenizer.from_pretrained(model), name)
     data = datasets.Dataset.from_list(rows)
-    args = SimpleNamespace(**{"max_length": 512, "use_margin": False, **args})
-    return *reward.encode_split(
-        data, reward.pick_schema(data, reward.SCHEMAS, "rows"), prompt_format, args, "rows"
-    ), prompt_format
+    args = SimpleNamespace(**{"max_length": 512, **args})
+    return *reward.encode_split(data, prompt_format, args, "rows"), prompt_format
 
 
 def score_alone(model, rows, side):
@@ -155,7 +153,7 @@ def test_shared_and_padded_batches_give_the_scores_and_gradients_of_the_stock_mo
     rows = list(rows)
     results = []
     for name, collate in (
-        ("sdpa", lambda rows: reward.collate_padded(rows, 0)),
+        ("sdpa", reward.DataCollatorForPreference(pad_token_id=0)),
         ("pairs", reward.collate_shared),
     ):
         classifier.set_attn_implementation(name)
