@@ -295,6 +295,7 @@ import psutil
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -503,13 +504,18 @@ def check_shared(args):
         raise UserError("--bf16 and --fp16 exclude each other")
     if args.fp16 and not torch.cuda.is_available():
         raise UserError("--fp16 needs a GPU; on a CPU use --bf16, or neither")
-    if args.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+    if args.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"--bf16: {torch.cuda.get_device_name()} cannot compute in bfloat16; use --fp16")
     if args.load_in_4bit and args.load_in_8bit:
         raise UserError("--load_in_4bit and --load_in_8bit exclude each other")
     quantized = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit" if args.load_in_8bit else None
     if quantized and not args.use_lora:
         raise UserError(f"{quantized} needs --use_lora: quantized weights cannot be trained themselves")
+    if os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        raise UserError(
+            "FSDP and ZeRO-3 cut the model in pieces, which this script cannot check or save; use DDP (the default of "
+            "accelerate launch) or ZeRO-2"
+        )
     if args.skip_nonfinite and os.environ.get("ACCELERATE_USE_DEEPSPEED"):
         raise UserError("--skip_nonfinite: DeepSpeed takes its step before anything could be left out")
     if args.push_to_hub:
@@ -679,7 +685,8 @@ def encode_rows(data, function, where, description):
             return True
 
         return data.map(encode, with_indices=True).filter(refuse)
-    workers = min(os.cpu_count() or 1, 1 + len(data) // 2000)
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = max(1, min(cores, 1 + len(data) // 2000))
     try:
         rows = data.map(
             encode,
@@ -728,7 +735,7 @@ def load_tokenizer(source, args):
 
 
 def load_model(cls, source, args, trainable, **kwargs):
-    """The base model of `source`, on this process's device if it is quantized.
+    """The base model of `source`.
 
     Weights that are trained are float32 (under autocast a bfloat16 AdamW step of 3e-6 would round to nothing);
     frozen ones have the precision the model computes in."""
@@ -741,7 +748,8 @@ def load_model(cls, source, args, trainable, **kwargs):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute,
         )
-        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
+    if torch.cuda.is_available():  # straight to this process's GPU, not by way of the machine's memory
+        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
     with reading(f"the model {source.base}"):
         return cls.from_pretrained(
             source.base,
@@ -935,6 +943,9 @@ class RunCallback(TrainerCallback):
         self.handlers = {}
 
     def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # all stop after the same step
+            flag = torch.tensor(float(self.interrupted), device=args.device)
+            self.interrupted = reduce(flag, "sum").item() > 0
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
@@ -1346,13 +1357,17 @@ class GuardedTrainer(NonfiniteGuard, RewardTrainer):
 
 
 def score_pairs(model, rows, collate, args, tokens=4096):
-    """(score_chosen, score_rejected), arrays in the order of `rows`, from batches of similar lengths."""
-    lengths = [len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows]
-    scores, order = np.zeros((2, len(rows))), sorted(range(len(rows)), key=lambda i: -lengths[i])
+    """(score_chosen, score_rejected), arrays in the order of `rows`, from batches of similar lengths; the processes
+    share the rows out."""
+    lengths, state = [len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows], PartialState()
+    mine = range(state.process_index, len(rows), state.num_processes)
+    scores, order = np.zeros((2, len(rows))), sorted(mine, key=lambda i: -lengths[i])
     while order:
         size = max(1, tokens // lengths[order[0]])
         batch, order = order[:size], order[size:]
         scores[:, batch] = score_batch(model, collate([rows[i] for i in batch]), args).view(2, -1).cpu().numpy()
+    if state.num_processes > 1:
+        scores = sum(gather_object([scores]))
     bad = np.flatnonzero(~np.isfinite(scores).all(axis=0))
     if len(bad):
         row = rows[int(bad[0])]["row"]
@@ -1425,9 +1440,10 @@ def evaluate_pairs(model, rows, collate, args, where):
     ]
     bins = [row for row in report["reliability"] if row["pairs"]]
     lines += [(f"  {row['from']:.2f} to {row['to']:.2f}", row["accuracy"], f"{row['pairs']} pairs") for row in bins]
-    print(f"report on {len(rows)} pairs of {where}")
-    for name, value, note in lines:
-        print(f"  {name:20} {'    -' if value is None else format(value, '6.3f')}  {note}")
+    if PartialState().is_main_process:
+        print(f"report on {len(rows)} pairs of {where}")
+        for name, value, note in lines:
+            print(f"  {name:20} {'    -' if value is None else format(value, '6.3f')}  {note}")
     return report, scores
 
 
@@ -1481,7 +1497,7 @@ def main(argv=None):
         raise UserError(
             f"--per_device_train_batch_size {batch_size} is larger than the data set ({len(rows['train'])} pairs)"
         )
-    longest = max(max(split["longest"]) for split in known.values())
+    longest = args.max_length if args.streaming else max(max(split["longest"]) for split in known.values())
     positions = getattr(load_config(source, args).get_text_config(), "max_position_embeddings", longest)
     if longest > positions:
         raise UserError(f"--max_length {args.max_length}: the model has {positions} positions, a text {longest} tokens")
@@ -1523,10 +1539,12 @@ def main(argv=None):
 
     model = load_reward_model(source, args)
     if args.eval_only:
-        if torch.accelerator.is_available() and not (args.load_in_4bit or args.load_in_8bit):
-            model.to(torch.accelerator.current_accelerator())
+        if not (args.load_in_4bit or args.load_in_8bit):
+            model.to(config.device)
         collate = pick_collator(model, rows["eval"], tokenizer, args)
         report, scores = evaluate_pairs(model, rows["eval"], collate, args, where["eval"])
+        if not PartialState().is_main_process:
+            return
         output_dir = Path(args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         with open(output_dir / "scores.jsonl", "w", encoding="utf-8") as file:
@@ -1539,6 +1557,7 @@ def main(argv=None):
     open_output_dir(args, checkpoint)
     callback = RunCallback(args.output_dir, run)
     columns = ["chosen_ids", "rejected_ids", "margin"]
+    weights = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     trainer = GuardedTrainer(
         model=model,
         args=config,
@@ -1547,9 +1566,8 @@ def main(argv=None):
         processing_class=tokenizer,
         callbacks=[callback],
     )
-    for parameter in model.parameters():  # RewardTrainer makes them bfloat16 on a quantized base, see load_model
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    for parameter, data in weights:  # RewardTrainer makes them bfloat16 on a quantized base, see load_model
+        parameter.data = data.to(parameter.device)
     if tokenizer.pad_token_id in ends:  # RewardTrainer writes it into the config, which is saved
         model.config.pad_token_id = None
     trainer.data_collator = collate = pick_collator(model, known["train"], tokenizer, args)

@@ -319,6 +319,7 @@ import psutil
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import reduce
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -535,13 +536,18 @@ def check_shared(args):
         raise UserError("--bf16 and --fp16 exclude each other")
     if args.fp16 and not torch.cuda.is_available():
         raise UserError("--fp16 needs a GPU; on a CPU use --bf16, or neither")
-    if args.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+    if args.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"--bf16: {torch.cuda.get_device_name()} cannot compute in bfloat16; use --fp16")
     if args.load_in_4bit and args.load_in_8bit:
         raise UserError("--load_in_4bit and --load_in_8bit exclude each other")
     quantized = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit" if args.load_in_8bit else None
     if quantized and not args.use_lora:
         raise UserError(f"{quantized} needs --use_lora: quantized weights cannot be trained themselves")
+    if os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        raise UserError(
+            "FSDP and ZeRO-3 cut the model in pieces, which this script cannot check or save; use DDP (the default of "
+            "accelerate launch) or ZeRO-2"
+        )
     if args.skip_nonfinite and os.environ.get("ACCELERATE_USE_DEEPSPEED"):
         raise UserError("--skip_nonfinite: DeepSpeed takes its step before anything could be left out")
     if args.push_to_hub:
@@ -711,7 +717,8 @@ def encode_rows(data, function, where, description):
             return True
 
         return data.map(encode, with_indices=True).filter(refuse)
-    workers = min(os.cpu_count() or 1, 1 + len(data) // 2000)
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = max(1, min(cores, 1 + len(data) // 2000))
     try:
         rows = data.map(
             encode,
@@ -760,7 +767,7 @@ def load_tokenizer(source, args):
 
 
 def load_model(cls, source, args, trainable, **kwargs):
-    """The base model of `source`, on this process's device if it is quantized.
+    """The base model of `source`.
 
     Weights that are trained are float32 (under autocast a bfloat16 AdamW step of 3e-6 would round to nothing);
     frozen ones have the precision the model computes in."""
@@ -773,7 +780,8 @@ def load_model(cls, source, args, trainable, **kwargs):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute,
         )
-        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
+    if torch.cuda.is_available():  # straight to this process's GPU, not by way of the machine's memory
+        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
     with reading(f"the model {source.base}"):
         return cls.from_pretrained(
             source.base,
@@ -967,6 +975,9 @@ class RunCallback(TrainerCallback):
         self.handlers = {}
 
     def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # all stop after the same step
+            flag = torch.tensor(float(self.interrupted), device=args.device)
+            self.interrupted = reduce(flag, "sum").item() > 0
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
@@ -1408,7 +1419,8 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
             **({"temperature": self.args.temperature, "top_k": 0, "top_p": 1.0} if sample else {}),
         )
         responses, size = [], self.args.local_rollout_forward_batch_size
-        with role.active() as model, self.accelerator.autocast():
+        # autocast keeps its 16-bit copies of weights for the next token only where they are trained
+        with role.active(train=True) as model, self.accelerator.autocast():
             kept, model.generation_config = model.generation_config, config  # the model's own would fill gaps (top_p)
             try:
                 for start in range(0, len(prompts), size):
@@ -1434,7 +1446,10 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
         models = {id(role.model): role for role in (self.roles.policy, self.roles.value, self.roles.reward) if role}
         if self.reward_format is not None:  # it reads texts, one at a time
             models.pop(id(self.roles.reward.model), None)
-        for self.packing in ("tree", "rows"):
+        flash = "flash" in (
+            self.roles.config._attn_implementation or ""
+        )  # takes no mask; on a GPU a wrong one is the end
+        for self.packing in ("rows",) if flash else ("tree", "rows"):
             try:
                 batches = [self.collate(group, prompts, responses, rows, 2) for group in ([0, 1], [0], [1])]
                 for role in models.values():
@@ -1484,9 +1499,10 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
         if self.packing == "tree" and len(group) > 1:
             owner = torch.tensor(owners, device=self.device)
             mask = (owner == owner[:, None]) | (owner == -1)
-            mask = mask.tril()[None, None]
-            if self.roles.config._attn_implementation == "eager":  # it adds its mask to the scores
-                mask = torch.zeros(mask.shape, device=self.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+            # as numbers that are added to the scores: SDPA would make them of a bool mask in every layer, and keep them
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+            hidden = torch.full(mask.shape, torch.finfo(dtype).min, dtype=dtype, device=self.device)
+            mask = hidden.masked_fill(mask.tril(), 0)[None, None]
         lengths = [len(response) for response in responses]
         width = min(max(lengths) + 1, total_width)
         index = [[start + min(j, n) for j in range(width)] for start, n in zip(starts, lengths)]
@@ -1691,6 +1707,12 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
             self.ppo_state["kl_coef"] *= 1 + error * episodes / 10_000
         return losses["loss"].nan_to_num(0, 0, 0)
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.ppo_state["stopped"]:
+            model.zero_grad()  # zeros would still let AdamW's momentum move the policy
+        return norm
+
     def stop_for_kl(self, kl):
         print(f"KL {kl:.1f} nats is above --max_kl {self.options.max_kl}: stopped; the policy is the one before that")
         if self.snapshot is not None:
@@ -1723,8 +1745,10 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
             mini_batch = [batches[i] for i in order[start : start + size]]
             counts = torch.stack([sum(b.actions.sum() for b in mini_batch), sum(b.states.sum() for b in mini_batch)])
             actions, states = self.accelerator.reduce(counts, "sum")
-            for batch in mini_batch:
-                stats.append(self.backward(batch, actions, states))
+            with self.roles.policy.active(train=True):
+                found = [self.policy_backward(batch, actions) for batch in mini_batch]
+            with self.roles.value.active(train=True):
+                stats += [part | self.value_backward(batch, states) for part, batch in zip(found, mini_batch)]
             if self.accelerator.num_processes > 1:  # sums, since the losses are divided by the counts of all processes
                 for parameter in model.parameters():
                     if parameter.grad is not None:
@@ -1736,35 +1760,33 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
                 self.optimizer.zero_grad()
         return self.sum_stats(stats)
 
-    def backward(self, batch, actions, states):
-        """Gradients of the clipped policy loss (Schulman et al. 2017, arXiv:1707.06347, equation 7) and of the clipped
-        value loss, as parts of the means over `actions` and `states` positions. Returns sums for the metrics.
-
-        Policy first, then value: the activations of one are freed before the other's, and only one adapter is active
-        at a time."""
-        with self.roles.policy.active(train=True):
-            difference = (self.policy_logprobs(self.roles.policy, batch) - batch.logprobs) * batch.actions
-            ratio = difference.exp()
-            clipped = ratio.clamp(1 - self.args.cliprange, 1 + self.args.cliprange)
-            loss, clipped_loss = -batch.advantages * ratio, -batch.advantages * clipped
-            policy_loss = (torch.max(loss, clipped_loss) * batch.actions).sum() / actions
-            self.accelerator.backward(policy_loss)
-        with self.roles.value.active(train=True):
-            values = self.state_values(batch)
-            clip = self.args.cliprange_value
-            near = torch.max(torch.min(values, batch.values + clip), batch.values - clip)
-            errors, near_errors = (values - batch.returns).square(), (near - batch.returns).square()
-            value_loss = 0.5 * (torch.max(errors, near_errors) * batch.states).sum() / states
-            self.accelerator.backward(self.args.vf_coef * value_loss)
+    def policy_backward(self, batch, actions):
+        """Gradients of the clipped policy loss (Schulman et al. 2017, arXiv:1707.06347, equation 7), as a part of the
+        mean over `actions` positions. Returns sums for the metrics."""
+        difference = (self.policy_logprobs(self.roles.policy, batch) - batch.logprobs) * batch.actions
+        ratio = difference.exp()
+        clipped = ratio.clamp(1 - self.args.cliprange, 1 + self.args.cliprange)
+        loss, clipped_loss = -batch.advantages * ratio, -batch.advantages * clipped
+        policy_loss = (torch.max(loss, clipped_loss) * batch.actions).sum() / actions
+        self.accelerator.backward(policy_loss)
         with torch.no_grad():
             return {
                 "policy_loss": policy_loss.detach(),
-                "value_loss": value_loss.detach(),
                 "clipfrac": ((clipped_loss > loss) * batch.actions).sum() / actions,
-                "value_clipfrac": ((near_errors > errors) * batch.states).sum() / states,
                 "approxkl": 0.5 * difference.square().sum() / actions,
                 "ratio": (ratio * batch.actions).sum() / actions,
             }
+
+    def value_backward(self, batch, states):
+        """The same for the clipped value loss and `states` positions."""
+        values = self.state_values(batch)
+        clip = self.args.cliprange_value
+        near = torch.max(torch.min(values, batch.values + clip), batch.values - clip)
+        errors, near_errors = (values - batch.returns).square(), (near - batch.returns).square()
+        value_loss = 0.5 * (torch.max(errors, near_errors) * batch.states).sum() / states
+        self.accelerator.backward(self.args.vf_coef * value_loss)
+        clipfrac = ((near_errors > errors) * batch.states).sum() / states
+        return {"value_loss": value_loss.detach(), "value_clipfrac": clipfrac}
 
     def sum_stats(self, stats):
         """Means over the optimizer steps of what the micro-batches gave; `loss` is what is minimized."""
@@ -2088,6 +2110,8 @@ def foresee_roles(args, policy, reward, value, config, longest, episodes, update
 def main(argv=None):
     args = build_parser().parse_args(argv)
     check_shared(args)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED"):  # its backward pass takes an optimizer step
+        raise UserError("PPO does not run under DeepSpeed; use DDP (accelerate launch --multi_gpu)")
     if not args.reward_model_path and not args.reward_function:
         raise UserError("a reward is needed: --reward_model_path, --reward_function, or both")
     episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps

@@ -291,6 +291,7 @@ import psutil
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import reduce
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -503,13 +504,18 @@ def check_shared(args):
         raise UserError("--bf16 and --fp16 exclude each other")
     if args.fp16 and not torch.cuda.is_available():
         raise UserError("--fp16 needs a GPU; on a CPU use --bf16, or neither")
-    if args.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+    if args.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"--bf16: {torch.cuda.get_device_name()} cannot compute in bfloat16; use --fp16")
     if args.load_in_4bit and args.load_in_8bit:
         raise UserError("--load_in_4bit and --load_in_8bit exclude each other")
     quantized = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit" if args.load_in_8bit else None
     if quantized and not args.use_lora:
         raise UserError(f"{quantized} needs --use_lora: quantized weights cannot be trained themselves")
+    if os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        raise UserError(
+            "FSDP and ZeRO-3 cut the model in pieces, which this script cannot check or save; use DDP (the default of "
+            "accelerate launch) or ZeRO-2"
+        )
     if args.skip_nonfinite and os.environ.get("ACCELERATE_USE_DEEPSPEED"):
         raise UserError("--skip_nonfinite: DeepSpeed takes its step before anything could be left out")
     if args.push_to_hub:
@@ -679,7 +685,8 @@ def encode_rows(data, function, where, description):
             return True
 
         return data.map(encode, with_indices=True).filter(refuse)
-    workers = min(os.cpu_count() or 1, 1 + len(data) // 2000)
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = max(1, min(cores, 1 + len(data) // 2000))
     try:
         rows = data.map(
             encode,
@@ -728,7 +735,7 @@ def load_tokenizer(source, args):
 
 
 def load_model(cls, source, args, trainable, **kwargs):
-    """The base model of `source`, on this process's device if it is quantized.
+    """The base model of `source`.
 
     Weights that are trained are float32 (under autocast a bfloat16 AdamW step of 3e-6 would round to nothing);
     frozen ones have the precision the model computes in."""
@@ -741,7 +748,8 @@ def load_model(cls, source, args, trainable, **kwargs):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute,
         )
-        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
+    if torch.cuda.is_available():  # straight to this process's GPU, not by way of the machine's memory
+        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
     with reading(f"the model {source.base}"):
         return cls.from_pretrained(
             source.base,
@@ -935,6 +943,9 @@ class RunCallback(TrainerCallback):
         self.handlers = {}
 
     def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # all stop after the same step
+            flag = torch.tensor(float(self.interrupted), device=args.device)
+            self.interrupted = reduce(flag, "sum").item() > 0
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
@@ -1204,13 +1215,13 @@ def load_adapter_weights(model, adapter):
 def check_separation(model, args):
     """Refuse a model in which examples that share a row see each other: recurrent layers and convolutions do not mind
     that position ids restart."""
-    if "flash" in (args.attn_implementation or ""):  # runs on the GPU only, where the model is not yet; it minds them
-        return
     ids, positions = torch.arange(3, 11, device=model.device)[None], torch.arange(8, device=model.device)[None] % 4
-    with reading(f"{type(model).__name__} with examples that share a row"):
+    half = args.bf16 or args.fp16
+    autocast = torch.autocast(model.device.type, torch.float16 if args.fp16 else torch.bfloat16, enabled=half)
+    with reading(f"{type(model).__name__} with examples that share a row"), autocast:
         both = model.eval()(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 4:].float()
         alone = model(input_ids=ids[:, 4:], use_cache=False).logits[0].float()
-    if (both - alone).abs().max() > (1e-3 if model.dtype == torch.float32 else 0.05) * alone.abs().max():
+    if (both - alone).abs().max() > (0.05 if half else 1e-3) * alone.abs().max():
         raise UserError(
             "in this model examples that share a row see each other; leave --packing out, and in place of --batch_size "
             "use --gradient_accumulation_steps"
@@ -1283,15 +1294,22 @@ def main(argv=None):
     elif args.batch_size > len(train_rows):
         raise UserError(f"--batch_size {args.batch_size} is larger than the data set ({len(train_rows)} rows)")
     longest = args.max_length if args.streaming else max(map(len, train_rows["input_ids"]))
-    positions = getattr(load_config(source, args).get_text_config(), "max_position_embeddings", longest)
+    model_config = load_config(source, args).get_text_config()
+    positions = getattr(model_config, "max_position_embeddings", longest)
     if longest > positions:
         raise UserError(
             f"--max_length {args.max_length}: the model has {positions} positions, a row {'may have' if args.streaming else 'has'} {longest} tokens"
         )
 
-    # On a CPU a batch runs row by row: the same gradient (each answer token of the whole batch counts the same), the
-    # memory of one row, and no mask over several. A GPU gets the batch as one row without padding.
+    # A batch runs in parts, each one row without padding: the same gradient (each answer token of the whole batch counts
+    # the same). On a CPU a part is one row of the data. A GPU gets more at once: with flash-attention the batch, else as
+    # much as the hidden size, since SDPA computes between the rows too; there that is a sixth of the linear layers' work.
     rows_at_once = args.batch_size if torch.accelerator.is_available() else 1
+    if "flash" not in (args.attn_implementation or ""):
+        while rows_at_once > 1 and (
+            args.batch_size % rows_at_once or rows_at_once * longest > model_config.hidden_size
+        ):
+            rows_at_once -= 1
     columns = ["input_ids", "labels"]
     packed = pack_dataset(train_rows.select_columns(columns), args.max_length) if args.packing else train_rows
     batch = args.batch_size * args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
@@ -1341,6 +1359,7 @@ def main(argv=None):
     callback = RunCallback(args.output_dir, run)
     # It warns that only flash-attention keeps flattened examples apart; SDPA does too when position ids restart.
     logging.getLogger("trl.trainer.sft_trainer").setLevel(logging.ERROR)
+    weights = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     trainer = (GuardedTrainer if torch.accelerator.is_available() else RowTrainer)(
         model=model,
         args=config,
@@ -1349,6 +1368,8 @@ def main(argv=None):
         processing_class=tokenizer,
         callbacks=[callback],
     )
+    for parameter, data in weights:  # SFTTrainer makes them bfloat16 on a quantized base, see load_model
+        parameter.data = data.to(parameter.device)
     trainer.skips, trainer.rows = args.skip_nonfinite, None if args.streaming else train_rows
     metrics = train_model(trainer, checkpoint)
     if eval_rows:
