@@ -206,7 +206,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from safetensors import SafetensorError, safe_open
-from torch.nn.utils import parametrize
+from torch.nn import functional
+from torch.utils._pytree import tree_iter, tree_map
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -215,10 +216,9 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Small enough for the processor's cache, and to be allocated again and again without growing or leaving the heap.
-BLOCK = 2**18  # weights that are summed or used at a time
-COPY = 2**18  # bytes copied at a time
-FLUSH = 2**26  # bytes after which the disk is given work: far smaller, and the jobs alone take 100 MB of memory at 3B
+# Weights that are summed or used at a time, and bytes that are copied at a time: small enough for the processor's
+# cache, and to be allocated again and again without growing or leaving the heap.
+BLOCK = 2**18
 FACTOR = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?")
 # What a LoRA config may set and still be read below. An adapter that uses anything else (target_parameters,
 # trainable_token_indices, lora_bias, ...) is left to PEFT.
@@ -236,58 +236,38 @@ TEXT = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
-    """A tensor in a safetensors file; `start` and `end` are bytes from the beginning of the file."""
+class Tensor:
+    """The bytes from `start` to `end` of a safetensors file, of the type `stored`; `updates` change them, in float32,
+    and the sum is rounded to `dtype`. A model is a {name: Tensor}, and an adapter makes another one of it."""
 
-    name: str
     path: Path
-    dtype: str
-    shape: tuple
     start: int
     end: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What an adapter does to a tensor: it puts `whole` in its place, or adds scaling * B @ A (transposed where the
-    tensor's rows are inputs), and for DoRA then scales every output of the sum to the norm in `magnitude`."""
-
-    whole: Stored | None = None
-    a: Stored | None = None
-    b: Stored | None = None
-    magnitude: Stored | None = None
-    scaling: float = 1.0
-    transposed: bool = False
-
-    @property
-    def shape(self):
-        """The shape of the tensor that this step fits."""
-        if self.whole:
-            return self.whole.shape
-        outputs, inputs = self.b.shape[0], self.a.shape[1]
-        return (inputs, outputs) if self.transposed else (outputs, inputs)
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """A tensor of the merged model: `source`, as the steps change it."""
-
-    name: str
-    dtype: str
     shape: tuple
-    source: Stored | None
-    steps: tuple
+    stored: str
+    dtype: str
+    updates: tuple = ()
 
     @property
     def computed(self):
-        return bool(self.steps) or self.dtype != self.source.dtype
+        return bool(self.updates) or self.dtype != self.stored
 
     @property
     def size(self):
-        """Bytes."""
-        if self.computed:
-            return math.prod(self.shape) * FLOATS[self.dtype].itemsize
-        return self.source.end - self.source.start
+        """Bytes that it takes when it is written."""
+        return math.prod(self.shape) * FLOATS[self.dtype].itemsize if self.computed else self.end - self.start
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """Adds scaling * B @ A to a tensor (transposed where the tensor's rows are inputs), and for DoRA then scales every
+    output of the sum to the norm in `magnitude`."""
+
+    a: Tensor
+    b: Tensor
+    magnitude: Tensor | None
+    scaling: float
+    transposed: bool
 
 
 def shorten(names):
@@ -331,7 +311,7 @@ def follow_chain(args):
 
 
 def read_headers(folder, stem):
-    """{name: Stored} of `stem`.safetensors, or of the files that its index names, in the order of their bytes."""
+    """{name: Tensor} of `stem`.safetensors, or of the files that its index names, in the order of their bytes."""
     files, index = [f"{stem}.safetensors"], {}
     if not (folder / files[0]).is_file():
         if not (folder / f"{files[0]}.index.json").is_file():
@@ -352,8 +332,8 @@ def read_headers(folder, stem):
             header = json.loads(file.read(data - 8))
         header.pop("__metadata__", None)
         for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            start, end = info["data_offsets"]
-            tensors[name] = Stored(name, path, info["dtype"], tuple(info["shape"]), data + start, data + end)
+            start, end = (data + offset for offset in info["data_offsets"])
+            tensors[name] = Tensor(path, start, end, tuple(info["shape"]), info["dtype"], info["dtype"])
     if set(index) - set(tensors):
         raise UserError(f"the files in {folder} lack tensors of their index: {shorten(set(index) - set(tensors))}")
     return tensors
@@ -369,98 +349,78 @@ def read_bytes(tensor, begin, end):
 
 
 def read_rows(tensor, begin=0, end=None):
-    """Rows of a stored tensor (all by default) in float32."""
-    end = (tensor.shape or (1,))[0] if end is None else end
-    row = math.prod(tensor.shape[1:]) * FLOATS[tensor.dtype].itemsize
-    values = read_bytes(tensor, begin * row, end * row).view(FLOATS[tensor.dtype]).float()
-    return values.view(end - begin, *tensor.shape[1:]) if tensor.shape else values[0]
-
-
-read_factor = functools.lru_cache(maxsize=8)(read_rows)  # A, B and magnitude: needed for every block of a tensor
-
-
-def merge_rows(source, steps, begin=0, end=None):
-    """Rows of `source` (all by default) in float32, as the steps change them."""
-    weight = read_rows(source, begin, end) if source else None
-    for step in steps:
-        if step.whole:
-            weight = read_rows(step.whole, begin, end)
-            continue
-        a, b = read_factor(step.a), read_factor(step.b)
-        delta = (b @ a[:, begin:end]).T if step.transposed else b[begin:end] @ a
-        weight = delta.mul_(step.scaling).add_(weight)
-        if step.magnitude:
-            magnitude = read_factor(step.magnitude).flatten()
-            magnitude = magnitude[None] if step.transposed else magnitude[begin:end, None]
-            weight *= magnitude / torch.linalg.norm(weight, dim=0 if step.transposed else 1, keepdim=True)
+    """Rows of a tensor (all by default) in float32, as its updates change them."""
+    rows = (tensor.shape or (1,))[0]
+    end = rows if end is None else end
+    if end - begin < rows and any(update.magnitude and update.transposed for update in tensor.updates):
+        return read_cached(tensor)[begin:end]  # the norms run over all rows
+    kind, row = FLOATS[tensor.stored], math.prod(tensor.shape[1:])
+    weight = read_bytes(tensor, begin * row * kind.itemsize, end * row * kind.itemsize).view(kind).float()
+    weight = weight.view(end - begin, *tensor.shape[1:]) if tensor.shape else weight[0]
+    for update in tensor.updates:
+        a, b = read_cached(update.a), read_cached(update.b)
+        delta = (b @ a[:, begin:end]).T if update.transposed else b[begin:end] @ a
+        weight = delta.mul_(update.scaling).add_(weight)
+        if update.magnitude:
+            magnitude = read_cached(update.magnitude).flatten()
+            magnitude = magnitude[None] if update.transposed else magnitude[begin:end, None]
+            weight *= magnitude / torch.linalg.norm(weight, dim=0 if update.transposed else 1, keepdim=True)
     return weight
 
 
-def split_rows(shape, steps=()):
+read_cached = functools.lru_cache(maxsize=8)(read_rows)  # A, B and magnitude: needed for every block of a tensor
+
+
+def split_rows(shape):
     """(begin, end) of the blocks of rows that a tensor is read and summed in."""
-    rows = (shape or (1,))[0]
-    block = max(1, BLOCK // max(1, math.prod(shape[1:])))
-    if any(step.magnitude and step.transposed for step in steps):  # their norms run over all rows
-        block = rows
+    rows, block = (shape or (1,))[0], max(1, BLOCK // max(1, math.prod(shape[1:])))
     return [(begin, min(begin + block, rows)) for begin in range(0, rows, block)]
 
 
-def output_bytes(output):
+def output_bytes(name, tensor):
     """The bytes of a tensor of the merged model, in pieces."""
-    if not output.computed:
-        for begin in range(0, output.size, COPY):
-            yield read_bytes(output.source, begin, min(begin + COPY, output.size)).numpy()
+    if not tensor.computed:
+        for begin in range(0, tensor.size, BLOCK):
+            yield read_bytes(tensor, begin, min(begin + BLOCK, tensor.size)).numpy()
         return
-    for begin, end in split_rows(output.shape, output.steps):
-        block = merge_rows(output.source, output.steps, begin, end).to(FLOATS[output.dtype])
+    for begin, end in split_rows(tensor.shape):
+        block = read_rows(tensor, begin, end).to(FLOATS[tensor.dtype])
         if not block.sum().isfinite() and not block.isfinite().all():  # the sum is 20 times as fast
-            raise UserError(f"{output.name} would hold NaN or infinity in {FLOATS[output.dtype]}")
+            raise UserError(f"{name} would hold NaN or infinity in {FLOATS[tensor.dtype]}")
         yield block.contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def write_weights(folder, tensors, max_shard_size):
+    """Write the merged model's tensors as safetensors, in files of at most `max_shard_size`."""
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    with tqdm(total=split.metadata["total_size"], unit="B", unit_scale=True, desc="Merging") as bar:
+        for filename, names in split.filename_to_tensors.items():
+            # Wide types first, so that every tensor starts at a multiple of its width, as the format's own writer does.
+            names = sorted(names, key=lambda name: -tensors[name].size // max(1, math.prod(tensors[name].shape)))
+            header, offset = {"__metadata__": {"format": "pt"}}, 0
+            for name in names:
+                span = [offset, offset := offset + tensors[name].size]
+                header[name] = {"dtype": tensors[name].dtype, "shape": tensors[name].shape, "data_offsets": span}
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)
+            with open(folder / filename, "wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                for name in names:
+                    for data in output_bytes(name, tensors[name]):
+                        bar.update(file.write(data))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def flush_file(path):
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
-
-
-def write_weights(folder, outputs, max_shard_size, pool):
-    """Write the merged model's tensors as safetensors, in files of at most `max_shard_size`.
-
-    Returns the jobs in `pool` (of one thread) that bring them onto the disk, so that it works from the first block on."""
-    outputs = {output.name: output for output in outputs}
-    split = split_state_dict_into_shards_factory(
-        outputs,
-        get_storage_size=lambda output: output.size,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
-    total, jobs, waiting = sum(output.size for output in outputs.values()), [], 0
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Merging") as bar:
-        for filename, names in split.filename_to_tensors.items():
-            # Wide types first, so that every tensor starts at a multiple of its width, as the format's own writer does.
-            shard = sorted((outputs[name] for name in names), key=lambda o: -o.size // max(1, math.prod(o.shape)))
-            header, offset = {"__metadata__": {"format": "pt"}}, 0
-            for output in shard:
-                span = [offset, offset + output.size]
-                header[output.name] = {"dtype": output.dtype, "shape": output.shape, "data_offsets": span}
-                offset += output.size
-            text = json.dumps(header).encode()
-            text += b" " * (-len(text) % 8)
-            with open(folder / filename, "wb") as file:
-                file.write(len(text).to_bytes(8, "little") + text)
-                for output in shard:
-                    for data in output_bytes(output):
-                        written = file.write(data)
-                        bar.update(written)
-                        waiting += written
-                        if waiting >= FLUSH:
-                            jobs.append(pool.submit(flush_file, folder / filename))
-                            waiting = 0
-            jobs.append(pool.submit(flush_file, folder / filename))
-    if split.is_sharded:
-        index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index)
-    return jobs
 
 
 def build_model(auto, config):
@@ -493,89 +453,76 @@ def match_names(model, tensors):
     return places, {a: b for pair in pairs for a, b in (pair, pair[::-1]) if a not in places and b in places}
 
 
-def read_adapter(folder, model, tensors, places):
-    """(steps, reason): what an adapter does, {parameter or tensor: [step]}, or why that is left to PEFT."""
+def apply_adapter(folder, model, tensors):
+    """(`tensors` as an adapter changes them, None), or (`tensors`, why that is left to PEFT)."""
     config, stored = read_json(folder / "adapter_config.json"), read_headers(folder, "adapter_model")
     if config.get("peft_type") != "LORA":
-        return {}, f"a {config.get('peft_type')} adapter"
+        return tensors, f"a {config.get('peft_type')} adapter"
     special = [name for name, value in config.items() if value and name not in FIELDS]
     if config.get("init_lora_weights") not in (None, True, False, "gaussian", "eva", "orthogonal"):
         special.append("init_lora_weights")  # the other ways to start change the base model
     if special:
-        return {}, f"it uses {', '.join(special)}"
-    steps, factors, wrong, state = {}, {}, [], model.state_dict()
+        return tensors, f"it uses {', '.join(special)}"
+    (places, tied), state, wrong = match_names(model, tensors), model.state_dict(), []
     parameters = {place[0][0]: name for name, place in places.items() if not place[0][2]}
 
     def find(name):
         """The parameter of that name, or the one made out of the tensor of that name, or the tensor."""
         return name if name in state else parameters.get(name, name)
 
+    whole, updates, factors = {}, {}, {}
     for key, tensor in stored.items():
         name = key.removeprefix("base_model.model.")
         if match := FACTOR.fullmatch(name):
             factors.setdefault(match[1], {})[match[2].replace("_embedding", "")] = tensor
         elif not name.endswith(".base_layer.weight"):  # PEFT's copy of an embedding that has LoRA factors
-            steps[find(re.sub(r"\.(base_layer|modules_to_save)(?=\.)", "", name))] = [Step(whole=tensor)]
+            whole[find(re.sub(r"\.(base_layer|modules_to_save)(?=\.)", "", name))] = tensor
     for module, parts in factors.items():
         name = find(f"{module}.weight")
-        if not {"lora_A", "lora_B"} <= set(parts):
+        a, b, magnitude = (parts.get(part) for part in ("lora_A", "lora_B", "lora_magnitude_vector"))
+        if not a or not b:
             wrong.append(f"{module} has only {', '.join(parts)}")
             continue
-        a, b, magnitude = (parts.get(part) for part in ("lora_A", "lora_B", "lora_magnitude_vector"))
         if len(a.shape) != 2 or len(b.shape) != 2:
-            return {}, f"{name} is not a matrix"
-        if a.shape[0] != b.shape[1] or (magnitude and math.prod(magnitude.shape) != b.shape[0]):
+            return tensors, f"{name} is not a matrix"
+        rank = a.shape[0]
+        if rank != b.shape[1] or (magnitude and math.prod(magnitude.shape) != b.shape[0]):
             wrong.append(f"the LoRA factors of {module} do not fit each other")
-        patterns, rank = config.get("alpha_pattern") or {}, a.shape[0]
+        patterns = config.get("alpha_pattern") or {}
         alpha = patterns.get(get_pattern_key(patterns, module), config.get("lora_alpha", 8))
-        owner = model.get_submodule(name.removesuffix(".weight")) if name in state else None
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        transposed = isinstance(owner, (Conv1D, torch.nn.Embedding))
-        step = Step(a=a, b=b, magnitude=magnitude, scaling=scaling, transposed=transposed)
-        steps.setdefault(name, []).append(step)
-    for name, own in steps.items():
-        if places.get(name, [(None, None, None)])[0][2]:
-            return {}, f"{name} is made out of several tensors when the model is loaded"
-        shape = tuple(state[name].shape) if name in state else tensors[name].shape if name in tensors else "missing"
-        if shape != own[0].shape:
-            wrong.append(f"{name} is {shape} in the base model, {own[0].shape} in the adapter")
+        owner = model.get_submodule(name.removesuffix(".weight")) if name in state else None
+        updates[name] = Update(a, b, magnitude, scaling, isinstance(owner, (Conv1D, torch.nn.Embedding)))
+
+    tensors = dict(tensors)
+    for name, source in tied.items():
+        if {name, source} & {*whole, *updates}:  # no longer equal: a tensor for each
+            tensors[name], places[name] = tensors[places[source][0][0]], [(name, None, None)]
+    main = next((tensor.dtype for tensor in tensors.values() if tensor.dtype in FLOATS), "F32")
+    for name in {**whole, **updates}:
+        key, _, converter = places.get(name, [(name, None, None)])[0]
+        if converter:
+            return tensors, f"{name} is made out of several tensors when the model is loaded"
+        old, update = tensors.get(key), updates.get(name)
+        inputs_outputs = (update.a.shape[1], update.b.shape[0]) if update else ()
+        own = whole[name].shape if name in whole else inputs_outputs[:: 1 if update.transposed else -1]
+        shape = tuple(state[name].shape) if name in state else old.shape if old else "missing"
+        if shape != own:
+            wrong.append(f"{name} is {shape} in the base model, {own} in the adapter")
+        elif old and old.stored not in FLOATS:
+            wrong.append(f"{name} is stored quantized in the base model, which is needed in full precision")
+        else:
+            if name in whole:
+                tensors[key] = dataclasses.replace(whole[name], dtype=old.dtype if old else main)
+            if update:
+                tensors[key] = dataclasses.replace(tensors[key], updates=(*tensors[key].updates, update))
     if wrong:
         raise UserError(f"the adapter {folder} does not fit the base model: {shorten(wrong)}")
-    return steps, None
-
-
-def plan_merge(model, tensors, places, tied, steps, dtype):
-    """The tensors of the merged model, and the parameters that are tied no longer."""
-    floats = [tensor.dtype for tensor in tensors.values() if tensor.dtype in FLOATS]
-    owners = {place[0][0]: name for name, place in places.items() if not place[0][2]}
-    sources = {owners.get(name, name): tensor for name, tensor in tensors.items()}
-    if model.get_output_embeddings() is None:  # a classifier has no use for the head of the language model
-        used = {name for place in places.values() for name, *_ in place}
-        sources = {name: tensor for name, tensor in sources.items() if tensor.name in used}
-    untied = [name for name, source in tied.items() if steps.get(name) != steps.get(source)]
-    state = model.state_dict()
-    if odd := [
-        tensors[owner].name for owner, name in owners.items() if tensors[owner].shape != tuple(state[name].shape)
-    ]:
-        raise UserError(f"the base model's weights do not have the shapes of its config.json: {shorten(odd)}")
-    if odd := [tensor.name for name, tensor in sources.items() if name in steps and tensor.dtype not in FLOATS]:
-        raise UserError(f"the base model is stored quantized ({shorten(odd)}); it is needed in full precision")
-    if odd := [name for name, _ in model.named_parameters() if not {name} & {*places, *tied, *steps}]:
-        raise UserError(f"neither the base model nor the adapter has a tensor for {shorten(odd)}")
-    outputs = []
-    for name in dict.fromkeys([*sources, *untied, *steps]):
-        if name in tied and name not in untied:
-            continue
-        source, own = sources.get(tied.get(name, name)), tuple(steps.get(name, []))
-        kind = source.dtype if source else floats[0]
-        kind = dtype if dtype and kind in FLOATS else kind
-        stored_as = name if name in tied or not source else source.name
-        outputs.append(Output(stored_as, kind, source.shape if source else own[0].shape, source, own))
-    return outputs, untied
+    return tensors, None
 
 
 class Apart:
-    """The last texts of a batch: they go through a model in one sweep with the others, but through changed modules."""
+    """The last texts of a batch: they go through a model in one sweep with the others, but through changed weights."""
 
     def __init__(self, ids, texts):
         self.tokens, self.tail = ids.numel(), texts * ids.shape[1]
@@ -606,45 +553,47 @@ class Apart:
         layer.register_forward_hook(lambda module, args, output: self.change(output, lambda rows: kept.pop()))
 
 
-class Lazy(torch.nn.Module):
-    """Stands in for a parameter; `read(begin, end)` gives rows of it in float32, each time that they are used.
+class Lazy(torch.Tensor):
+    """A parameter of that `shape` without memory: `read(begin, end)` gives rows of it when a function of torch wants
+    its values (https://docs.pytorch.org/docs/stable/notes/extending.html#extending-torch-with-a-tensor-like-type).
 
     For the texts in `apart` every weight is off by the relative `error`, with random signs row_i * column_j. That moves
     W x by error * row * (W (column * x)), for which it takes no other weights than those that all texts need."""
 
-    def __init__(self, read, apart, error):
-        super().__init__()
-        self.read, self.apart, self.error, self.used = read, apart, error, None
+    @staticmethod
+    def __new__(cls, shape, read, apart, error=0.0):
+        lazy = torch.zeros(()).expand(shape).as_subclass(cls)
+        lazy.read, lazy.apart, lazy.error, lazy._is_param = read, apart, error, True  # torch looks for _is_param
+        return lazy
 
-    def attach(self, module, leaf):
-        """Take the place of the parameter `leaf` of `module`."""
-        self.shape = module._parameters[leaf].shape
-        if type(module) in (torch.nn.Linear, Conv1D) and leaf == "weight":
-            module.forward = functools.partial(self.apply_linear, module)
-        elif self.error:
-            module.register_forward_hook(self.disturb)
-        if isinstance(module, torch.nn.Embedding):
-            module.register_forward_pre_hook(self.look_up)
-            module.register_forward_hook(self.look_up)
-        parametrize.register_parametrization(module, leaf, self, unsafe=True)
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.__name__ == "detach":  # for a state_dict
+            return args[0]
+        if function.__name__ in ("__get__", "__set__", "to", "requires_grad_", "is_floating_point"):
+            with torch._C.DisableTorchFunctionSubclass():
+                found = function(*args, **kwargs)
+            if found is args[0] or not isinstance(found, torch.Tensor):  # shape, dtype, ...; not .T or .data
+                return found
+        if function is functional.linear and isinstance(args[1], cls):
+            return args[1].apply_linear(args[0], args[2] if len(args) > 2 else kwargs.get("bias"))
+        if function is torch.addmm and isinstance(args[2], cls) and not kwargs:  # transformers' Conv1D
+            return args[2].apply_linear(args[1], args[0], transposed=True)
+        if function is functional.embedding and isinstance(args[1], cls):
+            used, places = args[0].unique(return_inverse=True)
+            result = torch.cat([args[1].read(row, row + 1) for row in used.tolist()])[places]
+        else:
+            values = tree_map(lambda value: value.read() if isinstance(value, cls) else value, (args, kwargs))
+            result = function(*values[0], **values[1])
+        for lazy in tree_iter((args, kwargs)):
+            if isinstance(lazy, cls) and lazy.error and isinstance(result, torch.Tensor) and result.dim() > 1:
+                factors = 1 + lazy.error * lazy.apart.draw_signs(result.shape[-1])
+                result = lazy.apart.change(result, lambda rows: rows * factors)
+        return result
 
-    def forward(self, _):
-        if self.used is None:
-            return self.read()
-        values = torch.empty(self.shape)  # pages are taken when written to
-        for row in self.used:
-            values[row] = self.read(row, row + 1)[0]
-        return values
-
-    def look_up(self, module, args, output=None):
-        """Before and after an embedding is called: it reads the rows that it is asked for."""
-        self.used = args[0].unique().tolist() if output is None else None
-
-    def disturb(self, module, args, output):
-        return self.apart.change(output, lambda rows: rows * (1 + self.error * self.apart.draw_signs(rows.shape[-1])))
-
-    def apply_linear(self, module, x):
-        rows, transposed, tail = x.reshape(-1, x.shape[-1]), isinstance(module, Conv1D), self.apart.tail
+    def apply_linear(self, x, bias, transposed=False):
+        rows, tail = x.reshape(-1, x.shape[-1]), self.apart.tail
         disturbed = self.error and len(rows) == self.apart.tokens
         if disturbed:
             rows = torch.cat([rows, rows[-tail:] * self.apart.draw_signs(rows.shape[1])])
@@ -653,22 +602,22 @@ class Lazy(torch.nn.Module):
             if transposed:
                 y.addmm_(rows[:, begin:end], self.read(begin, end))
             else:
-                y[:, begin:end] = torch.nn.functional.linear(rows, self.read(begin, end))
+                y[:, begin:end] = functional.linear(rows, self.read(begin, end))
         if disturbed:
             y, moved = y[:-tail], y[-tail:]
             y[-tail:] += self.error * self.apart.draw_signs(y.shape[1]) * moved
-        return (y if module.bias is None else y + module.bias).view(*x.shape[:-1], -1)
+        return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
 
 
 @torch.no_grad()
-def run_lazily(model, tensors, steps, ids, adapter=None, change=None, apart=0, noise=None):
-    """The logits of `model` for `ids`, its parameters read as they are used: from `tensors`, as `steps` change them and
-    then `change(name, rows)`; with an adapter, in PEFT. The last `apart` texts go without the adapter, or with errors of
-    the relative size noise[name of the tensor].
+def run_lazily(model, tensors, ids, adapter=None, change=None, apart=0, noise=None):
+    """The logits of `model` for `ids`, its parameters read from `tensors` as they are used, and changed by
+    `change(name, rows)`; with an adapter, in PEFT. The last `apart` texts go without the adapter, or with errors of the
+    relative size noise[name of the tensor].
 
     Memory: of linear layers a block of rows in float32, of embeddings the rows in use, of other modules one tensor; of
-    the adapter no more, since PEFT too gets stand-ins."""
-    (places, tied), base, apart, stand_ins = match_names(model, tensors), model, Apart(ids, apart), {}
+    the adapter no more."""
+    (places, tied), base, apart = match_names(model, tensors), model, Apart(ids, apart)
 
     def read(name, begin=0, end=None):
         place = places[tied.get(name, name)]
@@ -676,18 +625,12 @@ def run_lazily(model, tensors, steps, ids, adapter=None, change=None, apart=0, n
         if converter:
             converter = copy.deepcopy(converter)
             for tensor, pattern, _ in place:
-                converter.add_tensor(name, tensor, pattern, merge_rows(tensors[tensor], steps.get(tensor, [])))
+                converter.add_tensor(name, tensor, pattern, read_rows(tensors[tensor]))
             rows = converter.convert(name, model=base, config=base.config)[name]
             rows = (rows[0] if isinstance(rows, list) else rows)[begin:end]
         else:
-            rows = merge_rows(tensors[tensor], steps.get(name, []), begin, end)
+            rows = read_rows(tensors[tensor], begin, end)
         return change(name, rows) if change else rows
-
-    def stand_in(shape, function, error=0.0):
-        """One number that looks like a tensor of that shape. Its address tells which, wherever PEFT puts it."""
-        value = torch.zeros(()).expand(shape)
-        stand_ins[value.data_ptr()] = value, Lazy(function, apart, error)
-        return torch.nn.Parameter(value, requires_grad=False)
 
     for name, buffer in model.named_buffers():
         if name in places and tensors[places[name][0][0]].dtype in FLOATS:
@@ -702,25 +645,19 @@ def run_lazily(model, tensors, steps, ids, adapter=None, change=None, apart=0, n
                 name = f"{prefix}.{leaf}"
                 place = places.get(tied.get(name, name))
                 error = noise.get(place[0][0], 0.0) if noise and place else 0.0
-                module._parameters[leaf] = stand_in(parameter.shape, functools.partial(read, name), error)
+                module._parameters[leaf] = Lazy(parameter.shape, functools.partial(read, name), apart, error)
     if adapter:
-        stored = read_headers(adapter, "adapter_model")
-        stored = {key: tensor for key, tensor in stored.items() if not key.endswith(".base_layer.weight")}
-        values = {key: stand_in(tensor.shape, functools.partial(read_rows, tensor)) for key, tensor in stored.items()}
+        stored = read_headers(adapter, "adapter_model").items()
+        stored = {key: tensor for key, tensor in stored if not key.endswith(".base_layer.weight")}
+        values = {
+            key: Lazy(tensor.shape, functools.partial(read_rows, tensor), apart) for key, tensor in stored.items()
+        }
         set_peft_model_state_dict(model, values, low_cpu_mem_usage=True)
-        if not {value.data_ptr() for value in values.values()} <= {value.data_ptr() for value in model.parameters()}:
-            values = {key: read_rows(tensor) for key, tensor in stored.items()}  # PEFT makes others of them
-            set_peft_model_state_dict(model, values, low_cpu_mem_usage=True)
         if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
             raise UserError(f"the adapter {adapter} lacks tensors that its config calls for: {shorten(absent)}")
-        if apart.tail:
-            for layer in model.modules():
-                if isinstance(layer, (BaseTunerLayer, ModulesToSaveWrapper)):
-                    apart.keep_base(layer)
-    for module in list(model.modules()):
-        for leaf, parameter in list(module._parameters.items()):
-            if parameter is not None and parameter.data_ptr() in stand_ins:
-                stand_ins[parameter.data_ptr()][1].attach(module, leaf)
+        for layer in model.modules() if apart.tail else ():
+            if isinstance(layer, (BaseTunerLayer, ModulesToSaveWrapper)):
+                apart.keep_base(layer)
     try:
         return model.eval()(input_ids=ids, use_cache=False).logits
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -730,7 +667,7 @@ def run_lazily(model, tensors, steps, ids, adapter=None, change=None, apart=0, n
 
 def quantize(model, bits):
     """A change for `run_lazily`: what loading the base model in 4 bit (NF4) or 8 bit does to its linear layers."""
-    from bitsandbytes import functional
+    from bitsandbytes import functional as bnb
 
     head = model.get_output_embeddings()  # stays as it is
     linear = {f"{name}.weight" for name, m in model.named_modules() if type(m) is torch.nn.Linear and m is not head}
@@ -739,9 +676,7 @@ def quantize(model, bits):
         if name not in linear:
             return rows
         if bits == 4:
-            return functional.dequantize_4bit(
-                *functional.quantize_4bit(rows, quant_type="nf4", compress_statistics=True)
-            )
+            return bnb.dequantize_4bit(*bnb.quantize_4bit(rows, quant_type="nf4", compress_statistics=True))
         scale = rows.abs().amax(dim=1, keepdim=True) / 127
         return (rows / scale.clamp(min=1e-30)).round() * scale
 
@@ -755,9 +690,9 @@ def verify_merge(folder, auto, config, ids, expected, outputs, apart):
     rounded get random errors of that size. Four times that is allowed, and 5e-5 of the largest logit for the order of
     additions in float32."""
     # 0.21 eps: the root mean square of the relative error of rounding, where all magnitudes are equally likely
-    noise = {output.name: 0.21 * torch.finfo(FLOATS[output.dtype]).eps for output in outputs if output.computed}
+    noise = {name: 0.21 * torch.finfo(FLOATS[tensor.dtype]).eps for name, tensor in outputs.items() if tensor.computed}
     both = torch.cat([ids, ids[:apart]])
-    found = run_lazily(build_model(auto, config), read_headers(folder, "model"), {}, both, apart=apart, noise=noise)
+    found = run_lazily(build_model(auto, config), read_headers(folder, "model"), both, apart=apart, noise=noise)
     found, moved = found.split([len(ids), apart])
     difference = (found - expected).abs_().max().item()
     allowed = 4 * (moved - found[:apart]).abs().max().item() + 5e-5 * expected.abs().max().item()
@@ -785,17 +720,16 @@ def merge_in_peft(chain, base, auto, config, dtype, folder, max_shard_size, ids)
     return expected
 
 
-def hash_tensor(tensor):
-    """Of the type, the shape and the first 64 KiB. run.json has, in `base_hash`, that of a few tensors of the base."""
-    text = f"{tensor.dtype} {list(tensor.shape)} ".encode()
-    data = read_bytes(tensor, 0, min(2**16, tensor.end - tensor.start)).numpy().tobytes()
-    return hashlib.sha256(text + data).hexdigest()[:16]
-
-
 def check_base(base, tensors, run, force):
-    """Refuse a base model that is not the one of the training, if run.json says which that was."""
-    hashes = run.get("base_hash") or {}
-    changed = [name for name, value in hashes.items() if name not in tensors or hash_tensor(tensors[name]) != value]
+    """Refuse a base model that is not the one of the training, if run.json says which that was: in `base_hash`, of some
+    tensors, by their type, their shape and their first 64 KiB."""
+    changed = []
+    for name, expected in (run.get("base_hash") or {}).items():
+        if tensor := tensors.get(name):
+            text = f"{tensor.dtype} {list(tensor.shape)} ".encode()
+            data = read_bytes(tensor, 0, min(2**16, tensor.size)).numpy().tobytes()
+        if not tensor or hashlib.sha256(text + data).hexdigest()[:16] != expected:
+            changed.append(name)
     if changed:
         text = f"the base model {base} is not the one that the adapter was trained on: {shorten(changed)} differ"
         if not force:
@@ -880,20 +814,34 @@ def main(argv=None):
         raise UserError(f"{text}, the base model embeddings for {embeddings}")
 
     places, tied = match_names(model, tensors)
-    steps, before, reasons = {}, {}, []
+    state = model.state_dict()
+    if odd := [
+        place[0][0]
+        for name, place in places.items()
+        if not place[0][2] and tensors[place[0][0]].shape != tuple(state[name].shape)
+    ]:
+        raise UserError(f"the base model's weights do not have the shapes of its config.json: {shorten(odd)}")
+    if model.get_output_embeddings() is None:  # a classifier has no use for the head of the language model
+        used = {name for place in places.values() for name, *_ in place}
+        tensors = {name: tensor for name, tensor in tensors.items() if name in used}
+    outputs, reason = tensors, None
     for folder in chain:
-        own, reason = read_adapter(folder, model, tensors, places)
-        reasons += [f"the adapter {folder} cannot be streamed ({reason})"] if reason else []
-        before, steps = steps, {name: [*steps.get(name, []), *own.get(name, [])] for name in {**steps, **own}}
+        before = outputs
+        outputs, why = apply_adapter(folder, model, before)
+        reason = reason or (f"the adapter {folder} cannot be streamed ({why})" if why else None)
     dtype = next((code for code, value in FLOATS.items() if str(value) == f"torch.{args.dtype}"), None)
-    if reasons:
-        print(f"{reasons[0]}: merged by PEFT, with the whole model in memory in float32")
+    if reason:
+        print(f"{reason}: merged by PEFT, with the whole model in memory in float32")
         dtype = dtype or next(tensor.dtype for tensor in tensors.values() if tensor.dtype in FLOATS)
-        outputs = [Output(name, dtype, tensor.shape, None, ("PEFT",)) for name, tensor in tensors.items()]
-    else:
-        outputs, untied = plan_merge(model, tensors, places, tied, steps, dtype)
-        config_json |= {"tie_word_embeddings": False} if untied else {}
-    size = sum(output.size for output in outputs)
+    elif odd := set(state) & {n for n, _ in model.named_parameters()} - {
+        n for part in match_names(model, outputs) for n in part
+    }:
+        raise UserError(f"neither the base model nor the adapter has a tensor for {shorten(sorted(odd))}")
+    if dtype:
+        outputs = {n: dataclasses.replace(t, dtype=dtype) if t.dtype in FLOATS else t for n, t in outputs.items()}
+    if set(tied) & set(outputs):
+        config_json["tie_word_embeddings"] = False
+    size = sum(tensor.size for tensor in outputs.values())
     existing = next(folder for folder in Path(args.output_dir).resolve().parents if folder.is_dir())
     if shutil.disk_usage(existing).free < size + 2**26:
         raise UserError(f"the merged model takes {size / 1e9:.2f} GB, more than is free in {existing}")
@@ -913,33 +861,33 @@ def main(argv=None):
         "versions": {n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft", "accelerate")},
     }
     with concurrent.futures.ThreadPoolExecutor(1) as pool, publish(Path(args.output_dir).resolve()) as draft:
-        if reasons:
+        if reason:
             expected = merge_in_peft(chain, base, auto, config, FLOATS[dtype], draft, args.max_shard_size, ids)
             config_json = read_json(draft / "config.json")
             (draft / "config.json").unlink()
-            jobs = [pool.submit(flush_file, path) for path in draft.glob("*.safetensors")]
         else:
-            jobs = write_weights(draft, outputs, args.max_shard_size, pool)
+            write_weights(draft, outputs, args.max_shard_size)
             if args.verify:
                 apart = 0 if task == "SEQ_CLS" else 1  # without its adapter a reward model has no head
                 both, model = torch.cat([ids, ids[:apart]]), build_model(auto, config)
-                expected = run_lazily(model, tensors, before, both, chain[-1], apart=apart)
+                expected = run_lazily(model, before, both, chain[-1], apart=apart)
                 expected, bare = expected.split([len(ids), apart])
+        jobs = [pool.submit(flush_file, path) for path in draft.glob("*.safetensors")]
         if args.verify:
             merged_config = config_class.from_dict(config_json)
             apart = len(ids) if task == "SEQ_CLS" else 1  # a text has thousands of logits, or one score
             found, figures = verify_merge(draft, auto, merged_config, ids, expected, outputs, apart)
             run["verification"] = figures
-            if not reasons and task != "SEQ_CLS":
+            if not reason and task != "SEQ_CLS":
                 figures["adapter_moves"] = effect = (expected[:1] - bare).abs().max().item()
                 if effect < 2 * figures["largest_difference"]:
                     print(f"the adapter moves the logits by {effect:.2g} only: --dtype float32 would keep more of that")
         if bits:
             gap = "by how much could not be measured here"
             with contextlib.suppress(ImportError, RuntimeError, NotImplementedError):  # of bitsandbytes
-                if args.verify and not reasons:
+                if args.verify and not reason:
                     model = build_model(auto, config)
-                    trained = run_lazily(model, tensors, before, ids, chain[-1], quantize(model, bits))
+                    trained = run_lazily(model, before, ids, chain[-1], quantize(model, bits))
                     run["verification"]["difference_from_quantized"] = (found - trained).abs().max().item()
                     gap = f"on the same texts by up to {run['verification']['difference_from_quantized']:.2g}"
             text = f"trained on the base model in {bits} bit, merged into it in full precision"
