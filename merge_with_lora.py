@@ -207,7 +207,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -268,6 +268,12 @@ class Update:
     magnitude: Tensor | None
     scaling: float
     transposed: bool
+
+    @property
+    def shape(self):
+        """The shape of the tensor that this fits."""
+        outputs, inputs = self.b.shape[0], self.a.shape[1]
+        return (inputs, outputs) if self.transposed else (outputs, inputs)
 
 
 def shorten(names):
@@ -337,6 +343,11 @@ def read_headers(folder, stem):
     if set(index) - set(tensors):
         raise UserError(f"the files in {folder} lack tensors of their index: {shorten(set(index) - set(tensors))}")
     return tensors
+
+
+def main_dtype(tensors):
+    """The type of a model's weights."""
+    return next((tensor.dtype for tensor in tensors.values() if tensor.dtype in FLOATS), "F32")
 
 
 def read_bytes(tensor, begin, end):
@@ -449,6 +460,9 @@ def match_names(model, tensors):
             parameter = place.replace(converter.target_patterns[0], target) if converter else place
             if parameter in state:
                 places.setdefault(parameter, []).append((name, pattern, converter))
+    singles = [(tensors[place[0][0]], name) for name, place in places.items() if not place[0][2]]
+    if odd := [name for tensor, name in singles if tensor.shape != tuple(state[name].shape)]:
+        raise UserError(f"the base model's weights do not have the shapes of its config.json: {shorten(odd)}")
     pairs = model.all_tied_weights_keys.items()
     return places, {a: b for pair in pairs for a, b in (pair, pair[::-1]) if a not in places and b in places}
 
@@ -470,13 +484,13 @@ def apply_adapter(folder, model, tensors):
         """The parameter of that name, or the one made out of the tensor of that name, or the tensor."""
         return name if name in state else parameters.get(name, name)
 
-    whole, updates, factors = {}, {}, {}
+    changes, factors = {}, {}  # changes: {parameter or tensor: the Tensor that takes its place, or an Update of it}
     for key, tensor in stored.items():
         name = key.removeprefix("base_model.model.")
         if match := FACTOR.fullmatch(name):
             factors.setdefault(match[1], {})[match[2].replace("_embedding", "")] = tensor
         elif not name.endswith(".base_layer.weight"):  # PEFT's copy of an embedding that has LoRA factors
-            whole[find(re.sub(r"\.(base_layer|modules_to_save)(?=\.)", "", name))] = tensor
+            changes[find(re.sub(r"\.(base_layer|modules_to_save)(?=\.)", "", name))] = tensor
     for module, parts in factors.items():
         name = find(f"{module}.weight")
         a, b, magnitude = (parts.get(part) for part in ("lora_A", "lora_B", "lora_magnitude_vector"))
@@ -485,37 +499,32 @@ def apply_adapter(folder, model, tensors):
             continue
         if len(a.shape) != 2 or len(b.shape) != 2:
             return tensors, f"{name} is not a matrix"
-        rank = a.shape[0]
+        rank, patterns = a.shape[0], config.get("alpha_pattern") or {}
         if rank != b.shape[1] or (magnitude and math.prod(magnitude.shape) != b.shape[0]):
             wrong.append(f"the LoRA factors of {module} do not fit each other")
-        patterns = config.get("alpha_pattern") or {}
         alpha = patterns.get(get_pattern_key(patterns, module), config.get("lora_alpha", 8))
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         owner = model.get_submodule(name.removesuffix(".weight")) if name in state else None
-        updates[name] = Update(a, b, magnitude, scaling, isinstance(owner, (Conv1D, torch.nn.Embedding)))
+        changes[name] = Update(a, b, magnitude, scaling, isinstance(owner, (Conv1D, torch.nn.Embedding)))
 
     tensors = dict(tensors)
-    for name, source in tied.items():
-        if {name, source} & {*whole, *updates}:  # no longer equal: a tensor for each
-            tensors[name], places[name] = tensors[places[source][0][0]], [(name, None, None)]
-    main = next((tensor.dtype for tensor in tensors.values() if tensor.dtype in FLOATS), "F32")
-    for name in {**whole, **updates}:
+    for name, twin in tied.items():
+        if {name, twin} & set(changes):  # no longer equal: a tensor for each
+            tensors[name], places[name] = tensors[places[twin][0][0]], [(name, None, None)]
+    for name, change in changes.items():
         key, _, converter = places.get(name, [(name, None, None)])[0]
         if converter:
             return tensors, f"{name} is made out of several tensors when the model is loaded"
-        old, update = tensors.get(key), updates.get(name)
-        inputs_outputs = (update.a.shape[1], update.b.shape[0]) if update else ()
-        own = whole[name].shape if name in whole else inputs_outputs[:: 1 if update.transposed else -1]
+        old = tensors.get(key)
         shape = tuple(state[name].shape) if name in state else old.shape if old else "missing"
-        if shape != own:
-            wrong.append(f"{name} is {shape} in the base model, {own} in the adapter")
+        if shape != change.shape:
+            wrong.append(f"{name} is {shape} in the base model, {change.shape} in the adapter")
         elif old and old.stored not in FLOATS:
             wrong.append(f"{name} is stored quantized in the base model, which is needed in full precision")
+        elif isinstance(change, Update):
+            tensors[key] = dataclasses.replace(old, updates=(*old.updates, change))
         else:
-            if name in whole:
-                tensors[key] = dataclasses.replace(whole[name], dtype=old.dtype if old else main)
-            if update:
-                tensors[key] = dataclasses.replace(tensors[key], updates=(*tensors[key].updates, update))
+            tensors[key] = dataclasses.replace(change, dtype=old.dtype if old else main_dtype(tensors))
     if wrong:
         raise UserError(f"the adapter {folder} does not fit the base model: {shorten(wrong)}")
     return tensors, None
@@ -543,13 +552,13 @@ class Apart:
         """Let these texts get what the base model's module would give where PEFT put `layer`."""
         kept = []
 
-        def keep(module, args, output):
+        def keep(output):
             self.change(output, lambda rows: kept.append(rows.clone()) or rows)
 
         if isinstance(layer, BaseTunerLayer):
-            layer.base_layer.register_forward_hook(keep)
+            layer.base_layer.register_forward_hook(lambda module, args, output: keep(output))
         else:
-            layer.register_forward_hook(lambda module, args, output: keep(None, None, module.original_module(*args)))
+            layer.register_forward_pre_hook(lambda module, args: keep(module.original_module(*args)))
         layer.register_forward_hook(lambda module, args, output: self.change(output, lambda rows: kept.pop()))
 
 
@@ -568,28 +577,28 @@ class Lazy(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        values = (*args, *(kwargs or {}).values(), None)
         if function.__name__ == "detach":  # for a state_dict
             return args[0]
-        if function.__name__ in ("__get__", "__set__", "to", "requires_grad_", "is_floating_point"):
+        if function.__name__ in ("__get__", "__set__", "to", "requires_grad_", "_has_compatible_shallow_copy_type"):
             with torch._C.DisableTorchFunctionSubclass():
-                found = function(*args, **kwargs)
+                found = function(*args, **kwargs or {})
             if found is args[0] or not isinstance(found, torch.Tensor):  # shape, dtype, ...; not .T or .data
                 return found
-        if function is functional.linear and isinstance(args[1], cls):
-            return args[1].apply_linear(args[0], args[2] if len(args) > 2 else kwargs.get("bias"))
-        if function is torch.addmm and isinstance(args[2], cls) and not kwargs:  # transformers' Conv1D
-            return args[2].apply_linear(args[1], args[0], transposed=True)
-        if function is functional.embedding and isinstance(args[1], cls):
-            used, places = args[0].unique(return_inverse=True)
-            result = torch.cat([args[1].read(row, row + 1) for row in used.tolist()])[places]
+        if function is functional.linear and isinstance(values[1], cls):
+            return values[1].apply_linear(values[0], values[2])
+        if function is torch.addmm and isinstance(values[2], cls):  # transformers' Conv1D
+            return values[2].apply_linear(values[1], values[0], transposed=True)
+        if function is functional.embedding and isinstance(values[1], cls):
+            used, places = values[0].unique(return_inverse=True)
+            result = torch.cat([values[1].read(row, row + 1) for row in used.tolist()])[places]
         else:
-            values = tree_map(lambda value: value.read() if isinstance(value, cls) else value, (args, kwargs))
-            result = function(*values[0], **values[1])
-        for lazy in tree_iter((args, kwargs)):
-            if isinstance(lazy, cls) and lazy.error and isinstance(result, torch.Tensor) and result.dim() > 1:
-                factors = 1 + lazy.error * lazy.apart.draw_signs(result.shape[-1])
-                result = lazy.apart.change(result, lambda rows: rows * factors)
+            read = tree_map(lambda value: value.read() if isinstance(value, cls) else value, (args, kwargs or {}))
+            result = function(*read[0], **read[1])
+        for lazy in values:
+            if isinstance(lazy, cls) and lazy.error:
+                signs = lazy.apart.draw_signs(result.shape[-1])
+                result = lazy.apart.change(result, lambda rows: rows * (1 + lazy.error * signs))
         return result
 
     def apply_linear(self, x, bias, transposed=False):
@@ -610,14 +619,22 @@ class Lazy(torch.Tensor):
 
 
 @torch.no_grad()
-def run_lazily(model, tensors, ids, adapter=None, change=None, apart=0, noise=None):
-    """The logits of `model` for `ids`, its parameters read from `tensors` as they are used, and changed by
-    `change(name, rows)`; with an adapter, in PEFT. The last `apart` texts go without the adapter, or with errors of the
-    relative size noise[name of the tensor].
+def run_lazily(model, tensors, ids, adapter=None, bits=0, apart=0, noise=None):
+    """The logits of `model` for `ids`, its parameters read from `tensors` as they are used; with an adapter, in PEFT;
+    with `bits`, as if the base model were quantized. The last `apart` texts go without the adapter, or with errors of
+    the relative size noise[name of the tensor].
 
     Memory: of linear layers a block of rows in float32, of embeddings the rows in use, of other modules one tensor; of
     the adapter no more."""
-    (places, tied), base, apart = match_names(model, tensors), model, Apart(ids, apart)
+    (places, tied), base, apart, head = (
+        match_names(model, tensors),
+        model,
+        Apart(ids, apart),
+        model.get_output_embeddings(),
+    )
+    modules = list(model.named_modules())
+    # bitsandbytes leaves the head as it is
+    quantized = {f"{name}.weight" for name, m in modules if bits and type(m) is torch.nn.Linear and m is not head}
 
     def read(name, begin=0, end=None):
         place = places[tied.get(name, name)]
@@ -630,12 +647,11 @@ def run_lazily(model, tensors, ids, adapter=None, change=None, apart=0, noise=No
             rows = (rows[0] if isinstance(rows, list) else rows)[begin:end]
         else:
             rows = read_rows(tensors[tensor], begin, end)
-        return change(name, rows) if change else rows
+        return quantize(rows, bits) if name in quantized else rows
 
     for name, buffer in model.named_buffers():
         if name in places and tensors[places[name][0][0]].dtype in FLOATS:
             buffer.copy_(read(name))
-    modules = list(model.named_modules())
     if adapter:
         with reading(f"the adapter {adapter}"):
             model = get_peft_model(model, LoraConfig.from_pretrained(adapter), low_cpu_mem_usage=True)
@@ -647,10 +663,10 @@ def run_lazily(model, tensors, ids, adapter=None, change=None, apart=0, noise=No
                 error = noise.get(place[0][0], 0.0) if noise and place else 0.0
                 module._parameters[leaf] = Lazy(parameter.shape, functools.partial(read, name), apart, error)
     if adapter:
-        stored = read_headers(adapter, "adapter_model").items()
-        stored = {key: tensor for key, tensor in stored if not key.endswith(".base_layer.weight")}
         values = {
-            key: Lazy(tensor.shape, functools.partial(read_rows, tensor), apart) for key, tensor in stored.items()
+            key: Lazy(tensor.shape, functools.partial(read_rows, tensor), apart)
+            for key, tensor in read_headers(adapter, "adapter_model").items()
+            if not key.endswith(".base_layer.weight")
         }
         set_peft_model_state_dict(model, values, low_cpu_mem_usage=True)
         if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
@@ -665,34 +681,25 @@ def run_lazily(model, tensors, ids, adapter=None, change=None, apart=0, noise=No
         raise UserError(f"{name} cannot be run to verify the merge (--no_verify leaves that out): {error}") from error
 
 
-def quantize(model, bits):
-    """A change for `run_lazily`: what loading the base model in 4 bit (NF4) or 8 bit does to its linear layers."""
-    from bitsandbytes import functional as bnb
+def quantize(rows, bits):
+    """What loading a model in 4 bit (NF4) or 8 bit does to rows of a linear layer."""
+    if bits == 4:
+        from bitsandbytes import functional as bnb
 
-    head = model.get_output_embeddings()  # stays as it is
-    linear = {f"{name}.weight" for name, m in model.named_modules() if type(m) is torch.nn.Linear and m is not head}
-
-    def change(name, rows):
-        if name not in linear:
-            return rows
-        if bits == 4:
-            return bnb.dequantize_4bit(*bnb.quantize_4bit(rows, quant_type="nf4", compress_statistics=True))
-        scale = rows.abs().amax(dim=1, keepdim=True) / 127
-        return (rows / scale.clamp(min=1e-30)).round() * scale
-
-    return change
+        return bnb.dequantize_4bit(*bnb.quantize_4bit(rows, quant_type="nf4", compress_statistics=True))
+    scale = rows.abs().amax(dim=1, keepdim=True) / 127
+    return (rows / scale.clamp(min=1e-30)).round() * scale
 
 
-def verify_merge(folder, auto, config, ids, expected, outputs, apart):
+def verify_merge(model, tensors, ids, expected, rounded, apart):
     """Compare the merged checkpoint with the logits (or scores) `expected`; refuse more than rounding explains.
 
-    What rounding explains is measured: how far the logits of the first `apart` texts move when the weights that were
-    rounded get random errors of that size. Four times that is allowed, and 5e-5 of the largest logit for the order of
+    What rounding explains is measured: how far the logits of the first `apart` texts move when the tensors `rounded`
+    get random errors of that size. Four times that is allowed, and 5e-5 of the largest logit for the order of
     additions in float32."""
     # 0.21 eps: the root mean square of the relative error of rounding, where all magnitudes are equally likely
-    noise = {name: 0.21 * torch.finfo(FLOATS[tensor.dtype]).eps for name, tensor in outputs.items() if tensor.computed}
-    both = torch.cat([ids, ids[:apart]])
-    found = run_lazily(build_model(auto, config), read_headers(folder, "model"), both, apart=apart, noise=noise)
+    noise = {name: 0.21 * torch.finfo(FLOATS[tensors[name].dtype]).eps for name in rounded}
+    found = run_lazily(model, tensors, torch.cat([ids, ids[:apart]]), apart=apart, noise=noise)
     found, moved = found.split([len(ids), apart])
     difference = (found - expected).abs_().max().item()
     allowed = 4 * (moved - found[:apart]).abs().max().item() + 5e-5 * expected.abs().max().item()
@@ -752,14 +759,14 @@ def check_output_dir(args, sources):
             raise UserError(f"--output_dir {output_dir} holds {folder}, which is merged; name another directory")
 
 
-def write_rest(folder, tokenizer, own_tokenizer, chain, base, config_json, run):
+def write_rest(folder, tokenizer, own_tokenizer, folders, config_json, run):
     """Everything but the weights. config.json comes last: a directory without it does not load."""
     if tokenizer:
         tokenizer.save_pretrained(folder)
-    for path in base.glob("*processor_config.json"):  # of models that also take images or sound
+    for path in folders[-1].glob("*processor_config.json"):  # of models that also take images or sound
         shutil.copy(path, folder)
-    place = next((place for place in [*chain[::-1], base] if (place / "generation_config.json").is_file()), None)
-    generation = read_json(place / "generation_config.json") if place else {}
+    files = [place / "generation_config.json" for place in folders]
+    generation = next((read_json(file) for file in files if file.is_file()), {})
     ends = generation.get("eos_token_id", config_json.get("eos_token_id"))
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if own_tokenizer and tokenizer.eos_token_id not in [*ends, None]:  # the token that the adapter learned to end with
@@ -772,40 +779,44 @@ def write_rest(folder, tokenizer, own_tokenizer, chain, base, config_json, run):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    output_dir = Path(args.output_dir).resolve()
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", args.max_shard_size, re.IGNORECASE):
         raise UserError(f"--max_shard_size {args.max_shard_size} should be a whole number of MB or GB, e.g. 500MB")
     if args.push_to_hub:
         with reading("--push_to_hub: the name of --output_dir"):
-            validate_repo_id(Path(args.output_dir).resolve().name)
+            validate_repo_id(output_dir.name)
     chain, base = follow_chain(args)
-    check_output_dir(args, [*chain, base])
-    task, config_json = read_json(chain[-1] / "adapter_config.json").get("task_type"), read_json(base / "config.json")
-    run = read_json(chain[-1] / "run.json") if (chain[-1] / "run.json").is_file() else {}
+    adapter, folders = chain[-1], [*chain[::-1], base]
+    check_output_dir(args, folders)
+    task, config_json = read_json(adapter / "adapter_config.json").get("task_type"), read_json(base / "config.json")
+    classifier = task == "SEQ_CLS"
+    run = read_json(adapter / "run.json") if (adapter / "run.json").is_file() else {}
     if task not in (None, "CAUSAL_LM", "SEQ_CLS"):
-        raise UserError(f"{chain[-1]} is a {task} adapter; only CAUSAL_LM and SEQ_CLS (reward model) ones are merged")
+        raise UserError(f"{adapter} is a {task} adapter; only CAUSAL_LM and SEQ_CLS (reward model) ones are merged")
     if config_json.get("quantization_config"):
         raise UserError(f"the base model {base} is stored quantized; pass the full-precision one as --base_model_path")
     tensors = read_headers(base, "model")
     check_base(base, tensors, run, args.force)
 
-    auto = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
-    place = next((folder for folder in [*chain[::-1], base] if (folder / "tokenizer_config.json").is_file()), None)
     with reading(f"the config of {base}"):
         config_class = type(AutoConfig.from_pretrained(base, trust_remote_code=False))
+    place = next((folder for folder in folders if (folder / "tokenizer_config.json").is_file()), None)
     with reading(f"the tokenizer of {place}"):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False) if place else None
-        if tokenizer and isinstance(tokenizer.chat_template, dict):  # their names become file names when they are saved
-            assert all(re.fullmatch(r"[\w-]+", name) for name in tokenizer.chat_template), (
-                "a template has no plain name"
-            )
-    if task == "SEQ_CLS":
+        templates = tokenizer.chat_template if tokenizer and isinstance(tokenizer.chat_template, dict) else {}
+        if not all(re.fullmatch(r"[\w-]+", name) for name in templates):
+            raise ValueError("a chat template has a name that cannot be that of a file")
+    if classifier:
         if tokenizer and tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         config_json |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         config_json["pad_token_id"] = tokenizer.pad_token_id if tokenizer else config_json.get("pad_token_id")
     if args.dtype != "auto":
         config_json["torch_dtype" if "torch_dtype" in config_json else "dtype"] = args.dtype
-    config = config_class.from_dict(config_json)
+    auto, config = (
+        AutoModelForSequenceClassification if classifier else AutoModelForCausalLM,
+        config_class.from_dict(config_json),
+    )
     model = build_model(auto, config)
     config_json["architectures"] = [type(model).__name__]
     embeddings = model.get_input_embeddings().num_embeddings
@@ -814,39 +825,34 @@ def main(argv=None):
         raise UserError(f"{text}, the base model embeddings for {embeddings}")
 
     places, tied = match_names(model, tensors)
-    state = model.state_dict()
-    if odd := [
-        place[0][0]
-        for name, place in places.items()
-        if not place[0][2] and tensors[place[0][0]].shape != tuple(state[name].shape)
-    ]:
-        raise UserError(f"the base model's weights do not have the shapes of its config.json: {shorten(odd)}")
     if model.get_output_embeddings() is None:  # a classifier has no use for the head of the language model
         used = {name for place in places.values() for name, *_ in place}
         tensors = {name: tensor for name, tensor in tensors.items() if name in used}
+    dtype = next((code for code, value in FLOATS.items() if str(value) == f"torch.{args.dtype}"), None)
     outputs, reason = tensors, None
     for folder in chain:
         before = outputs
-        outputs, why = apply_adapter(folder, model, before)
-        reason = reason or (f"the adapter {folder} cannot be streamed ({why})" if why else None)
-    dtype = next((code for code, value in FLOATS.items() if str(value) == f"torch.{args.dtype}"), None)
-    if reason:
-        print(f"{reason}: merged by PEFT, with the whole model in memory in float32")
-        dtype = dtype or next(tensor.dtype for tensor in tensors.values() if tensor.dtype in FLOATS)
-    elif odd := set(state) & {n for n, _ in model.named_parameters()} - {
-        n for part in match_names(model, outputs) for n in part
-    }:
-        raise UserError(f"neither the base model nor the adapter has a tensor for {shorten(sorted(odd))}")
+        outputs, reason = apply_adapter(folder, model, before)
+        if reason:
+            print(
+                f"the adapter {folder} cannot be streamed ({reason}): merged by PEFT, with the whole model in memory in float32"
+            )
+            dtype, outputs = dtype or main_dtype(tensors), tensors
+            break
+    else:
+        found = [*outputs, *(name for names in match_names(model, outputs) for name in names)]
+        if odd := [name for name, _ in model.named_parameters() if name not in found]:
+            raise UserError(f"neither the base model nor the adapter has a tensor for {shorten(odd)}")
     if dtype:
         outputs = {n: dataclasses.replace(t, dtype=dtype) if t.dtype in FLOATS else t for n, t in outputs.items()}
     if set(tied) & set(outputs):
         config_json["tie_word_embeddings"] = False
     size = sum(tensor.size for tensor in outputs.values())
-    existing = next(folder for folder in Path(args.output_dir).resolve().parents if folder.is_dir())
+    existing = next(folder for folder in output_dir.parents if folder.is_dir())
     if shutil.disk_usage(existing).free < size + 2**26:
         raise UserError(f"the merged model takes {size / 1e9:.2f} GB, more than is free in {existing}")
 
-    rows, length = (16, 4) if task == "SEQ_CLS" else (4, 8)  # a classifier says one number a row
+    rows, length = (16, 4) if classifier else (4, 8)  # a classifier says one number a row
     ids = tokenizer(TEXT)["input_ids"] if tokenizer else list(range(rows * length))
     ids = torch.tensor((ids * rows * length)[: rows * length]).view(rows, length)
     base_name = args.base_model_path or read_json(chain[0] / "adapter_config.json")["base_model_name_or_path"]
@@ -856,49 +862,46 @@ def main(argv=None):
         "stage": "merge",
         "parent_stage": run.get("stage"),
         "base_model": str(base) if Path(base_name).is_dir() else base_name,
-        "parent": str(chain[-1]),
+        "parent": str(adapter),
         "arguments": vars(args),
         "versions": {n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft", "accelerate")},
     }
-    with concurrent.futures.ThreadPoolExecutor(1) as pool, publish(Path(args.output_dir).resolve()) as draft:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, publish(output_dir) as draft:
         if reason:
             expected = merge_in_peft(chain, base, auto, config, FLOATS[dtype], draft, args.max_shard_size, ids)
-            config_json = read_json(draft / "config.json")
-            (draft / "config.json").unlink()
         else:
             write_weights(draft, outputs, args.max_shard_size)
-            if args.verify:
-                apart = 0 if task == "SEQ_CLS" else 1  # without its adapter a reward model has no head
-                both, model = torch.cat([ids, ids[:apart]]), build_model(auto, config)
-                expected = run_lazily(model, before, both, chain[-1], apart=apart)
-                expected, bare = expected.split([len(ids), apart])
-        jobs = [pool.submit(flush_file, path) for path in draft.glob("*.safetensors")]
+        flushed = pool.map(flush_file, [*draft.glob("*.safetensors")])  # meanwhile:
         if args.verify:
-            merged_config = config_class.from_dict(config_json)
-            apart = len(ids) if task == "SEQ_CLS" else 1  # a text has thousands of logits, or one score
-            found, figures = verify_merge(draft, auto, merged_config, ids, expected, outputs, apart)
+            apart = 0 if classifier or reason else 1  # without its adapter a reward model has no head
+            if not reason:
+                both = torch.cat([ids, ids[:apart]])
+                expected = run_lazily(build_model(auto, config), before, both, adapter, apart=apart)
+            expected, bare = expected.split([len(ids), apart])
+            merged, merged_model = read_headers(draft, "model"), build_model(auto, config_class.from_dict(config_json))
+            rounded = [name for name in merged if reason or outputs[name].computed]
+            # a text has thousands of logits, or one score
+            found, figures = verify_merge(merged_model, merged, ids, expected, rounded, len(ids) if classifier else 1)
             run["verification"] = figures
-            if not reason and task != "SEQ_CLS":
+            if apart:
                 figures["adapter_moves"] = effect = (expected[:1] - bare).abs().max().item()
                 if effect < 2 * figures["largest_difference"]:
                     print(f"the adapter moves the logits by {effect:.2g} only: --dtype float32 would keep more of that")
         if bits:
             gap = "by how much could not be measured here"
-            with contextlib.suppress(ImportError, RuntimeError, NotImplementedError):  # of bitsandbytes
+            with contextlib.suppress(ImportError, UserError):  # no bitsandbytes, or one that cannot do it here
                 if args.verify and not reason:
-                    model = build_model(auto, config)
-                    trained = run_lazily(model, before, ids, chain[-1], quantize(model, bits))
-                    run["verification"]["difference_from_quantized"] = (found - trained).abs().max().item()
-                    gap = f"on the same texts by up to {run['verification']['difference_from_quantized']:.2g}"
+                    trained = run_lazily(build_model(auto, config), before, ids, adapter, bits)
+                    figures["difference_from_quantized"] = (found - trained).abs().max().item()
+                    gap = f"on the same texts by up to {figures['difference_from_quantized']:.2g}"
             text = f"trained on the base model in {bits} bit, merged into it in full precision"
             print(f"{text}: the logits differ, {gap}")
-        for job in jobs:
-            job.result()  # on the disk before the directory takes its name
-        write_rest(draft, tokenizer, place in chain, chain, base, config_json, run)
+        list(flushed)  # on the disk before the directory takes its name
+        write_rest(draft, tokenizer, place in chain, folders, config_json, run)
     print(f"saved {args.output_dir}")
     if args.push_to_hub:
-        repo = HfApi().create_repo(Path(args.output_dir).resolve().name, exist_ok=True).repo_id
-        print(f"uploaded {HfApi().upload_folder(repo_id=repo, folder_path=args.output_dir)}")
+        repo = HfApi().create_repo(output_dir.name, exist_ok=True).repo_id
+        print(f"uploaded {HfApi().upload_folder(repo_id=repo, folder_path=output_dir)}")
 
 
 if __name__ == "__main__":
