@@ -228,6 +228,8 @@ FIELDS = set(
     "modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision runtime_config target_modules "
     "task_type use_dora use_rslora".split()
 )
+# What can be asked of a tensor of torch without its values.
+METADATA = {"__get__", "__set__", "size", "dim", "numel", "to", "requires_grad_", "_has_compatible_shallow_copy_type"}
 TEXT = (
     "The capital of France is Paris, and the sky is blue because air scatters blue light more than red light. Water "
     "boils at 100 degrees Celsius at sea level; on a high mountain it boils sooner. Question: How many legs does a "
@@ -287,11 +289,9 @@ def fetch_folder(path, flag, revision=None):
     if Path(path).is_dir():
         return Path(path).resolve()
     locate_model(path, flag)  # refuses what cannot be a hub id
-    try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    with reading(f"{flag} {path} is not a directory here, and from the hub it"):
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub's client has a dozen types of its own
-        raise UserError(f"{flag} {path} is not a directory here, and not to be had from the hub: {error}") from error
 
 
 def follow_chain(args):
@@ -318,16 +318,13 @@ def follow_chain(args):
 
 def read_headers(folder, stem):
     """{name: Tensor} of `stem`.safetensors, or of the files that its index names, in the order of their bytes."""
-    files, index = [f"{stem}.safetensors"], {}
-    if not (folder / files[0]).is_file():
-        if not (folder / f"{files[0]}.index.json").is_file():
-            raise UserError(f"{folder} holds no {files[0]}; weights in other formats (pickle, GGUF) are not read")
-        index = read_json(folder / f"{files[0]}.index.json").get("weight_map") or {}
-        files = sorted(set(index.values()))
-        if any(Path(file).name != file for file in files):
-            raise UserError(f"{folder / stem}.safetensors.index.json names files in other directories")
-    tensors = {}
-    for path in [folder / file for file in files]:
+    single, index, tensors = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json", {}
+    if not single.is_file() and not index.is_file():
+        raise UserError(f"{folder} holds no {single.name}; weights in other formats (pickle, GGUF) are not read")
+    names = {} if single.is_file() else read_json(index).get("weight_map") or {}
+    if any(Path(file).name != file for file in names.values()):
+        raise UserError(f"{index} names files in other directories")
+    for path in [folder / file for file in sorted(set(names.values()))] or [single]:
         try:
             with safe_open(path, framework="pt"):  # checks the header against the length of the file
                 pass
@@ -340,13 +337,12 @@ def read_headers(folder, stem):
         for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = (data + offset for offset in info["data_offsets"])
             tensors[name] = Tensor(path, start, end, tuple(info["shape"]), info["dtype"], info["dtype"])
-    if set(index) - set(tensors):
-        raise UserError(f"the files in {folder} lack tensors of their index: {shorten(set(index) - set(tensors))}")
+    if lost := set(names) - set(tensors):
+        raise UserError(f"the files in {folder} lack tensors of their index: {shorten(lost)}")
     return tensors
 
 
 def main_dtype(tensors):
-    """The type of a model's weights."""
     return next((tensor.dtype for tensor in tensors.values() if tensor.dtype in FLOATS), "F32")
 
 
@@ -401,13 +397,10 @@ def output_bytes(name, tensor):
         yield block.contiguous().view(-1).view(torch.uint8).numpy()
 
 
-def write_weights(folder, tensors, max_shard_size):
-    """Write the merged model's tensors as safetensors, in files of at most `max_shard_size`."""
+def write_weights(folder, tensors, limit):
+    """Write the merged model's tensors as safetensors, in files of at most the size `limit`."""
     split = split_state_dict_into_shards_factory(
-        tensors,
-        get_storage_size=lambda tensor: tensor.size,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
+        tensors, get_storage_size=lambda t: t.size, filename_pattern="model{suffix}.safetensors", max_shard_size=limit
     )
     with tqdm(total=split.metadata["total_size"], unit="B", unit_scale=True, desc="Merging") as bar:
         for filename, names in split.filename_to_tensors.items():
@@ -436,18 +429,15 @@ def flush_file(path):
 
 def build_model(auto, config):
     """The model without its weights; `auto` is AutoModelForCausalLM, or for reward models ...SequenceClassification."""
-    try:
-        with init_empty_weights(include_buffers=False), no_init_weights():
-            return auto.from_config(copy.deepcopy(config), dtype=torch.float32).eval()  # from_config writes into it
-    except (ValueError, ImportError) as error:
-        raise UserError(f"the base model cannot be built: {error}") from error
+    with reading("the base model"), init_empty_weights(include_buffers=False), no_init_weights():
+        return auto.from_config(copy.deepcopy(config), dtype=torch.float32).eval()  # from_config writes into it
 
 
 def match_names(model, tensors):
     """What each parameter of `model` is loaded from, by the names that transformers' own loader gives the tensors.
 
     Returns places, {parameter: [(tensor name, pattern, converter)]}, where a converter of transformers (or None) makes
-    the parameter out of one or several tensors; and tied, {parameter without a tensor: the parameter it equals}."""
+    the parameter out of one or several tensors; and tied, {parameter without a tensor of its own: the one it equals}."""
     places, state, conversions = {}, model.state_dict(), get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
@@ -464,7 +454,8 @@ def match_names(model, tensors):
     if odd := [name for tensor, name in singles if tensor.shape != tuple(state[name].shape)]:
         raise UserError(f"the base model's weights do not have the shapes of its config.json: {shorten(odd)}")
     pairs = model.all_tied_weights_keys.items()
-    return places, {a: b for pair in pairs for a, b in (pair, pair[::-1]) if a not in places and b in places}
+    tied = {a: b for pair in pairs for a, b in (pair, pair[::-1]) if a not in places and b in places}
+    return {name: places[twin] for name, twin in tied.items()} | places, tied
 
 
 def apply_adapter(folder, model, tensors):
@@ -541,7 +532,7 @@ class Apart:
         return torch.randint(0, 2, (size,), generator=self.generator) * 2.0 - 1
 
     def change(self, output, function):
-        """The output of a module with function(rows) in the place of the rows of these texts."""
+        """The output of a layer with function(rows) in the place of the rows of these texts."""
         values = output[0] if isinstance(output, tuple) else output
         rows = values.reshape(-1, values.shape[-1])  # some modules get the tokens of all texts in one dimension
         if len(rows) == self.tokens:
@@ -577,26 +568,28 @@ class Lazy(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        values = (*args, *(kwargs or {}).values(), None)
+        kwargs = kwargs or {}
+        values = (*args, *kwargs.values(), None)
         if function.__name__ == "detach":  # for a state_dict
             return args[0]
-        if function.__name__ in ("__get__", "__set__", "to", "requires_grad_", "_has_compatible_shallow_copy_type"):
+        if function.__name__ in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
-                found = function(*args, **kwargs or {})
-            if found is args[0] or not isinstance(found, torch.Tensor):  # shape, dtype, ...; not .T or .data
+                found = function(*args, **kwargs)
+            # .T, .data and to(another type) come to a new tensor, and have values
+            if found is args[0] or not isinstance(found, torch.Tensor):
                 return found
         if function is functional.linear and isinstance(values[1], cls):
             return values[1].apply_linear(values[0], values[2])
-        if function is torch.addmm and isinstance(values[2], cls):  # transformers' Conv1D
+        if function is torch.addmm and isinstance(values[2], cls) and not kwargs:  # transformers' Conv1D
             return values[2].apply_linear(values[1], values[0], transposed=True)
         if function is functional.embedding and isinstance(values[1], cls):
             used, places = values[0].unique(return_inverse=True)
             result = torch.cat([values[1].read(row, row + 1) for row in used.tolist()])[places]
         else:
-            read = tree_map(lambda value: value.read() if isinstance(value, cls) else value, (args, kwargs or {}))
-            result = function(*read[0], **read[1])
+            args, kwargs = tree_map(lambda value: value.read() if isinstance(value, cls) else value, (args, kwargs))
+            result = function(*args, **kwargs)
         for lazy in values:
-            if isinstance(lazy, cls) and lazy.error:
+            if isinstance(lazy, cls) and lazy.error and isinstance(result, torch.Tensor) and result.dim():
                 signs = lazy.apart.draw_signs(result.shape[-1])
                 result = lazy.apart.change(result, lambda rows: rows * (1 + lazy.error * signs))
         return result
@@ -626,22 +619,15 @@ def run_lazily(model, tensors, ids, adapter=None, bits=0, apart=0, noise=None):
 
     Memory: of linear layers a block of rows in float32, of embeddings the rows in use, of other modules one tensor; of
     the adapter no more."""
-    (places, tied), base, apart, head = (
-        match_names(model, tensors),
-        model,
-        Apart(ids, apart),
-        model.get_output_embeddings(),
-    )
-    modules = list(model.named_modules())
-    # bitsandbytes leaves the head as it is
+    places, base, apart, modules = match_names(model, tensors)[0], model, Apart(ids, apart), list(model.named_modules())
+    head = model.get_output_embeddings()  # stays as it is where the others are quantized
     quantized = {f"{name}.weight" for name, m in modules if bits and type(m) is torch.nn.Linear and m is not head}
 
     def read(name, begin=0, end=None):
-        place = places[tied.get(name, name)]
-        tensor, _, converter = place[0]
+        tensor, _, converter = places[name][0]
         if converter:
             converter = copy.deepcopy(converter)
-            for tensor, pattern, _ in place:
+            for tensor, pattern, _ in places[name]:
                 converter.add_tensor(name, tensor, pattern, read_rows(tensors[tensor]))
             rows = converter.convert(name, model=base, config=base.config)[name]
             rows = (rows[0] if isinstance(rows, list) else rows)[begin:end]
@@ -659,8 +645,7 @@ def run_lazily(model, tensors, ids, adapter=None, bits=0, apart=0, noise=None):
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
                 name = f"{prefix}.{leaf}"
-                place = places.get(tied.get(name, name))
-                error = noise.get(place[0][0], 0.0) if noise and place else 0.0
+                error = noise.get(places[name][0][0], 0.0) if noise and name in places else 0.0
                 module._parameters[leaf] = Lazy(parameter.shape, functools.partial(read, name), apart, error)
     if adapter:
         values = {
@@ -668,7 +653,8 @@ def run_lazily(model, tensors, ids, adapter=None, bits=0, apart=0, noise=None):
             for key, tensor in read_headers(adapter, "adapter_model").items()
             if not key.endswith(".base_layer.weight")
         }
-        set_peft_model_state_dict(model, values, low_cpu_mem_usage=True)
+        with reading(f"the adapter {adapter}"):
+            set_peft_model_state_dict(model, values, low_cpu_mem_usage=True)
         if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
             raise UserError(f"the adapter {adapter} lacks tensors that its config calls for: {shorten(absent)}")
         for layer in model.modules() if apart.tail else ():
@@ -713,9 +699,8 @@ def verify_merge(model, tensors, ids, expected, rounded, apart):
 def merge_in_peft(chain, base, auto, config, dtype, folder, max_shard_size, ids):
     """The merge by PEFT, the whole model in memory. Returns what base + adapters say about `ids`."""
     try:
-        model = auto.from_pretrained(
-            base, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        )
+        options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+        model = auto.from_pretrained(base, config=config, **options)
         for adapter in chain:
             model = PeftModel.from_pretrained(model, adapter, torch_device="cpu").eval()
             with torch.no_grad():
@@ -813,16 +798,14 @@ def main(argv=None):
         config_json["pad_token_id"] = tokenizer.pad_token_id if tokenizer else config_json.get("pad_token_id")
     if args.dtype != "auto":
         config_json["torch_dtype" if "torch_dtype" in config_json else "dtype"] = args.dtype
-    auto, config = (
-        AutoModelForSequenceClassification if classifier else AutoModelForCausalLM,
-        config_class.from_dict(config_json),
-    )
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    config = config_class.from_dict(config_json)
     model = build_model(auto, config)
     config_json["architectures"] = [type(model).__name__]
     embeddings = model.get_input_embeddings().num_embeddings
     if place in chain and len(tokenizer) > embeddings:
-        text = f"the adapter's tokenizer has {len(tokenizer)} tokens"
-        raise UserError(f"{text}, the base model embeddings for {embeddings}")
+        text = f"the adapter's tokenizer has {len(tokenizer)} tokens, the base model embeddings for {embeddings}"
+        raise UserError(text)
 
     places, tied = match_names(model, tensors)
     if model.get_output_embeddings() is None:  # a classifier has no use for the head of the language model
@@ -834,21 +817,19 @@ def main(argv=None):
         before = outputs
         outputs, reason = apply_adapter(folder, model, before)
         if reason:
-            print(
-                f"the adapter {folder} cannot be streamed ({reason}): merged by PEFT, with the whole model in memory in float32"
-            )
+            text = f"the adapter {folder} cannot be streamed ({reason})"
+            print(f"{text}: merged by PEFT, with the whole model in memory in float32")
             dtype, outputs = dtype or main_dtype(tensors), tensors
             break
     else:
-        found = [*outputs, *(name for names in match_names(model, outputs) for name in names)]
-        if odd := [name for name, _ in model.named_parameters() if name not in found]:
+        places = match_names(model, outputs)[0]
+        if odd := [name for name, _ in model.named_parameters() if name not in places]:
             raise UserError(f"neither the base model nor the adapter has a tensor for {shorten(odd)}")
     if dtype:
         outputs = {n: dataclasses.replace(t, dtype=dtype) if t.dtype in FLOATS else t for n, t in outputs.items()}
     if set(tied) & set(outputs):
         config_json["tie_word_embeddings"] = False
-    size = sum(tensor.size for tensor in outputs.values())
-    existing = next(folder for folder in output_dir.parents if folder.is_dir())
+    size, existing = sum(tensor.size for tensor in outputs.values()), next(f for f in output_dir.parents if f.is_dir())
     if shutil.disk_usage(existing).free < size + 2**26:
         raise UserError(f"the merged model takes {size / 1e9:.2f} GB, more than is free in {existing}")
 
@@ -879,7 +860,7 @@ def main(argv=None):
                 expected = run_lazily(build_model(auto, config), before, both, adapter, apart=apart)
             expected, bare = expected.split([len(ids), apart])
             merged, merged_model = read_headers(draft, "model"), build_model(auto, config_class.from_dict(config_json))
-            rounded = [name for name in merged if reason or outputs[name].computed]
+            rounded = [name for name in merged if merged[name].dtype in FLOATS and (reason or outputs[name].computed)]
             # a text has thousands of logits, or one score
             found, figures = verify_merge(merged_model, merged, ids, expected, rounded, len(ids) if classifier else 1)
             run["verification"] = figures

@@ -239,6 +239,21 @@ def test_a_chain_of_adapters_is_followed_to_the_full_model(merge, llama, tmp_pat
     assert same_weights(tmp_path / "again", tmp_path / "merged")
 
 
+@pytest.mark.parametrize("kind", ["embedding dora", "conv1d dora"])
+def test_a_chain_on_an_adapter_whose_norms_run_over_all_rows(merge, llama, gpt2, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(merge, "BLOCK", 64)  # the verification reads the first adapter's sum in blocks, or row by row
+    family, settings = KINDS[kind]
+    base = {"llama": llama, "gpt2": gpt2}[family]
+    first = make_adapter(tmp_path / "first", base, **settings)
+    run(merge, first, tmp_path / "half")
+    second = make_adapter(tmp_path / "second", tmp_path / "half", seed=1, **(settings | {"use_dora": False}))
+    edit_json(tmp_path / "second" / "adapter_config.json", base_model_name_or_path=first)
+    run(merge, second, tmp_path / "merged")
+    expected = load(tmp_path / "half", [second], merge=True).state_dict()
+    for name, weight in load(tmp_path / "merged").state_dict().items():
+        torch.testing.assert_close(weight, expected[name], rtol=2e-6, atol=1e-7, msg=name)
+
+
 def test_sharded_bases_and_outputs(merge, llama, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(llama)
     model.save_pretrained(tmp_path / "base", max_shard_size="40KB")
