@@ -325,14 +325,12 @@ def read_headers(folder, stem):
     if any(Path(file).name != file for file in names.values()):
         raise UserError(f"{index} names files in other directories")
     for path in [folder / file for file in sorted(set(names.values()))] or [single]:
-        try:
-            with safe_open(path, framework="pt"):  # checks the header against the length of the file
-                pass
+        try:  # the format: https://huggingface.co/docs/safetensors
+            with safe_open(path, framework="pt"), open(path, "rb") as file:  # safe_open checks header and length
+                data = 8 + int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(data - 8))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is not a complete safetensors file: {error}") from error
-        with open(path, "rb") as file:  # the format: https://huggingface.co/docs/safetensors
-            data = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(data - 8))
         header.pop("__metadata__", None)
         for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = (data + offset for offset in info["data_offsets"])
@@ -614,8 +612,8 @@ class Lazy(torch.Tensor):
 @torch.no_grad()
 def run_lazily(model, tensors, ids, adapter=None, bits=0, apart=0, noise=None):
     """The logits of `model` for `ids`, its parameters read from `tensors` as they are used; with an adapter, in PEFT;
-    with `bits`, as if the base model were quantized. The last `apart` texts go without the adapter, or with errors of
-    the relative size noise[name of the tensor].
+    with `bits`, as if the base model were loaded in 4 bit (NF4) or 8 bit. The last `apart` texts go without the
+    adapter, or with errors of the relative size noise[name of the tensor].
 
     Memory: of linear layers a block of rows in float32, of embeddings the rows in use, of other modules one tensor; of
     the adapter no more."""
@@ -633,7 +631,14 @@ def run_lazily(model, tensors, ids, adapter=None, bits=0, apart=0, noise=None):
             rows = (rows[0] if isinstance(rows, list) else rows)[begin:end]
         else:
             rows = read_rows(tensors[tensor], begin, end)
-        return quantize(rows, bits) if name in quantized else rows
+        if name in quantized and bits == 4:
+            from bitsandbytes import functional as bnb
+
+            rows = bnb.dequantize_4bit(*bnb.quantize_4bit(rows, quant_type="nf4", compress_statistics=True))
+        elif name in quantized:
+            scale = rows.abs().amax(dim=1, keepdim=True) / 127
+            rows = (rows / scale.clamp(min=1e-30)).round() * scale
+        return rows
 
     for name, buffer in model.named_buffers():
         if name in places and tensors[places[name][0][0]].dtype in FLOATS:
@@ -665,16 +670,6 @@ def run_lazily(model, tensors, ids, adapter=None, bits=0, apart=0, noise=None):
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         name = type(base).__name__
         raise UserError(f"{name} cannot be run to verify the merge (--no_verify leaves that out): {error}") from error
-
-
-def quantize(rows, bits):
-    """What loading a model in 4 bit (NF4) or 8 bit does to rows of a linear layer."""
-    if bits == 4:
-        from bitsandbytes import functional as bnb
-
-        return bnb.dequantize_4bit(*bnb.quantize_4bit(rows, quant_type="nf4", compress_statistics=True))
-    scale = rows.abs().amax(dim=1, keepdim=True) / 127
-    return (rows / scale.clamp(min=1e-30)).round() * scale
 
 
 def verify_merge(model, tensors, ids, expected, rounded, apart):
