@@ -435,7 +435,7 @@ def match_names(model, tensors):
     """What each parameter of `model` is loaded from, by the names that transformers' own loader gives the tensors.
 
     Returns places, {parameter: [(tensor name, pattern, converter)]}, where a converter of transformers (or None) makes
-    the parameter out of one or several tensors; and tied, {parameter without a tensor of its own: the one it equals}."""
+    the parameter out of one or several tensors; and tied, {parameter without a tensor: the parameter it equals}."""
     places, state, conversions = {}, model.state_dict(), get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
