@@ -206,7 +206,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from safetensors import SafetensorError, safe_open
-from torch.nn.utils import parametrize
+from torch.nn import functional
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -215,10 +216,9 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Small enough for the processor's cache, and to be allocated again and again without growing or leaving the heap.
-BLOCK = 2**18  # weights that are summed or used at a time
-COPY = 2**18  # bytes copied at a time
-FLUSH = 2**26  # bytes after which the disk is given work: far smaller, and the jobs alone take 100 MB of memory at 3B
+# Weights that are summed or used at a time, and bytes that are copied at a time: small enough for the processor's
+# cache, and to be allocated again and again without growing or leaving the heap.
+BLOCK = 2**18
 FACTOR = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?")
 # What a LoRA config may set and still be read below. An adapter that uses anything else (target_parameters,
 # trainable_token_indices, lora_bias, ...) is left to PEFT.
@@ -228,6 +228,8 @@ FIELDS = set(
     "modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision runtime_config target_modules "
     "task_type use_dora use_rslora".split()
 )
+# What can be asked of a tensor of torch without its values.
+METADATA = {"__get__", "__set__", "size", "dim", "numel", "to", "requires_grad_", "_has_compatible_shallow_copy_type"}
 TEXT = (
     "The capital of France is Paris, and the sky is blue because air scatters blue light more than red light. Water "
     "boils at 100 degrees Celsius at sea level; on a high mountain it boils sooner. Question: How many legs does a "
@@ -236,58 +238,44 @@ TEXT = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
-    """A tensor in a safetensors file; `start` and `end` are bytes from the beginning of the file."""
+class Tensor:
+    """The bytes from `start` to `end` of a safetensors file, of the type `stored`; `updates` change them, in float32,
+    and the sum is rounded to `dtype`. A model is a {name: Tensor}, and an adapter makes another one of it."""
 
-    name: str
     path: Path
-    dtype: str
-    shape: tuple
     start: int
     end: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What an adapter does to a tensor: it puts `whole` in its place, or adds scaling * B @ A (transposed where the
-    tensor's rows are inputs), and for DoRA then scales every output of the sum to the norm in `magnitude`."""
-
-    whole: Stored | None = None
-    a: Stored | None = None
-    b: Stored | None = None
-    magnitude: Stored | None = None
-    scaling: float = 1.0
-    transposed: bool = False
-
-    @property
-    def shape(self):
-        """The shape of the tensor that this step fits."""
-        if self.whole:
-            return self.whole.shape
-        outputs, inputs = self.b.shape[0], self.a.shape[1]
-        return (inputs, outputs) if self.transposed else (outputs, inputs)
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """A tensor of the merged model: `source`, as the steps change it."""
-
-    name: str
-    dtype: str
     shape: tuple
-    source: Stored | None
-    steps: tuple
+    stored: str
+    dtype: str
+    updates: tuple = ()
 
     @property
     def computed(self):
-        return bool(self.steps) or self.dtype != self.source.dtype
+        return bool(self.updates) or self.dtype != self.stored
 
     @property
     def size(self):
-        """Bytes."""
-        if self.computed:
-            return math.prod(self.shape) * FLOATS[self.dtype].itemsize
-        return self.source.end - self.source.start
+        """Bytes that it takes when it is written."""
+        return math.prod(self.shape) * FLOATS[self.dtype].itemsize if self.computed else self.end - self.start
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """Adds scaling * B @ A to a tensor (transposed where the tensor's rows are inputs), and for DoRA then scales every
+    output of the sum to the norm in `magnitude`."""
+
+    a: Tensor
+    b: Tensor
+    magnitude: Tensor | None
+    scaling: float
+    transposed: bool
+
+    @property
+    def shape(self):
+        """The shape of the tensor that this fits."""
+        outputs, inputs = self.b.shape[0], self.a.shape[1]
+        return (inputs, outputs) if self.transposed else (outputs, inputs)
 
 
 def shorten(names):
@@ -301,11 +289,9 @@ def fetch_folder(path, flag, revision=None):
     if Path(path).is_dir():
         return Path(path).resolve()
     locate_model(path, flag)  # refuses what cannot be a hub id
-    try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    with reading(f"{flag} {path} is not a directory here, and from the hub it"):
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub's client has a dozen types of its own
-        raise UserError(f"{flag} {path} is not a directory here, and not to be had from the hub: {error}") from error
 
 
 def follow_chain(args):
@@ -331,32 +317,31 @@ def follow_chain(args):
 
 
 def read_headers(folder, stem):
-    """{name: Stored} of `stem`.safetensors, or of the files that its index names, in the order of their bytes."""
-    files, index = [f"{stem}.safetensors"], {}
-    if not (folder / files[0]).is_file():
-        if not (folder / f"{files[0]}.index.json").is_file():
-            raise UserError(f"{folder} holds no {files[0]}; weights in other formats (pickle, GGUF) are not read")
-        index = read_json(folder / f"{files[0]}.index.json").get("weight_map") or {}
-        files = sorted(set(index.values()))
-        if any(Path(file).name != file for file in files):
-            raise UserError(f"{folder / stem}.safetensors.index.json names files in other directories")
-    tensors = {}
-    for path in [folder / file for file in files]:
-        try:
-            with safe_open(path, framework="pt"):  # checks the header against the length of the file
-                pass
+    """{name: Tensor} of `stem`.safetensors, or of the files that its index names, in the order of their bytes."""
+    single, index, tensors = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json", {}
+    if not single.is_file() and not index.is_file():
+        raise UserError(f"{folder} holds no {single.name}; weights in other formats (pickle, GGUF) are not read")
+    names = {} if single.is_file() else read_json(index).get("weight_map") or {}
+    if any(Path(file).name != file for file in names.values()):
+        raise UserError(f"{index} names files in other directories")
+    for path in [folder / file for file in sorted(set(names.values()))] or [single]:
+        try:  # the format: https://huggingface.co/docs/safetensors
+            with safe_open(path, framework="pt"), open(path, "rb") as file:  # safe_open checks header and length
+                data = 8 + int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(data - 8))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is not a complete safetensors file: {error}") from error
-        with open(path, "rb") as file:  # the format: https://huggingface.co/docs/safetensors
-            data = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(data - 8))
         header.pop("__metadata__", None)
         for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            start, end = info["data_offsets"]
-            tensors[name] = Stored(name, path, info["dtype"], tuple(info["shape"]), data + start, data + end)
-    if set(index) - set(tensors):
-        raise UserError(f"the files in {folder} lack tensors of their index: {shorten(set(index) - set(tensors))}")
+            start, end = (data + offset for offset in info["data_offsets"])
+            tensors[name] = Tensor(path, start, end, tuple(info["shape"]), info["dtype"], info["dtype"])
+    if lost := set(names) - set(tensors):
+        raise UserError(f"the files in {folder} lack tensors of their index: {shorten(lost)}")
     return tensors
+
+
+def main_dtype(tensors):
+    return next((tensor.dtype for tensor in tensors.values() if tensor.dtype in FLOATS), "F32")
 
 
 def read_bytes(tensor, begin, end):
@@ -369,53 +354,70 @@ def read_bytes(tensor, begin, end):
 
 
 def read_rows(tensor, begin=0, end=None):
-    """Rows of a stored tensor (all by default) in float32."""
-    end = (tensor.shape or (1,))[0] if end is None else end
-    row = math.prod(tensor.shape[1:]) * FLOATS[tensor.dtype].itemsize
-    values = read_bytes(tensor, begin * row, end * row).view(FLOATS[tensor.dtype]).float()
-    return values.view(end - begin, *tensor.shape[1:]) if tensor.shape else values[0]
-
-
-read_factor = functools.lru_cache(maxsize=8)(read_rows)  # A, B and magnitude: needed for every block of a tensor
-
-
-def merge_rows(source, steps, begin=0, end=None):
-    """Rows of `source` (all by default) in float32, as the steps change them."""
-    weight = read_rows(source, begin, end) if source else None
-    for step in steps:
-        if step.whole:
-            weight = read_rows(step.whole, begin, end)
-            continue
-        a, b = read_factor(step.a), read_factor(step.b)
-        delta = (b @ a[:, begin:end]).T if step.transposed else b[begin:end] @ a
-        weight = delta.mul_(step.scaling).add_(weight)
-        if step.magnitude:
-            magnitude = read_factor(step.magnitude).flatten()
-            magnitude = magnitude[None] if step.transposed else magnitude[begin:end, None]
-            weight *= magnitude / torch.linalg.norm(weight, dim=0 if step.transposed else 1, keepdim=True)
+    """Rows of a tensor (all by default) in float32, as its updates change them."""
+    rows = (tensor.shape or (1,))[0]
+    end = rows if end is None else end
+    if end - begin < rows and any(update.magnitude and update.transposed for update in tensor.updates):
+        return read_cached(tensor)[begin:end]  # the norms run over all rows
+    kind, row = FLOATS[tensor.stored], math.prod(tensor.shape[1:])
+    weight = read_bytes(tensor, begin * row * kind.itemsize, end * row * kind.itemsize).view(kind).float()
+    weight = weight.view(end - begin, *tensor.shape[1:]) if tensor.shape else weight[0]
+    for update in tensor.updates:
+        a, b = read_cached(update.a), read_cached(update.b)
+        delta = (b @ a[:, begin:end]).T if update.transposed else b[begin:end] @ a
+        weight = delta.mul_(update.scaling).add_(weight)
+        if update.magnitude:
+            magnitude = read_cached(update.magnitude).flatten()
+            magnitude = magnitude[None] if update.transposed else magnitude[begin:end, None]
+            weight *= magnitude / torch.linalg.norm(weight, dim=0 if update.transposed else 1, keepdim=True)
     return weight
 
 
-def split_rows(shape, steps=()):
+read_cached = functools.lru_cache(maxsize=8)(read_rows)  # A, B and magnitude: needed for every block of a tensor
+
+
+def split_rows(shape):
     """(begin, end) of the blocks of rows that a tensor is read and summed in."""
-    rows = (shape or (1,))[0]
-    block = max(1, BLOCK // max(1, math.prod(shape[1:])))
-    if any(step.magnitude and step.transposed for step in steps):  # their norms run over all rows
-        block = rows
+    rows, block = (shape or (1,))[0], max(1, BLOCK // max(1, math.prod(shape[1:])))
     return [(begin, min(begin + block, rows)) for begin in range(0, rows, block)]
 
 
-def output_bytes(output):
+def output_bytes(name, tensor):
     """The bytes of a tensor of the merged model, in pieces."""
-    if not output.computed:
-        for begin in range(0, output.size, COPY):
-            yield read_bytes(output.source, begin, min(begin + COPY, output.size)).numpy()
+    if not tensor.computed:
+        for begin in range(0, tensor.size, BLOCK):
+            yield read_bytes(tensor, begin, min(begin + BLOCK, tensor.size)).numpy()
         return
-    for begin, end in split_rows(output.shape, output.steps):
-        block = merge_rows(output.source, output.steps, begin, end).to(FLOATS[output.dtype])
+    for begin, end in split_rows(tensor.shape):
+        block = read_rows(tensor, begin, end).to(FLOATS[tensor.dtype])
         if not block.sum().isfinite() and not block.isfinite().all():  # the sum is 20 times as fast
-            raise UserError(f"{output.name} would hold NaN or infinity in {FLOATS[output.dtype]}")
+            raise UserError(f"{name} would hold NaN or infinity in {FLOATS[tensor.dtype]}")
         yield block.contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def write_weights(folder, tensors, limit):
+    """Write the merged model's tensors as safetensors, in files of at most the size `limit`."""
+    split = split_state_dict_into_shards_factory(
+        tensors, get_storage_size=lambda t: t.size, filename_pattern="model{suffix}.safetensors", max_shard_size=limit
+    )
+    with tqdm(total=split.metadata["total_size"], unit="B", unit_scale=True, desc="Merging") as bar:
+        for filename, names in split.filename_to_tensors.items():
+            # Wide types first, so that every tensor starts at a multiple of its width, as the format's own writer does.
+            names = sorted(names, key=lambda name: -tensors[name].size // max(1, math.prod(tensors[name].shape)))
+            header, offset = {"__metadata__": {"format": "pt"}}, 0
+            for name in names:
+                span = [offset, offset := offset + tensors[name].size]
+                header[name] = {"dtype": tensors[name].dtype, "shape": tensors[name].shape, "data_offsets": span}
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)
+            with open(folder / filename, "wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                for name in names:
+                    for data in output_bytes(name, tensors[name]):
+                        bar.update(file.write(data))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def flush_file(path):
@@ -423,53 +425,10 @@ def flush_file(path):
         os.fsync(file.fileno())
 
 
-def write_weights(folder, outputs, max_shard_size, pool):
-    """Write the merged model's tensors as safetensors, in files of at most `max_shard_size`.
-
-    Returns the jobs in `pool` (of one thread) that bring them onto the disk, so that it works from the first block on."""
-    outputs = {output.name: output for output in outputs}
-    split = split_state_dict_into_shards_factory(
-        outputs,
-        get_storage_size=lambda output: output.size,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
-    total, jobs, waiting = sum(output.size for output in outputs.values()), [], 0
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Merging") as bar:
-        for filename, names in split.filename_to_tensors.items():
-            # Wide types first, so that every tensor starts at a multiple of its width, as the format's own writer does.
-            shard = sorted((outputs[name] for name in names), key=lambda o: -o.size // max(1, math.prod(o.shape)))
-            header, offset = {"__metadata__": {"format": "pt"}}, 0
-            for output in shard:
-                span = [offset, offset + output.size]
-                header[output.name] = {"dtype": output.dtype, "shape": output.shape, "data_offsets": span}
-                offset += output.size
-            text = json.dumps(header).encode()
-            text += b" " * (-len(text) % 8)
-            with open(folder / filename, "wb") as file:
-                file.write(len(text).to_bytes(8, "little") + text)
-                for output in shard:
-                    for data in output_bytes(output):
-                        written = file.write(data)
-                        bar.update(written)
-                        waiting += written
-                        if waiting >= FLUSH:
-                            jobs.append(pool.submit(flush_file, folder / filename))
-                            waiting = 0
-            jobs.append(pool.submit(flush_file, folder / filename))
-    if split.is_sharded:
-        index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index)
-    return jobs
-
-
 def build_model(auto, config):
     """The model without its weights; `auto` is AutoModelForCausalLM, or for reward models ...SequenceClassification."""
-    try:
-        with init_empty_weights(include_buffers=False), no_init_weights():
-            return auto.from_config(copy.deepcopy(config), dtype=torch.float32).eval()  # from_config writes into it
-    except (ValueError, ImportError) as error:
-        raise UserError(f"the base model cannot be built: {error}") from error
+    with reading("the base model"), init_empty_weights(include_buffers=False), no_init_weights():
+        return auto.from_config(copy.deepcopy(config), dtype=torch.float32).eval()  # from_config writes into it
 
 
 def match_names(model, tensors):
@@ -489,93 +448,79 @@ def match_names(model, tensors):
             parameter = place.replace(converter.target_patterns[0], target) if converter else place
             if parameter in state:
                 places.setdefault(parameter, []).append((name, pattern, converter))
+    singles = [(tensors[place[0][0]], name) for name, place in places.items() if not place[0][2]]
+    if odd := [name for tensor, name in singles if tensor.shape != tuple(state[name].shape)]:
+        raise UserError(f"the base model's weights do not have the shapes of its config.json: {shorten(odd)}")
     pairs = model.all_tied_weights_keys.items()
-    return places, {a: b for pair in pairs for a, b in (pair, pair[::-1]) if a not in places and b in places}
+    tied = {a: b for pair in pairs for a, b in (pair, pair[::-1]) if a not in places and b in places}
+    return {name: places[twin] for name, twin in tied.items()} | places, tied
 
 
-def read_adapter(folder, model, tensors, places):
-    """(steps, reason): what an adapter does, {parameter or tensor: [step]}, or why that is left to PEFT."""
+def apply_adapter(folder, model, tensors):
+    """(`tensors` as an adapter changes them, None), or (`tensors`, why that is left to PEFT)."""
     config, stored = read_json(folder / "adapter_config.json"), read_headers(folder, "adapter_model")
     if config.get("peft_type") != "LORA":
-        return {}, f"a {config.get('peft_type')} adapter"
+        return tensors, f"a {config.get('peft_type')} adapter"
     special = [name for name, value in config.items() if value and name not in FIELDS]
     if config.get("init_lora_weights") not in (None, True, False, "gaussian", "eva", "orthogonal"):
         special.append("init_lora_weights")  # the other ways to start change the base model
     if special:
-        return {}, f"it uses {', '.join(special)}"
-    steps, factors, wrong, state = {}, {}, [], model.state_dict()
+        return tensors, f"it uses {', '.join(special)}"
+    (places, tied), state, wrong = match_names(model, tensors), model.state_dict(), []
     parameters = {place[0][0]: name for name, place in places.items() if not place[0][2]}
 
     def find(name):
         """The parameter of that name, or the one made out of the tensor of that name, or the tensor."""
         return name if name in state else parameters.get(name, name)
 
+    changes, factors = {}, {}  # changes: {parameter or tensor: the Tensor that takes its place, or an Update of it}
     for key, tensor in stored.items():
         name = key.removeprefix("base_model.model.")
         if match := FACTOR.fullmatch(name):
             factors.setdefault(match[1], {})[match[2].replace("_embedding", "")] = tensor
         elif not name.endswith(".base_layer.weight"):  # PEFT's copy of an embedding that has LoRA factors
-            steps[find(re.sub(r"\.(base_layer|modules_to_save)(?=\.)", "", name))] = [Step(whole=tensor)]
+            changes[find(re.sub(r"\.(base_layer|modules_to_save)(?=\.)", "", name))] = tensor
     for module, parts in factors.items():
         name = find(f"{module}.weight")
-        if not {"lora_A", "lora_B"} <= set(parts):
+        a, b, magnitude = (parts.get(part) for part in ("lora_A", "lora_B", "lora_magnitude_vector"))
+        if not a or not b:
             wrong.append(f"{module} has only {', '.join(parts)}")
             continue
-        a, b, magnitude = (parts.get(part) for part in ("lora_A", "lora_B", "lora_magnitude_vector"))
         if len(a.shape) != 2 or len(b.shape) != 2:
-            return {}, f"{name} is not a matrix"
-        if a.shape[0] != b.shape[1] or (magnitude and math.prod(magnitude.shape) != b.shape[0]):
+            return tensors, f"{name} is not a matrix"
+        rank, patterns = a.shape[0], config.get("alpha_pattern") or {}
+        if rank != b.shape[1] or (magnitude and math.prod(magnitude.shape) != b.shape[0]):
             wrong.append(f"the LoRA factors of {module} do not fit each other")
-        patterns, rank = config.get("alpha_pattern") or {}, a.shape[0]
         alpha = patterns.get(get_pattern_key(patterns, module), config.get("lora_alpha", 8))
-        owner = model.get_submodule(name.removesuffix(".weight")) if name in state else None
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        transposed = isinstance(owner, (Conv1D, torch.nn.Embedding))
-        step = Step(a=a, b=b, magnitude=magnitude, scaling=scaling, transposed=transposed)
-        steps.setdefault(name, []).append(step)
-    for name, own in steps.items():
-        if places.get(name, [(None, None, None)])[0][2]:
-            return {}, f"{name} is made out of several tensors when the model is loaded"
-        shape = tuple(state[name].shape) if name in state else tensors[name].shape if name in tensors else "missing"
-        if shape != own[0].shape:
-            wrong.append(f"{name} is {shape} in the base model, {own[0].shape} in the adapter")
+        owner = model.get_submodule(name.removesuffix(".weight")) if name in state else None
+        changes[name] = Update(a, b, magnitude, scaling, isinstance(owner, (Conv1D, torch.nn.Embedding)))
+
+    tensors = dict(tensors)
+    for name, twin in tied.items():
+        if {name, twin} & set(changes):  # no longer equal: a tensor for each
+            tensors[name], places[name] = tensors[places[twin][0][0]], [(name, None, None)]
+    for name, change in changes.items():
+        key, _, converter = places.get(name, [(name, None, None)])[0]
+        if converter:
+            return tensors, f"{name} is made out of several tensors when the model is loaded"
+        old = tensors.get(key)
+        shape = tuple(state[name].shape) if name in state else old.shape if old else "missing"
+        if shape != change.shape:
+            wrong.append(f"{name} is {shape} in the base model, {change.shape} in the adapter")
+        elif old and old.stored not in FLOATS:
+            wrong.append(f"{name} is stored quantized in the base model, which is needed in full precision")
+        elif isinstance(change, Update):
+            tensors[key] = dataclasses.replace(old, updates=(*old.updates, change))
+        else:
+            tensors[key] = dataclasses.replace(change, dtype=old.dtype if old else main_dtype(tensors))
     if wrong:
         raise UserError(f"the adapter {folder} does not fit the base model: {shorten(wrong)}")
-    return steps, None
-
-
-def plan_merge(model, tensors, places, tied, steps, dtype):
-    """The tensors of the merged model, and the parameters that are tied no longer."""
-    floats = [tensor.dtype for tensor in tensors.values() if tensor.dtype in FLOATS]
-    owners = {place[0][0]: name for name, place in places.items() if not place[0][2]}
-    sources = {owners.get(name, name): tensor for name, tensor in tensors.items()}
-    if model.get_output_embeddings() is None:  # a classifier has no use for the head of the language model
-        used = {name for place in places.values() for name, *_ in place}
-        sources = {name: tensor for name, tensor in sources.items() if tensor.name in used}
-    untied = [name for name, source in tied.items() if steps.get(name) != steps.get(source)]
-    state = model.state_dict()
-    if odd := [
-        tensors[owner].name for owner, name in owners.items() if tensors[owner].shape != tuple(state[name].shape)
-    ]:
-        raise UserError(f"the base model's weights do not have the shapes of its config.json: {shorten(odd)}")
-    if odd := [tensor.name for name, tensor in sources.items() if name in steps and tensor.dtype not in FLOATS]:
-        raise UserError(f"the base model is stored quantized ({shorten(odd)}); it is needed in full precision")
-    if odd := [name for name, _ in model.named_parameters() if not {name} & {*places, *tied, *steps}]:
-        raise UserError(f"neither the base model nor the adapter has a tensor for {shorten(odd)}")
-    outputs = []
-    for name in dict.fromkeys([*sources, *untied, *steps]):
-        if name in tied and name not in untied:
-            continue
-        source, own = sources.get(tied.get(name, name)), tuple(steps.get(name, []))
-        kind = source.dtype if source else floats[0]
-        kind = dtype if dtype and kind in FLOATS else kind
-        stored_as = name if name in tied or not source else source.name
-        outputs.append(Output(stored_as, kind, source.shape if source else own[0].shape, source, own))
-    return outputs, untied
+    return tensors, None
 
 
 class Apart:
-    """The last texts of a batch: they go through a model in one sweep with the others, but through changed modules."""
+    """The last texts of a batch: they go through a model in one sweep with the others, but through changed weights."""
 
     def __init__(self, ids, texts):
         self.tokens, self.tail = ids.numel(), texts * ids.shape[1]
@@ -585,7 +530,7 @@ class Apart:
         return torch.randint(0, 2, (size,), generator=self.generator) * 2.0 - 1
 
     def change(self, output, function):
-        """The output of a module with function(rows) in the place of the rows of these texts."""
+        """The output of a layer with function(rows) in the place of the rows of these texts."""
         values = output[0] if isinstance(output, tuple) else output
         rows = values.reshape(-1, values.shape[-1])  # some modules get the tokens of all texts in one dimension
         if len(rows) == self.tokens:
@@ -596,55 +541,59 @@ class Apart:
         """Let these texts get what the base model's module would give where PEFT put `layer`."""
         kept = []
 
-        def keep(module, args, output):
+        def keep(output):
             self.change(output, lambda rows: kept.append(rows.clone()) or rows)
 
         if isinstance(layer, BaseTunerLayer):
-            layer.base_layer.register_forward_hook(keep)
+            layer.base_layer.register_forward_hook(lambda module, args, output: keep(output))
         else:
-            layer.register_forward_hook(lambda module, args, output: keep(None, None, module.original_module(*args)))
+            layer.register_forward_pre_hook(lambda module, args: keep(module.original_module(*args)))
         layer.register_forward_hook(lambda module, args, output: self.change(output, lambda rows: kept.pop()))
 
 
-class Lazy(torch.nn.Module):
-    """Stands in for a parameter; `read(begin, end)` gives rows of it in float32, each time that they are used.
+class Lazy(torch.Tensor):
+    """A parameter of that `shape` without memory: `read(begin, end)` gives rows of it when a function of torch wants
+    its values (https://docs.pytorch.org/docs/stable/notes/extending.html#extending-torch-with-a-tensor-like-type).
 
     For the texts in `apart` every weight is off by the relative `error`, with random signs row_i * column_j. That moves
     W x by error * row * (W (column * x)), for which it takes no other weights than those that all texts need."""
 
-    def __init__(self, read, apart, error):
-        super().__init__()
-        self.read, self.apart, self.error, self.used = read, apart, error, None
+    @staticmethod
+    def __new__(cls, shape, read, apart, error=0.0):
+        lazy = torch.zeros(()).expand(shape).as_subclass(cls)
+        lazy.read, lazy.apart, lazy.error, lazy._is_param = read, apart, error, True  # torch looks for _is_param
+        return lazy
 
-    def attach(self, module, leaf):
-        """Take the place of the parameter `leaf` of `module`."""
-        self.shape = module._parameters[leaf].shape
-        if type(module) in (torch.nn.Linear, Conv1D) and leaf == "weight":
-            module.forward = functools.partial(self.apply_linear, module)
-        elif self.error:
-            module.register_forward_hook(self.disturb)
-        if isinstance(module, torch.nn.Embedding):
-            module.register_forward_pre_hook(self.look_up)
-            module.register_forward_hook(self.look_up)
-        parametrize.register_parametrization(module, leaf, self, unsafe=True)
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        values = (*args, *kwargs.values(), None)
+        if function.__name__ == "detach":  # for a state_dict
+            return args[0]
+        if function.__name__ in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                found = function(*args, **kwargs)
+            # .T, .data and to(another type) come to a new tensor, and have values
+            if found is args[0] or not isinstance(found, torch.Tensor):
+                return found
+        if function is functional.linear and isinstance(values[1], cls):
+            return values[1].apply_linear(values[0], values[2])
+        if function is torch.addmm and isinstance(values[2], cls) and not kwargs:  # transformers' Conv1D
+            return values[2].apply_linear(values[1], values[0], transposed=True)
+        if function is functional.embedding and isinstance(values[1], cls):
+            used, places = values[0].unique(return_inverse=True)
+            result = torch.cat([values[1].read(row, row + 1) for row in used.tolist()])[places]
+        else:
+            args, kwargs = tree_map(lambda value: value.read() if isinstance(value, cls) else value, (args, kwargs))
+            result = function(*args, **kwargs)
+        for lazy in values:
+            if isinstance(lazy, cls) and lazy.error and isinstance(result, torch.Tensor) and result.dim():
+                signs = lazy.apart.draw_signs(result.shape[-1])
+                result = lazy.apart.change(result, lambda rows: rows * (1 + lazy.error * signs))
+        return result
 
-    def forward(self, _):
-        if self.used is None:
-            return self.read()
-        values = torch.empty(self.shape)  # pages are taken when written to
-        for row in self.used:
-            values[row] = self.read(row, row + 1)[0]
-        return values
-
-    def look_up(self, module, args, output=None):
-        """Before and after an embedding is called: it reads the rows that it is asked for."""
-        self.used = args[0].unique().tolist() if output is None else None
-
-    def disturb(self, module, args, output):
-        return self.apart.change(output, lambda rows: rows * (1 + self.error * self.apart.draw_signs(rows.shape[-1])))
-
-    def apply_linear(self, module, x):
-        rows, transposed, tail = x.reshape(-1, x.shape[-1]), isinstance(module, Conv1D), self.apart.tail
+    def apply_linear(self, x, bias, transposed=False):
+        rows, tail = x.reshape(-1, x.shape[-1]), self.apart.tail
         disturbed = self.error and len(rows) == self.apart.tokens
         if disturbed:
             rows = torch.cat([rows, rows[-tail:] * self.apart.draw_signs(rows.shape[1])])
@@ -653,46 +602,47 @@ class Lazy(torch.nn.Module):
             if transposed:
                 y.addmm_(rows[:, begin:end], self.read(begin, end))
             else:
-                y[:, begin:end] = torch.nn.functional.linear(rows, self.read(begin, end))
+                y[:, begin:end] = functional.linear(rows, self.read(begin, end))
         if disturbed:
             y, moved = y[:-tail], y[-tail:]
             y[-tail:] += self.error * self.apart.draw_signs(y.shape[1]) * moved
-        return (y if module.bias is None else y + module.bias).view(*x.shape[:-1], -1)
+        return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
 
 
 @torch.no_grad()
-def run_lazily(model, tensors, steps, ids, adapter=None, change=None, apart=0, noise=None):
-    """The logits of `model` for `ids`, its parameters read as they are used: from `tensors`, as `steps` change them and
-    then `change(name, rows)`; with an adapter, in PEFT. The last `apart` texts go without the adapter, or with errors of
-    the relative size noise[name of the tensor].
+def run_lazily(model, tensors, ids, adapter=None, bits=0, apart=0, noise=None):
+    """The logits of `model` for `ids`, its parameters read from `tensors` as they are used; with an adapter, in PEFT;
+    with `bits`, as if the base model were loaded in 4 bit (NF4) or 8 bit. The last `apart` texts go without the
+    adapter, or with errors of the relative size noise[name of the tensor].
 
     Memory: of linear layers a block of rows in float32, of embeddings the rows in use, of other modules one tensor; of
-    the adapter no more, since PEFT too gets stand-ins."""
-    (places, tied), base, apart, stand_ins = match_names(model, tensors), model, Apart(ids, apart), {}
+    the adapter no more."""
+    places, base, apart, modules = match_names(model, tensors)[0], model, Apart(ids, apart), list(model.named_modules())
+    head = model.get_output_embeddings()  # stays as it is where the others are quantized
+    quantized = {f"{name}.weight" for name, m in modules if bits and type(m) is torch.nn.Linear and m is not head}
 
     def read(name, begin=0, end=None):
-        place = places[tied.get(name, name)]
-        tensor, _, converter = place[0]
+        tensor, _, converter = places[name][0]
         if converter:
             converter = copy.deepcopy(converter)
-            for tensor, pattern, _ in place:
-                converter.add_tensor(name, tensor, pattern, merge_rows(tensors[tensor], steps.get(tensor, [])))
+            for tensor, pattern, _ in places[name]:
+                converter.add_tensor(name, tensor, pattern, read_rows(tensors[tensor]))
             rows = converter.convert(name, model=base, config=base.config)[name]
             rows = (rows[0] if isinstance(rows, list) else rows)[begin:end]
         else:
-            rows = merge_rows(tensors[tensor], steps.get(name, []), begin, end)
-        return change(name, rows) if change else rows
+            rows = read_rows(tensors[tensor], begin, end)
+        if name in quantized and bits == 4:
+            from bitsandbytes import functional as bnb
 
-    def stand_in(shape, function, error=0.0):
-        """One number that looks like a tensor of that shape. Its address tells which, wherever PEFT puts it."""
-        value = torch.zeros(()).expand(shape)
-        stand_ins[value.data_ptr()] = value, Lazy(function, apart, error)
-        return torch.nn.Parameter(value, requires_grad=False)
+            rows = bnb.dequantize_4bit(*bnb.quantize_4bit(rows, quant_type="nf4", compress_statistics=True))
+        elif name in quantized:
+            scale = rows.abs().amax(dim=1, keepdim=True) / 127
+            rows = (rows / scale.clamp(min=1e-30)).round() * scale
+        return rows
 
     for name, buffer in model.named_buffers():
         if name in places and tensors[places[name][0][0]].dtype in FLOATS:
             buffer.copy_(read(name))
-    modules = list(model.named_modules())
     if adapter:
         with reading(f"the adapter {adapter}"):
             model = get_peft_model(model, LoraConfig.from_pretrained(adapter), low_cpu_mem_usage=True)
@@ -700,27 +650,21 @@ def run_lazily(model, tensors, steps, ids, adapter=None, change=None, apart=0, n
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
                 name = f"{prefix}.{leaf}"
-                place = places.get(tied.get(name, name))
-                error = noise.get(place[0][0], 0.0) if noise and place else 0.0
-                module._parameters[leaf] = stand_in(parameter.shape, functools.partial(read, name), error)
+                error = noise.get(places[name][0][0], 0.0) if noise and name in places else 0.0
+                module._parameters[leaf] = Lazy(parameter.shape, functools.partial(read, name), apart, error)
     if adapter:
-        stored = read_headers(adapter, "adapter_model")
-        stored = {key: tensor for key, tensor in stored.items() if not key.endswith(".base_layer.weight")}
-        values = {key: stand_in(tensor.shape, functools.partial(read_rows, tensor)) for key, tensor in stored.items()}
-        set_peft_model_state_dict(model, values, low_cpu_mem_usage=True)
-        if not {value.data_ptr() for value in values.values()} <= {value.data_ptr() for value in model.parameters()}:
-            values = {key: read_rows(tensor) for key, tensor in stored.items()}  # PEFT makes others of them
+        values = {
+            key: Lazy(tensor.shape, functools.partial(read_rows, tensor), apart)
+            for key, tensor in read_headers(adapter, "adapter_model").items()
+            if not key.endswith(".base_layer.weight")
+        }
+        with reading(f"the adapter {adapter}"):
             set_peft_model_state_dict(model, values, low_cpu_mem_usage=True)
         if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
             raise UserError(f"the adapter {adapter} lacks tensors that its config calls for: {shorten(absent)}")
-        if apart.tail:
-            for layer in model.modules():
-                if isinstance(layer, (BaseTunerLayer, ModulesToSaveWrapper)):
-                    apart.keep_base(layer)
-    for module in list(model.modules()):
-        for leaf, parameter in list(module._parameters.items()):
-            if parameter is not None and parameter.data_ptr() in stand_ins:
-                stand_ins[parameter.data_ptr()][1].attach(module, leaf)
+        for layer in model.modules() if apart.tail else ():
+            if isinstance(layer, (BaseTunerLayer, ModulesToSaveWrapper)):
+                apart.keep_base(layer)
     try:
         return model.eval()(input_ids=ids, use_cache=False).logits
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -728,36 +672,15 @@ def run_lazily(model, tensors, steps, ids, adapter=None, change=None, apart=0, n
         raise UserError(f"{name} cannot be run to verify the merge (--no_verify leaves that out): {error}") from error
 
 
-def quantize(model, bits):
-    """A change for `run_lazily`: what loading the base model in 4 bit (NF4) or 8 bit does to its linear layers."""
-    from bitsandbytes import functional
-
-    head = model.get_output_embeddings()  # stays as it is
-    linear = {f"{name}.weight" for name, m in model.named_modules() if type(m) is torch.nn.Linear and m is not head}
-
-    def change(name, rows):
-        if name not in linear:
-            return rows
-        if bits == 4:
-            return functional.dequantize_4bit(
-                *functional.quantize_4bit(rows, quant_type="nf4", compress_statistics=True)
-            )
-        scale = rows.abs().amax(dim=1, keepdim=True) / 127
-        return (rows / scale.clamp(min=1e-30)).round() * scale
-
-    return change
-
-
-def verify_merge(folder, auto, config, ids, expected, outputs, apart):
+def verify_merge(model, tensors, ids, expected, rounded, apart):
     """Compare the merged checkpoint with the logits (or scores) `expected`; refuse more than rounding explains.
 
-    What rounding explains is measured: how far the logits of the first `apart` texts move when the weights that were
-    rounded get random errors of that size. Four times that is allowed, and 5e-5 of the largest logit for the order of
+    What rounding explains is measured: how far the logits of the first `apart` texts move when the tensors `rounded`
+    get random errors of that size. Four times that is allowed, and 5e-5 of the largest logit for the order of
     additions in float32."""
     # 0.21 eps: the root mean square of the relative error of rounding, where all magnitudes are equally likely
-    noise = {output.name: 0.21 * torch.finfo(FLOATS[output.dtype]).eps for output in outputs if output.computed}
-    both = torch.cat([ids, ids[:apart]])
-    found = run_lazily(build_model(auto, config), read_headers(folder, "model"), {}, both, apart=apart, noise=noise)
+    noise = {name: 0.21 * torch.finfo(FLOATS[tensors[name].dtype]).eps for name in rounded}
+    found = run_lazily(model, tensors, torch.cat([ids, ids[:apart]]), apart=apart, noise=noise)
     found, moved = found.split([len(ids), apart])
     difference = (found - expected).abs_().max().item()
     allowed = 4 * (moved - found[:apart]).abs().max().item() + 5e-5 * expected.abs().max().item()
@@ -771,9 +694,8 @@ def verify_merge(folder, auto, config, ids, expected, outputs, apart):
 def merge_in_peft(chain, base, auto, config, dtype, folder, max_shard_size, ids):
     """The merge by PEFT, the whole model in memory. Returns what base + adapters say about `ids`."""
     try:
-        model = auto.from_pretrained(
-            base, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        )
+        options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+        model = auto.from_pretrained(base, config=config, **options)
         for adapter in chain:
             model = PeftModel.from_pretrained(model, adapter, torch_device="cpu").eval()
             with torch.no_grad():
@@ -785,17 +707,16 @@ def merge_in_peft(chain, base, auto, config, dtype, folder, max_shard_size, ids)
     return expected
 
 
-def hash_tensor(tensor):
-    """Of the type, the shape and the first 64 KiB. run.json has, in `base_hash`, that of a few tensors of the base."""
-    text = f"{tensor.dtype} {list(tensor.shape)} ".encode()
-    data = read_bytes(tensor, 0, min(2**16, tensor.end - tensor.start)).numpy().tobytes()
-    return hashlib.sha256(text + data).hexdigest()[:16]
-
-
 def check_base(base, tensors, run, force):
-    """Refuse a base model that is not the one of the training, if run.json says which that was."""
-    hashes = run.get("base_hash") or {}
-    changed = [name for name, value in hashes.items() if name not in tensors or hash_tensor(tensors[name]) != value]
+    """Refuse a base model that is not the one of the training, if run.json says which that was: in `base_hash`, of some
+    tensors, by their type, their shape and their first 64 KiB."""
+    changed = []
+    for name, expected in (run.get("base_hash") or {}).items():
+        if tensor := tensors.get(name):
+            text = f"{tensor.dtype} {list(tensor.shape)} ".encode()
+            data = read_bytes(tensor, 0, min(2**16, tensor.size)).numpy().tobytes()
+        if not tensor or hashlib.sha256(text + data).hexdigest()[:16] != expected:
+            changed.append(name)
     if changed:
         text = f"the base model {base} is not the one that the adapter was trained on: {shorten(changed)} differ"
         if not force:
@@ -818,14 +739,14 @@ def check_output_dir(args, sources):
             raise UserError(f"--output_dir {output_dir} holds {folder}, which is merged; name another directory")
 
 
-def write_rest(folder, tokenizer, own_tokenizer, chain, base, config_json, run):
+def write_rest(folder, tokenizer, own_tokenizer, folders, config_json, run):
     """Everything but the weights. config.json comes last: a directory without it does not load."""
     if tokenizer:
         tokenizer.save_pretrained(folder)
-    for path in base.glob("*processor_config.json"):  # of models that also take images or sound
+    for path in folders[-1].glob("*processor_config.json"):  # of models that also take images or sound
         shutil.copy(path, folder)
-    place = next((place for place in [*chain[::-1], base] if (place / "generation_config.json").is_file()), None)
-    generation = read_json(place / "generation_config.json") if place else {}
+    files = [place / "generation_config.json" for place in folders]
+    generation = next((read_json(file) for file in files if file.is_file()), {})
     ends = generation.get("eos_token_id", config_json.get("eos_token_id"))
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if own_tokenizer and tokenizer.eos_token_id not in [*ends, None]:  # the token that the adapter learned to end with
@@ -838,67 +759,76 @@ def write_rest(folder, tokenizer, own_tokenizer, chain, base, config_json, run):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    output_dir = Path(args.output_dir).resolve()
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", args.max_shard_size, re.IGNORECASE):
         raise UserError(f"--max_shard_size {args.max_shard_size} should be a whole number of MB or GB, e.g. 500MB")
     if args.push_to_hub:
         with reading("--push_to_hub: the name of --output_dir"):
-            validate_repo_id(Path(args.output_dir).resolve().name)
+            validate_repo_id(output_dir.name)
     chain, base = follow_chain(args)
-    check_output_dir(args, [*chain, base])
-    task, config_json = read_json(chain[-1] / "adapter_config.json").get("task_type"), read_json(base / "config.json")
-    run = read_json(chain[-1] / "run.json") if (chain[-1] / "run.json").is_file() else {}
+    adapter, folders = chain[-1], [*chain[::-1], base]
+    check_output_dir(args, folders)
+    task, config_json = read_json(adapter / "adapter_config.json").get("task_type"), read_json(base / "config.json")
+    classifier = task == "SEQ_CLS"
+    run = read_json(adapter / "run.json") if (adapter / "run.json").is_file() else {}
     if task not in (None, "CAUSAL_LM", "SEQ_CLS"):
-        raise UserError(f"{chain[-1]} is a {task} adapter; only CAUSAL_LM and SEQ_CLS (reward model) ones are merged")
+        raise UserError(f"{adapter} is a {task} adapter; only CAUSAL_LM and SEQ_CLS (reward model) ones are merged")
     if config_json.get("quantization_config"):
         raise UserError(f"the base model {base} is stored quantized; pass the full-precision one as --base_model_path")
     tensors = read_headers(base, "model")
     check_base(base, tensors, run, args.force)
 
-    auto = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
-    place = next((folder for folder in [*chain[::-1], base] if (folder / "tokenizer_config.json").is_file()), None)
     with reading(f"the config of {base}"):
         config_class = type(AutoConfig.from_pretrained(base, trust_remote_code=False))
+    place = next((folder for folder in folders if (folder / "tokenizer_config.json").is_file()), None)
     with reading(f"the tokenizer of {place}"):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False) if place else None
-        if tokenizer and isinstance(tokenizer.chat_template, dict):  # their names become file names when they are saved
-            assert all(re.fullmatch(r"[\w-]+", name) for name in tokenizer.chat_template), (
-                "a template has no plain name"
-            )
-    if task == "SEQ_CLS":
+        templates = tokenizer.chat_template if tokenizer and isinstance(tokenizer.chat_template, dict) else {}
+        if not all(re.fullmatch(r"[\w-]+", name) for name in templates):
+            raise ValueError("a chat template has a name that cannot be that of a file")
+    if classifier:
         if tokenizer and tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         config_json |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         config_json["pad_token_id"] = tokenizer.pad_token_id if tokenizer else config_json.get("pad_token_id")
     if args.dtype != "auto":
         config_json["torch_dtype" if "torch_dtype" in config_json else "dtype"] = args.dtype
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     config = config_class.from_dict(config_json)
     model = build_model(auto, config)
     config_json["architectures"] = [type(model).__name__]
     embeddings = model.get_input_embeddings().num_embeddings
     if place in chain and len(tokenizer) > embeddings:
-        text = f"the adapter's tokenizer has {len(tokenizer)} tokens"
-        raise UserError(f"{text}, the base model embeddings for {embeddings}")
+        text = f"the adapter's tokenizer has {len(tokenizer)} tokens, the base model embeddings for {embeddings}"
+        raise UserError(text)
 
     places, tied = match_names(model, tensors)
-    steps, before, reasons = {}, {}, []
-    for folder in chain:
-        own, reason = read_adapter(folder, model, tensors, places)
-        reasons += [f"the adapter {folder} cannot be streamed ({reason})"] if reason else []
-        before, steps = steps, {name: [*steps.get(name, []), *own.get(name, [])] for name in {**steps, **own}}
+    if model.get_output_embeddings() is None:  # a classifier has no use for the head of the language model
+        used = {name for place in places.values() for name, *_ in place}
+        tensors = {name: tensor for name, tensor in tensors.items() if name in used}
     dtype = next((code for code, value in FLOATS.items() if str(value) == f"torch.{args.dtype}"), None)
-    if reasons:
-        print(f"{reasons[0]}: merged by PEFT, with the whole model in memory in float32")
-        dtype = dtype or next(tensor.dtype for tensor in tensors.values() if tensor.dtype in FLOATS)
-        outputs = [Output(name, dtype, tensor.shape, None, ("PEFT",)) for name, tensor in tensors.items()]
+    outputs, reason = tensors, None
+    for folder in chain:
+        before = outputs
+        outputs, reason = apply_adapter(folder, model, before)
+        if reason:
+            text = f"the adapter {folder} cannot be streamed ({reason})"
+            print(f"{text}: merged by PEFT, with the whole model in memory in float32")
+            dtype, outputs = dtype or main_dtype(tensors), tensors
+            break
     else:
-        outputs, untied = plan_merge(model, tensors, places, tied, steps, dtype)
-        config_json |= {"tie_word_embeddings": False} if untied else {}
-    size = sum(output.size for output in outputs)
-    existing = next(folder for folder in Path(args.output_dir).resolve().parents if folder.is_dir())
+        places = match_names(model, outputs)[0]
+        if odd := [name for name, _ in model.named_parameters() if name not in places]:
+            raise UserError(f"neither the base model nor the adapter has a tensor for {shorten(odd)}")
+    if dtype:
+        outputs = {n: dataclasses.replace(t, dtype=dtype) if t.dtype in FLOATS else t for n, t in outputs.items()}
+    if set(tied) & set(outputs):
+        config_json["tie_word_embeddings"] = False
+    size, existing = sum(tensor.size for tensor in outputs.values()), next(f for f in output_dir.parents if f.is_dir())
     if shutil.disk_usage(existing).free < size + 2**26:
         raise UserError(f"the merged model takes {size / 1e9:.2f} GB, more than is free in {existing}")
 
-    rows, length = (16, 4) if task == "SEQ_CLS" else (4, 8)  # a classifier says one number a row
+    rows, length = (16, 4) if classifier else (4, 8)  # a classifier says one number a row
     ids = tokenizer(TEXT)["input_ids"] if tokenizer else list(range(rows * length))
     ids = torch.tensor((ids * rows * length)[: rows * length]).view(rows, length)
     base_name = args.base_model_path or read_json(chain[0] / "adapter_config.json")["base_model_name_or_path"]
@@ -908,49 +838,46 @@ def main(argv=None):
         "stage": "merge",
         "parent_stage": run.get("stage"),
         "base_model": str(base) if Path(base_name).is_dir() else base_name,
-        "parent": str(chain[-1]),
+        "parent": str(adapter),
         "arguments": vars(args),
         "versions": {n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft", "accelerate")},
     }
-    with concurrent.futures.ThreadPoolExecutor(1) as pool, publish(Path(args.output_dir).resolve()) as draft:
-        if reasons:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, publish(output_dir) as draft:
+        if reason:
             expected = merge_in_peft(chain, base, auto, config, FLOATS[dtype], draft, args.max_shard_size, ids)
-            config_json = read_json(draft / "config.json")
-            (draft / "config.json").unlink()
-            jobs = [pool.submit(flush_file, path) for path in draft.glob("*.safetensors")]
         else:
-            jobs = write_weights(draft, outputs, args.max_shard_size, pool)
-            if args.verify:
-                apart = 0 if task == "SEQ_CLS" else 1  # without its adapter a reward model has no head
-                both, model = torch.cat([ids, ids[:apart]]), build_model(auto, config)
-                expected = run_lazily(model, tensors, before, both, chain[-1], apart=apart)
-                expected, bare = expected.split([len(ids), apart])
+            write_weights(draft, outputs, args.max_shard_size)
+        flushed = pool.map(flush_file, [*draft.glob("*.safetensors")])  # meanwhile:
         if args.verify:
-            merged_config = config_class.from_dict(config_json)
-            apart = len(ids) if task == "SEQ_CLS" else 1  # a text has thousands of logits, or one score
-            found, figures = verify_merge(draft, auto, merged_config, ids, expected, outputs, apart)
+            apart = 0 if classifier or reason else 1  # without its adapter a reward model has no head
+            if not reason:
+                both = torch.cat([ids, ids[:apart]])
+                expected = run_lazily(build_model(auto, config), before, both, adapter, apart=apart)
+            expected, bare = expected.split([len(ids), apart])
+            merged, merged_model = read_headers(draft, "model"), build_model(auto, config_class.from_dict(config_json))
+            rounded = [name for name in merged if merged[name].dtype in FLOATS and (reason or outputs[name].computed)]
+            # a text has thousands of logits, or one score
+            found, figures = verify_merge(merged_model, merged, ids, expected, rounded, len(ids) if classifier else 1)
             run["verification"] = figures
-            if not reasons and task != "SEQ_CLS":
+            if apart:
                 figures["adapter_moves"] = effect = (expected[:1] - bare).abs().max().item()
                 if effect < 2 * figures["largest_difference"]:
                     print(f"the adapter moves the logits by {effect:.2g} only: --dtype float32 would keep more of that")
         if bits:
             gap = "by how much could not be measured here"
-            with contextlib.suppress(ImportError, RuntimeError, NotImplementedError):  # of bitsandbytes
-                if args.verify and not reasons:
-                    model = build_model(auto, config)
-                    trained = run_lazily(model, tensors, before, ids, chain[-1], quantize(model, bits))
-                    run["verification"]["difference_from_quantized"] = (found - trained).abs().max().item()
-                    gap = f"on the same texts by up to {run['verification']['difference_from_quantized']:.2g}"
+            with contextlib.suppress(ImportError, UserError):  # no bitsandbytes, or one that cannot do it here
+                if args.verify and not reason:
+                    trained = run_lazily(build_model(auto, config), before, ids, adapter, bits)
+                    figures["difference_from_quantized"] = (found - trained).abs().max().item()
+                    gap = f"on the same texts by up to {figures['difference_from_quantized']:.2g}"
             text = f"trained on the base model in {bits} bit, merged into it in full precision"
             print(f"{text}: the logits differ, {gap}")
-        for job in jobs:
-            job.result()  # on the disk before the directory takes its name
-        write_rest(draft, tokenizer, place in chain, chain, base, config_json, run)
+        list(flushed)  # on the disk before the directory takes its name
+        write_rest(draft, tokenizer, place in chain, folders, config_json, run)
     print(f"saved {args.output_dir}")
     if args.push_to_hub:
-        repo = HfApi().create_repo(Path(args.output_dir).resolve().name, exist_ok=True).repo_id
-        print(f"uploaded {HfApi().upload_folder(repo_id=repo, folder_path=args.output_dir)}")
+        repo = HfApi().create_repo(output_dir.name, exist_ok=True).repo_id
+        print(f"uploaded {HfApi().upload_folder(repo_id=repo, folder_path=output_dir)}")
 
 
 if __name__ == "__main__":
