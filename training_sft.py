@@ -1211,7 +1211,6 @@ def load_adapter_weights(model, adapter):
         )
 
 
-@torch.no_grad()
 def check_separation(model, args):
     """Refuse a model in which examples that share a row see each other: recurrent layers and convolutions do not mind
     that position ids restart."""
@@ -1219,8 +1218,10 @@ def check_separation(model, args):
     half = args.bf16 or args.fp16
     autocast = torch.autocast(model.device.type, torch.float16 if args.fp16 else torch.bfloat16, enabled=half)
     with reading(f"{type(model).__name__} with examples that share a row"), autocast:
-        both = model.eval()(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 4:].float()
-        alone = model(input_ids=ids[:, 4:], use_cache=False).logits[0].float()
+        # where no gradient is asked for, bitsandbytes repacks 4-bit weights on a CPU, with coarser scales
+        x = model.get_input_embeddings()(ids).detach().requires_grad_()
+        both = model.eval()(inputs_embeds=x, position_ids=positions, use_cache=False).logits[0, 4:].float()
+        alone = model(inputs_embeds=x[:, 4:], use_cache=False).logits[0].float()
     if (both - alone).abs().max() > (0.05 if half else 1e-3) * alone.abs().max():
         raise UserError(
             "in this model examples that share a row see each other; leave --packing out, and in place of --batch_size "
@@ -1302,14 +1303,11 @@ def main(argv=None):
         )
 
     # A batch runs in parts, each one row without padding: the same gradient (each answer token of the whole batch counts
-    # the same). On a CPU a part is one row of the data. A GPU gets more at once: with flash-attention the batch, else as
-    # much as the hidden size, since SDPA computes between the rows too; there that is a sixth of the linear layers' work.
-    rows_at_once = args.batch_size if torch.accelerator.is_available() else 1
-    if "flash" not in (args.attn_implementation or ""):
-        while rows_at_once > 1 and (
-            args.batch_size % rows_at_once or rows_at_once * longest > model_config.hidden_size
-        ):
-            rows_at_once -= 1
+    # the same). On a CPU a part is one row of the data. A GPU gets more at once: with flash-attention the batch, else what
+    # fills it, since SDPA computes between the rows too (in as many tokens as the hidden size a sixth of the rest).
+    flash, limit = "flash" in (args.attn_implementation or ""), max(2048, model_config.hidden_size)
+    parts = [n for n in range(1, args.batch_size + 1) if args.batch_size % n == 0 and (flash or n * longest <= limit)]
+    rows_at_once = max(parts, default=1) if torch.accelerator.is_available() else 1
     columns = ["input_ids", "labels"]
     packed = pack_dataset(train_rows.select_columns(columns), args.max_length) if args.packing else train_rows
     batch = args.batch_size * args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))

@@ -133,6 +133,17 @@ def test_rows_are_cut_dropped_and_counted(run, tmp_path, plain_llama, capsys):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("precision", [[], ["--bf16"], ["--load_in_4bit"], ["--load_in_8bit", "--bf16"]], ids="-".join)
+@pytest.mark.parametrize("batch", [[], ["--packing"], ["--gradient_checkpointing"]], ids="-".join)
+def test_an_adapter_is_trained_in_float32_whatever_the_base_is_in(run, tmp_path, llama, precision, batch):
+    """SFTTrainer makes it bfloat16 on a quantized base, where small steps round to nothing."""
+    trainer = run(CHATS, llama, "--use_lora", "--learning_rate", 1e-2, *precision, *batch)
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    adapter = weights(tmp_path / "out" / "final_checkpoint")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    assert all(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
+
+
 # ---------------------------------------------------------------- the gradient of a step
 
 
