@@ -1306,7 +1306,8 @@ def main(argv=None):
     # the same). On a CPU a part is one row of the data. A GPU gets more at once: with flash-attention the batch, else what
     # fills it, since SDPA computes between the rows too (in as many tokens as the hidden size a sixth of the rest).
     flash, limit = "flash" in (args.attn_implementation or ""), max(2048, model_config.hidden_size)
-    parts = [n for n in range(1, args.batch_size + 1) if args.batch_size % n == 0 and (flash or n * longest <= limit)]
+    length = args.max_length if args.packing else longest
+    parts = [n for n in range(1, args.batch_size + 1) if args.batch_size % n == 0 and (flash or n * length <= limit)]
     rows_at_once = max(parts, default=1) if torch.accelerator.is_available() else 1
     columns = ["input_ids", "labels"]
     packed = pack_dataset(train_rows.select_columns(columns), args.max_length) if args.packing else train_rows
@@ -1317,7 +1318,7 @@ def main(argv=None):
         f"{'the first rows have' if args.streaming else f'an epoch has {len(packed)},'} "
         f"{sum(map(len, known['input_ids']))} tokens, {sum(known['trained'])} trained on"
     )
-    tokens, logits = rows_at_once * (args.max_length if args.packing else longest), max(known["trained"])
+    tokens, logits = rows_at_once * length, max(known["trained"])
     foresee(args, AutoModelForCausalLM, source, steps, peft_config, tokens, min(tokens, logits))
     config = make_config(
         SFTConfig,
