@@ -113,7 +113,10 @@ def train_stock(args, folder):
 
 
 def measure(args, policy):
-    """Reward, KL, stop rate and rule score of answers sampled for the questions that no stage was trained on."""
+    """Reward, KL, stop rate and rule score of answers sampled for the questions that no stage was trained on.
+
+    `kl` is that of the sampled tokens; `kl_summed`, over the whole vocabulary at each of them, has the same expectation
+    and less noise."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -127,7 +130,7 @@ def measure(args, policy):
     questions = [row["prompt"] for row in read_lines(ROOT / "data" / "evaluation" / "test.jsonl")][:PROMPTS]
     stops, policy = prompt_format.stop_ids(reference.generation_config), policy.float().eval()
     torch.manual_seed(args.seed)
-    found = {"reward": [], "kl": [], "stop_rate": [], "rule_score": []}
+    found = {"reward": [], "kl": [], "kl_summed": [], "stop_rate": [], "rule_score": []}
     for question in questions:
         prompt = prompt_format.encode([{"role": "user", "content": question}], open_end=True)[0]
         ids = torch.tensor([prompt], device=policy.device)
@@ -145,9 +148,11 @@ def measure(args, policy):
 
             def logprobs(model):
                 logits = model.to(out.device)(input_ids=out).logits[0, len(prompt) - 1 : -1, :vocabulary]
-                return (logits.float() / TEMPERATURE).log_softmax(-1).gather(1, answer[:, None]).sum().item()
+                return (logits.float() / TEMPERATURE).log_softmax(-1)
 
-            found["kl"].append(logprobs(policy) - logprobs(reference))
+            ours, theirs = logprobs(policy), logprobs(reference)
+            found["kl"].append((ours - theirs).gather(1, answer[:, None]).sum().item())
+            found["kl_summed"].append((ours.exp() * (ours - theirs)).sum().item())
             hidden = scorer.to(out.device).model(input_ids=out).last_hidden_state[0, -1]
             found["reward"].append(scorer.score(hidden).item())
         found["stop_rate"].append(answer[-1].item() in stops)
@@ -193,7 +198,7 @@ def main():
     for i in range(EPISODES // BATCH):
         means = [sum(run["curve"][i][KEYS[0]] for run in found) / len(found) for found in runs.values()]
         print(f"{i + 1:>38}" + "".join(f"{mean:>10.2f}" for mean in means))
-    for key in ("reward", "kl", "stop_rate", "rule_score"):
+    for key in ("reward", "kl", "kl_summed", "stop_rate", "rule_score"):
         means = [sum(run["final"][key] for run in found) / len(found) for found in runs.values()]
         print(f"{'final ' + key + ', questions not trained on':38}" + "".join(f"{mean:>10.2f}" for mean in means))
     settings = {key: value for key, value in vars(args).items() if key not in ("side", "seed", "folder", "name")}
