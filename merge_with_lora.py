@@ -34,10 +34,8 @@ import sys
 import warnings
 from pathlib import Path
 
+
 # >>> block base: the same in training_sft.py, training_reward_model.py, training_rl.py, merge_with_lora.py (tests/test_blocks.py)
-TRL_VERSION = "1.12.0"  # the last release with PPOTrainer; the four scripts are tested with this one
-
-
 class UserError(Exception):
     """What is wrong, where, and what would be right: shown as one line, exit code 2."""
 
@@ -74,13 +72,6 @@ def run_as_script(function):
         code = 130
     if code:
         sys.exit(code)
-
-
-def check_trl():
-    """Refuse another trl than the one that the scripts are written for."""
-    found = importlib.metadata.version("trl")
-    if found != TRL_VERSION:
-        raise UserError(f"this script needs trl {TRL_VERSION}, found {found}: pip install trl=={TRL_VERSION}")
 
 
 def read_json(path):

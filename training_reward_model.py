@@ -40,10 +40,8 @@ import warnings
 import zipfile
 from pathlib import Path
 
+
 # >>> block base: the same in training_sft.py, training_reward_model.py, training_rl.py, merge_with_lora.py (tests/test_blocks.py)
-TRL_VERSION = "1.12.0"  # the last release with PPOTrainer; the four scripts are tested with this one
-
-
 class UserError(Exception):
     """What is wrong, where, and what would be right: shown as one line, exit code 2."""
 
@@ -80,13 +78,6 @@ def run_as_script(function):
         code = 130
     if code:
         sys.exit(code)
-
-
-def check_trl():
-    """Refuse another trl than the one that the scripts are written for."""
-    found = importlib.metadata.version("trl")
-    if found != TRL_VERSION:
-        raise UserError(f"this script needs trl {TRL_VERSION}, found {found}: pip install trl=={TRL_VERSION}")
 
 
 def read_json(path):
@@ -183,6 +174,16 @@ def locate_model(path, flag):
 
 
 # >>> block flags: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_blocks.py)
+TRL_VERSION = "1.12.0"  # the last release with PPOTrainer
+
+
+def check_trl():
+    """Refuse another trl than the one that the scripts are written for."""
+    found = importlib.metadata.version("trl")
+    if found != TRL_VERSION:
+        raise UserError(f"this script needs trl {TRL_VERSION}, found {found}: pip install trl=={TRL_VERSION}")
+
+
 def number(kind, low, high=math.inf):
     """An argparse type: an int or float from `low` to `high`."""
 
@@ -702,14 +703,6 @@ def encode_rows(data, function, where, description):
         more = f" ({len(bad)} such rows)" if len(bad) > 1 else ""
         raise UserError(f"{where}, row {bad[0][0]}: {bad[0][1]}{more}")
     return rows.remove_columns(["problem"])
-
-
-def first_rows(stream, where):
-    """The first 256 rows of a stream, to show and to measure."""
-    rows = list(stream.take(256))
-    if not rows:
-        raise UserError(f"{where}: no row is left to train on")
-    return datasets.Dataset.from_list(rows)
 
 
 def load_config(source, args):
@@ -1492,7 +1485,9 @@ def main(argv=None):
     batch_size = args.per_device_train_batch_size
     known = {**rows}
     if args.streaming:  # the first pairs stand for all
-        known["train"] = first_rows(rows["train"], where["train"])
+        known["train"] = datasets.Dataset.from_list(list(rows["train"].take(256)))
+        if not len(known["train"]):
+            raise UserError(f"{where['train']}: no pair is left to train on")
     elif not args.eval_only and batch_size > len(rows["train"]):
         raise UserError(
             f"--per_device_train_batch_size {batch_size} is larger than the data set ({len(rows['train'])} pairs)"

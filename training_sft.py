@@ -35,10 +35,8 @@ import warnings
 import zipfile
 from pathlib import Path
 
+
 # >>> block base: the same in training_sft.py, training_reward_model.py, training_rl.py, merge_with_lora.py (tests/test_blocks.py)
-TRL_VERSION = "1.12.0"  # the last release with PPOTrainer; the four scripts are tested with this one
-
-
 class UserError(Exception):
     """What is wrong, where, and what would be right: shown as one line, exit code 2."""
 
@@ -75,13 +73,6 @@ def run_as_script(function):
         code = 130
     if code:
         sys.exit(code)
-
-
-def check_trl():
-    """Refuse another trl than the one that the scripts are written for."""
-    found = importlib.metadata.version("trl")
-    if found != TRL_VERSION:
-        raise UserError(f"this script needs trl {TRL_VERSION}, found {found}: pip install trl=={TRL_VERSION}")
 
 
 def read_json(path):
@@ -178,6 +169,16 @@ def locate_model(path, flag):
 
 
 # >>> block flags: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_blocks.py)
+TRL_VERSION = "1.12.0"  # the last release with PPOTrainer
+
+
+def check_trl():
+    """Refuse another trl than the one that the scripts are written for."""
+    found = importlib.metadata.version("trl")
+    if found != TRL_VERSION:
+        raise UserError(f"this script needs trl {TRL_VERSION}, found {found}: pip install trl=={TRL_VERSION}")
+
+
 def number(kind, low, high=math.inf):
     """An argparse type: an int or float from `low` to `high`."""
 
@@ -702,14 +703,6 @@ def encode_rows(data, function, where, description):
         more = f" ({len(bad)} such rows)" if len(bad) > 1 else ""
         raise UserError(f"{where}, row {bad[0][0]}: {bad[0][1]}{more}")
     return rows.remove_columns(["problem"])
-
-
-def first_rows(stream, where):
-    """The first 256 rows of a stream, to show and to measure."""
-    rows = list(stream.take(256))
-    if not rows:
-        raise UserError(f"{where}: no row is left to train on")
-    return datasets.Dataset.from_list(rows)
 
 
 def load_config(source, args):
@@ -1291,7 +1284,9 @@ def main(argv=None):
         print(f"held out for evaluation: {len(eval_rows)} rows")
     known = train_rows  # with --streaming the first rows stand for all
     if args.streaming:
-        known = first_rows(train_rows, where)
+        known = datasets.Dataset.from_list(list(train_rows.take(256)))
+        if not len(known):
+            raise UserError(f"{where}: no row is left to train on")
     elif args.batch_size > len(train_rows):
         raise UserError(f"--batch_size {args.batch_size} is larger than the data set ({len(train_rows)} rows)")
     longest = args.max_length if args.streaming else max(map(len, train_rows["input_ids"]))
