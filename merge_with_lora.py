@@ -56,6 +56,8 @@ class Parser(argparse.ArgumentParser):
 def run_as_script(function):
     """Call `function()`; what a user can mend becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     code = 0
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # of several processes the first one talks
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
     try:

@@ -62,6 +62,8 @@ class Parser(argparse.ArgumentParser):
 def run_as_script(function):
     """Call `function()`; what a user can mend becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     code = 0
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # of several processes the first one talks
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
     try:
@@ -235,7 +237,14 @@ def add_shared_flags(parser, learning_rate):
     add("--push_to_hub", action="store_true", help="upload the final checkpoint under the name of --output_dir")
     add("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     add("--force", action="store_true", help="go on where a check of memory, disk or the chain says stop")
-    add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="any other field of the config")
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any other field of the SFTConfig, RewardConfig or PPOConfig",
+    )
 
 
 def set_fields(pairs, config_class, taken):
@@ -303,6 +312,7 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, TrainerState
+from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
@@ -498,9 +508,12 @@ def pick_format(requested, natural, recorded, tokenizer):
 
 
 # >>> block run: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_blocks.py)
-def check_shared(args):
+def check_shared(args, config_class):
     """The checks on flags that all three training scripts share; nothing slow happens before them."""
     check_trl()
+    set_fields(args.set, config_class, ())
+    for name in set(args.report_to) - {"none", "all", *get_available_reporting_integrations()}:
+        raise UserError(f"--report_to {name}: not installed; pip install {name}")
     if args.bf16 and args.fp16:
         raise UserError("--bf16 and --fp16 exclude each other")
     if args.fp16 and not torch.cuda.is_available():
@@ -522,6 +535,8 @@ def check_shared(args):
     if args.push_to_hub:
         with reading("--push_to_hub: the name of --output_dir"):
             validate_repo_id(Path(args.output_dir).resolve().name)
+        with reading("--push_to_hub: the login at the hub (hf auth login)"):
+            HfApi().whoami()
     if args.lr_scheduler_type not in {kind.value for kind in transformers.SchedulerType}:
         raise UserError(f"--lr_scheduler_type {args.lr_scheduler_type} is not one of the schedulers of transformers")
 
@@ -576,11 +591,16 @@ def pick_checkpoint(args, stage):
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: {complete[0]} is later; --overwrite_output_dir drops it"
         )
-    found = read_json(checkpoint / "run.json").get("stage") if (checkpoint / "run.json").is_file() else stage
-    if found != stage:
+    run = read_json(checkpoint / "run.json") if (checkpoint / "run.json").is_file() else {}
+    if run.get("stage", stage) != stage:
         raise UserError(
-            f"--resume_from_checkpoint: {checkpoint} is of the stage {found!r}; this script goes on with {stage!r}"
+            f"--resume_from_checkpoint: {checkpoint} is of the stage {run['stage']!r}; this script goes on with {stage!r}"
         )
+    for name in ("learning_rate", "weight_decay"):  # these are in the optimizer's state
+        kept = (run.get("arguments") or {}).get(name)
+        if isinstance(kept, float) and kept != getattr(args, name):
+            print(f"--{name} {getattr(args, name)}: not used, the checkpoint goes on with {kept}")
+            setattr(args, name, kept)
     if not any(path.name.startswith(("optimizer", "global_step")) for path in checkpoint.iterdir()):
         raise UserError(f"{checkpoint} holds no optimizer state: a run cannot go on from it as it would have")
     for path in checkpoint.rglob("*.*"):
@@ -744,7 +764,7 @@ def load_model(cls, source, args, trainable, **kwargs):
     if torch.cuda.is_available():  # straight to this process's GPU, not by way of the machine's memory
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
     with reading(f"the model {source.base}"):
-        return cls.from_pretrained(
+        loaded = cls.from_pretrained(
             source.base,
             dtype=torch.float32 if trainable else compute,
             attn_implementation=args.attn_implementation,
@@ -752,6 +772,10 @@ def load_model(cls, source, args, trainable, **kwargs):
             use_safetensors=True,  # no pickle
             **kwargs,
         )
+    for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # after a pass in eval mode there would be no gradients
+            module.support_avx512bf16_for_cpu = False
+    return loaded
 
 
 def lora_config(args, source, task_type):
@@ -922,6 +946,7 @@ class RunCallback(TrainerCallback):
         self.output_dir, self.run, self.interrupted, self.handlers = Path(output_dir), run, False, {}
 
     def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)  # a resumed run would log and save as often as before
         for name in (signal.SIGINT, signal.SIGTERM):
             self.handlers[name] = signal.signal(name, self.interrupt)
 
@@ -1346,7 +1371,10 @@ def pick_collator(model, rows, tokenizer, args):
 
 
 class GuardedTrainer(NonfiniteGuard, RewardTrainer):
-    """RewardTrainer that stops before NaN or infinity reaches the weights."""
+    """RewardTrainer that stops before NaN or infinity reaches the weights, and writes no model card without facts."""
+
+    def create_model_card(self, *args, **kwargs):
+        pass
 
 
 def score_pairs(model, rows, collate, args, tokens=4096):
@@ -1442,10 +1470,12 @@ def evaluate_pairs(model, rows, collate, args, where):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    check_shared(args)
+    check_shared(args, RewardConfig)
     eval_split = args.eval_split or ("test" if args.eval_subset else None)
     if args.eval_fraction and eval_split:
         raise UserError("--eval_fraction holds out rows of --train_split; it excludes --eval_split and --eval_subset")
+    if args.eval_steps and not (eval_split or args.eval_fraction):
+        raise UserError("--eval_steps needs pairs to evaluate on: --eval_split, --eval_subset or --eval_fraction")
     if args.streaming and (args.eval_fraction or args.eval_only or not args.max_steps):
         raise UserError("--streaming needs --max_steps, and excludes --eval_fraction and --eval_only")
     if args.eval_only and not (eval_split or args.eval_fraction):
@@ -1495,7 +1525,10 @@ def main(argv=None):
     longest = args.max_length if args.streaming else max(max(split["longest"]) for split in known.values())
     positions = getattr(load_config(source, args).get_text_config(), "max_position_embeddings", longest)
     if longest > positions:
-        raise UserError(f"--max_length {args.max_length}: the model has {positions} positions, a text {longest} tokens")
+        raise UserError(
+            f"--max_length {args.max_length}: the model has {positions} positions, a text {longest} tokens; use --max_length "
+            f"{positions}"
+        )
 
     # On a CPU a batch runs pair by pair: the same gradient, the memory of one pair, about a tenth slower. A GPU gets
     # the batch as one row without padding.

@@ -64,6 +64,8 @@ class Parser(argparse.ArgumentParser):
 def run_as_script(function):
     """Call `function()`; what a user can mend becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     code = 0
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # of several processes the first one talks
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
     try:
@@ -237,7 +239,14 @@ def add_shared_flags(parser, learning_rate):
     add("--push_to_hub", action="store_true", help="upload the final checkpoint under the name of --output_dir")
     add("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     add("--force", action="store_true", help="go on where a check of memory, disk or the chain says stop")
-    add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="any other field of the config")
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any other field of the SFTConfig, RewardConfig or PPOConfig",
+    )
 
 
 def set_fields(pairs, config_class, taken):
@@ -338,6 +347,7 @@ from transformers import (
     TrainerCallback,
     TrainerState,
 )
+from transformers.integrations import get_available_reporting_integrations
 from trl.experimental import ppo as trl_ppo
 from trl.trainer.utils import disable_dropout_in_model, entropy_from_logits, selective_log_softmax
 
@@ -530,9 +540,12 @@ def pick_format(requested, natural, recorded, tokenizer):
 
 
 # >>> block run: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_blocks.py)
-def check_shared(args):
+def check_shared(args, config_class):
     """The checks on flags that all three training scripts share; nothing slow happens before them."""
     check_trl()
+    set_fields(args.set, config_class, ())
+    for name in set(args.report_to) - {"none", "all", *get_available_reporting_integrations()}:
+        raise UserError(f"--report_to {name}: not installed; pip install {name}")
     if args.bf16 and args.fp16:
         raise UserError("--bf16 and --fp16 exclude each other")
     if args.fp16 and not torch.cuda.is_available():
@@ -554,6 +567,8 @@ def check_shared(args):
     if args.push_to_hub:
         with reading("--push_to_hub: the name of --output_dir"):
             validate_repo_id(Path(args.output_dir).resolve().name)
+        with reading("--push_to_hub: the login at the hub (hf auth login)"):
+            HfApi().whoami()
     if args.lr_scheduler_type not in {kind.value for kind in transformers.SchedulerType}:
         raise UserError(f"--lr_scheduler_type {args.lr_scheduler_type} is not one of the schedulers of transformers")
 
@@ -608,11 +623,16 @@ def pick_checkpoint(args, stage):
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: {complete[0]} is later; --overwrite_output_dir drops it"
         )
-    found = read_json(checkpoint / "run.json").get("stage") if (checkpoint / "run.json").is_file() else stage
-    if found != stage:
+    run = read_json(checkpoint / "run.json") if (checkpoint / "run.json").is_file() else {}
+    if run.get("stage", stage) != stage:
         raise UserError(
-            f"--resume_from_checkpoint: {checkpoint} is of the stage {found!r}; this script goes on with {stage!r}"
+            f"--resume_from_checkpoint: {checkpoint} is of the stage {run['stage']!r}; this script goes on with {stage!r}"
         )
+    for name in ("learning_rate", "weight_decay"):  # these are in the optimizer's state
+        kept = (run.get("arguments") or {}).get(name)
+        if isinstance(kept, float) and kept != getattr(args, name):
+            print(f"--{name} {getattr(args, name)}: not used, the checkpoint goes on with {kept}")
+            setattr(args, name, kept)
     if not any(path.name.startswith(("optimizer", "global_step")) for path in checkpoint.iterdir()):
         raise UserError(f"{checkpoint} holds no optimizer state: a run cannot go on from it as it would have")
     for path in checkpoint.rglob("*.*"):
@@ -776,7 +796,7 @@ def load_model(cls, source, args, trainable, **kwargs):
     if torch.cuda.is_available():  # straight to this process's GPU, not by way of the machine's memory
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
     with reading(f"the model {source.base}"):
-        return cls.from_pretrained(
+        loaded = cls.from_pretrained(
             source.base,
             dtype=torch.float32 if trainable else compute,
             attn_implementation=args.attn_implementation,
@@ -784,6 +804,10 @@ def load_model(cls, source, args, trainable, **kwargs):
             use_safetensors=True,  # no pickle
             **kwargs,
         )
+    for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # after a pass in eval mode there would be no gradients
+            module.support_avx512bf16_for_cpu = False
+    return loaded
 
 
 def lora_config(args, source, task_type):
@@ -954,6 +978,7 @@ class RunCallback(TrainerCallback):
         self.output_dir, self.run, self.interrupted, self.handlers = Path(output_dir), run, False, {}
 
     def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)  # a resumed run would log and save as often as before
         for name in (signal.SIGINT, signal.SIGTERM):
             self.handlers[name] = signal.signal(name, self.interrupt)
 
@@ -1871,6 +1896,8 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
                 lines.append(json.dumps(sample, ensure_ascii=False))
             Path(f"{path}.partial").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
             os.replace(f"{path}.partial", path)
+            scores = ", ".join(f"{who} {metrics[f'eval_{who}_score']:+.2f}" for who in answers)
+            tqdm.write(f"\nupdate {step}, mean score of the answers to {len(rows)} fixed prompts: {scores}")
             for row, *pair in list(zip(rows, *answers.values()))[:5]:
                 tqdm.write(f"\n> {row['text'].strip()[-200:]}")
                 for who, found in zip(answers, pair):
@@ -1988,6 +2015,11 @@ def load_reward_function(spec):
         scores = function([row["text"] for row in rows], responses)
         if len(scores) != len(responses):
             raise UserError(f"--reward_function {spec} returned {len(scores)} numbers for {len(responses)} responses")
+        for score, response in zip(scores, responses):
+            if not isinstance(score, (int, float)) and not hasattr(score, "item"):
+                raise UserError(
+                    f"--reward_function {spec} returned {score!r} for the response {response[:40]!r}, not a number"
+                )
         return [float(score) for score in scores]
 
     return score_texts
@@ -2102,7 +2134,7 @@ def foresee_roles(args, policy, reward, value, config, longest, episodes, update
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    check_shared(args)
+    check_shared(args, trl_ppo.PPOConfig)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED"):  # its backward pass takes an optimizer step
         raise UserError("PPO does not run under DeepSpeed; use DDP (accelerate launch --multi_gpu)")
     if not args.reward_model_path and not args.reward_function:
@@ -2150,6 +2182,8 @@ def main(argv=None):
             f"the model has {positions} positions, but a prompt and its answer may have {longest} tokens: lower "
             f"--max_prompt_length {args.max_prompt_length} or --response_length {args.response_length}"
         )
+    if score_texts:  # a fault in it is to show before anything slow
+        score_texts(list(train_rows.select([0, len(train_rows) - 1])), ["Yes.", "No."])
     updates = math.ceil((args.total_episodes or len(train_rows)) / (episodes * processes))
     foresee_roles(args, policy_source, reward_source, value_source, text_config, longest, episodes, updates)
 

@@ -57,6 +57,8 @@ class Parser(argparse.ArgumentParser):
 def run_as_script(function):
     """Call `function()`; what a user can mend becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     code = 0
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # of several processes the first one talks
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
     try:
@@ -230,7 +232,14 @@ def add_shared_flags(parser, learning_rate):
     add("--push_to_hub", action="store_true", help="upload the final checkpoint under the name of --output_dir")
     add("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     add("--force", action="store_true", help="go on where a check of memory, disk or the chain says stop")
-    add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="any other field of the config")
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any other field of the SFTConfig, RewardConfig or PPOConfig",
+    )
 
 
 def set_fields(pairs, config_class, taken):
@@ -306,6 +315,7 @@ from transformers import (
     TrainerCallback,
     TrainerState,
 )
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
@@ -498,9 +508,12 @@ def pick_format(requested, natural, recorded, tokenizer):
 
 
 # >>> block run: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_blocks.py)
-def check_shared(args):
+def check_shared(args, config_class):
     """The checks on flags that all three training scripts share; nothing slow happens before them."""
     check_trl()
+    set_fields(args.set, config_class, ())
+    for name in set(args.report_to) - {"none", "all", *get_available_reporting_integrations()}:
+        raise UserError(f"--report_to {name}: not installed; pip install {name}")
     if args.bf16 and args.fp16:
         raise UserError("--bf16 and --fp16 exclude each other")
     if args.fp16 and not torch.cuda.is_available():
@@ -522,6 +535,8 @@ def check_shared(args):
     if args.push_to_hub:
         with reading("--push_to_hub: the name of --output_dir"):
             validate_repo_id(Path(args.output_dir).resolve().name)
+        with reading("--push_to_hub: the login at the hub (hf auth login)"):
+            HfApi().whoami()
     if args.lr_scheduler_type not in {kind.value for kind in transformers.SchedulerType}:
         raise UserError(f"--lr_scheduler_type {args.lr_scheduler_type} is not one of the schedulers of transformers")
 
@@ -576,11 +591,16 @@ def pick_checkpoint(args, stage):
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: {complete[0]} is later; --overwrite_output_dir drops it"
         )
-    found = read_json(checkpoint / "run.json").get("stage") if (checkpoint / "run.json").is_file() else stage
-    if found != stage:
+    run = read_json(checkpoint / "run.json") if (checkpoint / "run.json").is_file() else {}
+    if run.get("stage", stage) != stage:
         raise UserError(
-            f"--resume_from_checkpoint: {checkpoint} is of the stage {found!r}; this script goes on with {stage!r}"
+            f"--resume_from_checkpoint: {checkpoint} is of the stage {run['stage']!r}; this script goes on with {stage!r}"
         )
+    for name in ("learning_rate", "weight_decay"):  # these are in the optimizer's state
+        kept = (run.get("arguments") or {}).get(name)
+        if isinstance(kept, float) and kept != getattr(args, name):
+            print(f"--{name} {getattr(args, name)}: not used, the checkpoint goes on with {kept}")
+            setattr(args, name, kept)
     if not any(path.name.startswith(("optimizer", "global_step")) for path in checkpoint.iterdir()):
         raise UserError(f"{checkpoint} holds no optimizer state: a run cannot go on from it as it would have")
     for path in checkpoint.rglob("*.*"):
@@ -744,7 +764,7 @@ def load_model(cls, source, args, trainable, **kwargs):
     if torch.cuda.is_available():  # straight to this process's GPU, not by way of the machine's memory
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
     with reading(f"the model {source.base}"):
-        return cls.from_pretrained(
+        loaded = cls.from_pretrained(
             source.base,
             dtype=torch.float32 if trainable else compute,
             attn_implementation=args.attn_implementation,
@@ -752,6 +772,10 @@ def load_model(cls, source, args, trainable, **kwargs):
             use_safetensors=True,  # no pickle
             **kwargs,
         )
+    for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # after a pass in eval mode there would be no gradients
+            module.support_avx512bf16_for_cpu = False
+    return loaded
 
 
 def lora_config(args, source, task_type):
@@ -922,6 +946,7 @@ class RunCallback(TrainerCallback):
         self.output_dir, self.run, self.interrupted, self.handlers = Path(output_dir), run, False, {}
 
     def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)  # a resumed run would log and save as often as before
         for name in (signal.SIGINT, signal.SIGTERM):
             self.handlers[name] = signal.signal(name, self.interrupt)
 
@@ -1204,6 +1229,7 @@ def load_adapter_weights(model, adapter):
         )
 
 
+@torch.no_grad()
 def check_separation(model, args):
     """Refuse a model in which examples that share a row see each other: recurrent layers and convolutions do not mind
     that position ids restart."""
@@ -1211,10 +1237,8 @@ def check_separation(model, args):
     half = args.bf16 or args.fp16
     autocast = torch.autocast(model.device.type, torch.float16 if args.fp16 else torch.bfloat16, enabled=half)
     with reading(f"{type(model).__name__} with examples that share a row"), autocast:
-        # where no gradient is asked for, bitsandbytes repacks 4-bit weights on a CPU, with coarser scales
-        x = model.get_input_embeddings()(ids).detach().requires_grad_()
-        both = model.eval()(inputs_embeds=x, position_ids=positions, use_cache=False).logits[0, 4:].float()
-        alone = model(inputs_embeds=x[:, 4:], use_cache=False).logits[0].float()
+        both = model.eval()(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 4:].float()
+        alone = model(input_ids=ids[:, 4:], use_cache=False).logits[0].float()
     if (both - alone).abs().max() > (0.05 if half else 1e-3) * alone.abs().max():
         raise UserError(
             "in this model examples that share a row see each other; leave --packing out, and in place of --batch_size "
@@ -1223,7 +1247,10 @@ def check_separation(model, args):
 
 
 class GuardedTrainer(NonfiniteGuard, SFTTrainer):
-    """SFTTrainer that stops before NaN or infinity reaches the weights."""
+    """SFTTrainer that stops before NaN or infinity reaches the weights, and writes no model card without facts."""
+
+    def create_model_card(self, *args, **kwargs):
+        pass
 
 
 class RowTrainer(GuardedTrainer):
@@ -1242,7 +1269,9 @@ class RowTrainer(GuardedTrainer):
         inputs = {name: inputs[name] for name in ("input_ids", "position_ids")}
         outputs = model(**inputs, use_cache=False, logits_to_keep=answer)
         logits, targets = outputs.logits[0].float(), labels[answer]
-        total = len(answer) if num_items_in_batch is None else num_items_in_batch
+        total = len(answer)
+        if num_items_in_batch is not None:  # of all processes, whose gradients are averaged
+            total = num_items_in_batch / self.accelerator.num_processes
         loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / total
         accuracy = (logits.argmax(-1) == targets).float().mean().item()
         self._metrics["train" if self.model.training else "eval"]["mean_token_accuracy"].append(accuracy)
@@ -1251,7 +1280,9 @@ class RowTrainer(GuardedTrainer):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    check_shared(args)
+    check_shared(args, SFTConfig)
+    if args.eval_steps and not (args.eval_split or args.eval_subset or args.eval_fraction):
+        raise UserError("--eval_steps needs rows to evaluate on: --eval_split, --eval_subset or --eval_fraction")
     if args.streaming and (args.eval_fraction or not args.max_steps):
         raise UserError("--streaming reads without an end in sight: it needs --max_steps, and excludes --eval_fraction")
     if args.eval_fraction and (args.eval_split or args.eval_subset):
@@ -1294,7 +1325,8 @@ def main(argv=None):
     positions = getattr(model_config, "max_position_embeddings", longest)
     if longest > positions:
         raise UserError(
-            f"--max_length {args.max_length}: the model has {positions} positions, a row {'may have' if args.streaming else 'has'} {longest} tokens"
+            f"--max_length {args.max_length}: the model has {positions} positions, a row "
+            f"{'may have' if args.streaming else 'has'} {longest} tokens; use --max_length {positions}"
         )
 
     # A batch runs in parts, each one row without padding: the same gradient (each answer token of the whole batch counts

@@ -144,6 +144,33 @@ def test_an_adapter_is_trained_in_float32_whatever_the_base_is_in(run, tmp_path,
     assert all(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
 
 
+def test_4_bit_weights_keep_their_gradients_after_an_evaluation(run, tmp_path, llama):
+    """In eval mode bitsandbytes packs them for a kernel of the CPU that has no backward pass."""
+    flags = ["--use_lora", "--load_in_4bit", "--eval_fraction", 0.25, "--max_steps", 3, "--set", "optim=sgd"]
+    run(CHATS, llama, *flags, "--learning_rate", 0.1, "--eval_steps", 1, out="often")
+    run(CHATS, llama, *flags, "--learning_rate", 0.1, out="end")
+    often, end = (weights(tmp_path / name / "final_checkpoint") for name in ("often", "end"))
+    assert same(often, end)
+    assert all(tensor.any() for name, tensor in often.items() if "lora_B" in name)
+
+
+def test_two_processes_of_two_rows_take_the_step_of_one_of_four(sft, tmp_path, llama):
+    data = write_rows(tmp_path / "train.jsonl", CHATS)
+    flags = ["--model_path", llama, "--dataset_name", data, "--eval_fraction", "0.25", "--max_steps", "2"]
+    flags += ["--set", "optim=sgd", "--learning_rate", "1e-2", "--logging_steps", "1", "--eval_steps", "1"]
+    sft.main([*flags, "--output_dir", str(tmp_path / "one"), "--batch_size", "2"])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    two = [str(ROOT / "training_sft.py"), *flags, "--output_dir", str(tmp_path / "two"), "--batch_size", "1"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*launch, *two], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("memory: about") == 1  # the first process talks
+    one, two = ([json.loads(line) for line in open(tmp_path / out / "metrics.jsonl")] for out in ("one", "two"))
+    for mine, other in zip(one, two, strict=True):
+        for key in {"loss", "eval_loss", "grad_norm"} & mine.keys():
+            assert other[key] == pytest.approx(mine[key], rel=1e-4), key
+
+
 # ---------------------------------------------------------------- the gradient of a step
 
 
