@@ -95,3 +95,17 @@ def test_what_was_logged_after_the_last_save_is_not_there_twice(sft, llama, tmp_
     shutil.rmtree(tmp_path / "out" / "final_checkpoint")
     sft.main([*command, "--resume_from_checkpoint"])
     assert logged() == before
+
+
+def test_flags_that_change_on_the_way(stage, tmp_path, capsys):
+    """The learning rate stands in the optimizer's state, and stays; how often to log does not."""
+    script, command = stage
+    command[command.index("--save_steps") + 1] = "2"
+    script.main([*command, "--logging_steps", "100"])
+    changed = ["--learning_rate", "5", "--logging_steps", "1", "--overwrite_output_dir"]
+    script.main([*command, *changed, "--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-4")])
+    assert "--learning_rate 5.0: not used, the checkpoint goes on with 0.01" in capsys.readouterr().out
+    run = json.loads((tmp_path / "out" / "final_checkpoint" / "run.json").read_text(encoding="utf-8"))
+    assert run["arguments"]["learning_rate"] == 0.01
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [row["step"] for row in map(json.loads, lines) if "loss" in row] == [5]
