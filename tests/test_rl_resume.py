@@ -89,7 +89,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(rl, chain, tmp_path):
         "def score(prompts, responses):\n"
         "    before = len(seen)\n"
         "    seen.extend(prompts)\n"
-        "    if before < 5 <= len(seen) and os.environ.get('INTERRUPT'):  # in the second update of four\n"
+        "    if before < 7 <= len(seen) and os.environ.get('INTERRUPT'):  # two on trial, then the second update\n"
         "        signal.raise_signal(signal.SIGINT)\n"
         "    return [len(response) / 10 for response in responses]\n"
     )
