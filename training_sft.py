@@ -1345,8 +1345,8 @@ def main(argv=None):
         f"{'the first rows have' if args.streaming else f'an epoch has {len(packed)},'} "
         f"{sum(map(len, known['input_ids']))} tokens, {sum(known['trained'])} trained on"
     )
-    tokens, logits = rows_at_once * length, max(known["trained"])
-    foresee(args, AutoModelForCausalLM, source, steps, peft_config, tokens, min(tokens, logits))
+    tokens, chunk = rows_at_once * length, max(256, RowTrainer.LOGITS // model_config.vocab_size)
+    foresee(args, AutoModelForCausalLM, source, steps, peft_config, tokens, min(tokens, max(known["trained"]), chunk))
     config = make_config(
         SFTConfig,
         args,
