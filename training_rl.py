@@ -1953,7 +1953,8 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
             for file in sorted(directory.glob("model*.safetensors")):
                 role.model.load_state_dict(load_file(file), strict=False)
         state = read_json(checkpoint / "ppo_state.json")
-        self.ppo_state = state | {name: float(state[name]) for name in ("kl_coef", "reward_mean", "reward_std")}
+        numbers = {name: float(state[name]) for name in ("kl_coef", "reward_mean", "reward_std")}
+        self.ppo_state = {**numbers, "stopped": None}
         if self.options.max_kl and (checkpoint / "before_update.pt").is_file():
             self.snapshot = torch.load(checkpoint / "before_update.pt", weights_only=True)
 
