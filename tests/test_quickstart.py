@@ -100,8 +100,8 @@ def test_a_command_that_fails_ends_it(code, capfd):
 def test_ctrl_c_leaves_the_stage_time_to_save(tmp_path):
     stage = """if 1:
         import pathlib, sys, time
-        pathlib.Path("started").touch()
         try:
+            pathlib.Path("started").touch()
             time.sleep(30)
         except KeyboardInterrupt:
             time.sleep(1)  # longer than subprocess.run would wait before it kills
