@@ -1585,7 +1585,8 @@ def main(argv=None):
     open_output_dir(args, checkpoint)
     callback = RunCallback(args.output_dir, run)
     columns = ["chosen_ids", "rejected_ids", "margin"]
-    weights = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    adapters = model.parameters() if args.load_in_4bit or args.load_in_8bit else ()
+    weights = [(parameter, parameter.data) for parameter in adapters if parameter.requires_grad]
     trainer = GuardedTrainer(
         model=model,
         args=config,

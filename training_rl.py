@@ -9,7 +9,7 @@ Out, in --output_dir: `final_checkpoint/` (policy, tokenizer, run.json; the valu
         --reward_model_path checkpoints/rm/final_checkpoint --dataset_name json --subset data/rl --split train \
         --output_dir checkpoints/ppo --bf16 --use_lora --per_device_train_batch_size 1 \
         --gradient_accumulation_steps 8 --total_episodes 1024 --response_length 128
-    python training_rl.py --model_path gpt2 --reward_function rules.py:is_polite --dataset_name json --subset data/rl \
+    python training_rl.py --model_path gpt2 --reward_function rules.py:is_brief --dataset_name json --subset data/rl \
         --output_dir checkpoints/ppo --use_lora --dry_run
 
 The algorithm is that of trl 1.12 (`trl.experimental.ppo`), which follows Ziegler et al. 2019 (arXiv:1909.08593),
@@ -1312,7 +1312,9 @@ def build_roles(args, policy_source, reward_source, value_source, same_tokens):
         add_adapter("reference", policy_source, copy.deepcopy(policy_config), start, AutoModelForCausalLM)
         policy, reference = Role(model, "default"), Role(model, "reference")
     else:
-        policy, reference = (Role(load_model(AutoModelForCausalLM, policy_source, args, trainable=True)) for _ in "pr")
+        policy, reference = (
+            Role(load_model(AutoModelForCausalLM, policy_source, args, trainable=True)) for _ in range(2)
+        )
 
     reward = add_scorer("reward", reward_source, trainable=False) if reward_source else None
     if value_source or (reward_source and same_tokens):

@@ -1385,7 +1385,8 @@ def main(argv=None):
     callback = RunCallback(args.output_dir, run)
     # It warns that only flash-attention keeps flattened examples apart; SDPA does too when position ids restart.
     logging.getLogger("trl.trainer.sft_trainer").setLevel(logging.ERROR)
-    weights = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    adapters = model.parameters() if args.load_in_4bit or args.load_in_8bit else ()
+    weights = [(parameter, parameter.data) for parameter in adapters if parameter.requires_grad]
     trainer = (GuardedTrainer if torch.accelerator.is_available() else RowTrainer)(
         model=model,
         args=config,

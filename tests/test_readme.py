@@ -44,6 +44,15 @@ def test_a_command_of_the_readme_parses(script, arguments):
     importlib.import_module(script).build_parser().parse_args(arguments)
 
 
+def test_the_reward_of_the_readme_is_one(tmp_path):
+    blocks = re.findall(r"^```python\n(def .*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    (code,) = blocks
+    (tmp_path / "rules.py").write_text(code, encoding="utf-8")
+    rl = importlib.import_module("training_rl")
+    score = rl.load_reward_function(f"{tmp_path / 'rules.py'}:is_brief")
+    assert score([{"text": "Why?"}] * 2, ["Because.", "word " * 41]) == [1.0, 0.0]
+
+
 @pytest.mark.skipif(not SEED.is_file(), reason="the document that the project started from is not here")
 def test_the_first_commands_of_the_project_still_parse():
     commands = read_commands(SEED)

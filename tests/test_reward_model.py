@@ -427,7 +427,10 @@ def test_trained_weights_are_float32_and_move(reward, llama, pairs, tmp_path, fl
     assert all(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name)
 
 
-def test_a_4_bit_base_trains_a_float32_adapter(reward, pairs, tmp_path):
+def test_a_4_bit_base_trains_a_float32_adapter(reward, pairs, tmp_path, monkeypatch):
+    bnb = pytest.importorskip("bitsandbytes").nn.modules  # packed weights have no backward pass
+    monkeypatch.setattr(bnb, "has_avx512bf16", lambda: True)
+    monkeypatch.setattr(bnb, "_convert_weight_packed_for_cpu", lambda *args: pytest.fail("the weights were packed"))
     model = make_model(tmp_path / "model", hidden_size=64, intermediate_size=128)
     final = run(reward, model, pairs, tmp_path / "out", "--use_lora", "--load_in_4bit", "--max_steps", 2)
     weights = load_file(final / "adapter_model.safetensors")
