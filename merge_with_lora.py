@@ -35,7 +35,7 @@ import warnings
 from pathlib import Path
 
 
-# >>> block base: the same in training_sft.py, training_reward_model.py, training_rl.py, merge_with_lora.py (tests/test_blocks.py)
+# >>> block base: the same in training_sft.py, training_reward_model.py, training_rl.py, merge_with_lora.py
 class UserError(Exception):
     """What is wrong, where, and what would be right: shown as one line, exit code 2."""
 

@@ -43,7 +43,7 @@ import zipfile
 from pathlib import Path
 
 
-# >>> block base: the same in training_sft.py, training_reward_model.py, training_rl.py, merge_with_lora.py (tests/test_blocks.py)
+# >>> block base: the same in training_sft.py, training_reward_model.py, training_rl.py, merge_with_lora.py
 class UserError(Exception):
     """What is wrong, where, and what would be right: shown as one line, exit code 2."""
 
@@ -177,7 +177,7 @@ def locate_model(path, flag):
 # <<< block base
 
 
-# >>> block flags: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_blocks.py)
+# >>> block flags: the same in training_sft.py, training_reward_model.py, training_rl.py
 TRL_VERSION = "1.12.0"  # the last release with PPOTrainer
 
 
@@ -539,7 +539,7 @@ def pick_format(requested, natural, recorded, tokenizer):
 # <<< block text
 
 
-# >>> block run: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_blocks.py)
+# >>> block run: the same in training_sft.py, training_reward_model.py, training_rl.py
 def check_shared(args, config_class):
     """The checks on flags that all three training scripts share; nothing slow happens before them."""
     check_trl()

@@ -1,6 +1,8 @@
 """Tiny models and tokenizers, made on the spot: no network, CPU, seconds each."""
 
+import contextlib
 import importlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_DATASETS_CACHE", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "datasets"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers on every machine
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order, here and in what the tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # quiet on small machines; the numbers hold under any value
 
 import json
 
@@ -80,6 +82,38 @@ def write_rows(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def run(script, *flags, code=0):
+    """`script.main(flags)` in this process; returns (stdout, stderr). Its exit code has to be `code`."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            script.main([str(flag) for flag in flags])
+            found = 0
+        except SystemExit as stop:
+            found = stop.code
+        except KeyboardInterrupt:
+            found = 130
+        except getattr(script, "UserError", ()) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            found = 2
+    assert found == code, f"exit code {found}\n{out.getvalue()[-2000:]}\n{err.getvalue()[-2000:]}"
+    return out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """All that asks for float32 computes in float64 (scripts, trl, transformers, torch): there another order of
+    additions changes nothing above 1e-9, on any processor."""
+    single = torch.get_default_dtype()
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch, "float", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(torch.nn.Module, "float", torch.nn.Module.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(single)
 
 
 @pytest.fixture(scope="session")
