@@ -1,8 +1,10 @@
-"""What the benchmarks share: peak memory of this process, the environment, and where results go."""
+"""What the benchmarks share: peak memory, a process for each side, the environment, and where results go."""
 
 import importlib.metadata
+import importlib.util
 import json
 import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +23,28 @@ def peak_memory():
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return {"peak_rss_gb": resident / 2**30, "peak_gpu_gb": gpu / 2**30}
+
+
+def run_child(*flags):
+    """Run the calling benchmark once more in a process of its own, with `flags` after its flags; what it reported."""
+    command = [sys.executable, *sys.argv, *map(str, flags)]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=True).stdout
+    line = [line for line in output.splitlines() if line.startswith("RESULT ")][-1]
+    return json.loads(line.removeprefix("RESULT "))
+
+
+def report(result):
+    """In that process: hand `result` to run_child."""
+    print("\nRESULT " + json.dumps(result))
+
+
+def load_script(path):
+    """The module in the file `path`, whose folder need not be this repository's."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def environment():
