@@ -101,6 +101,8 @@ def measure(args, policy):
     stops = prompt_format.stop_ids(reference.generation_config)
     sampling = {"do_sample": True, "temperature": ours.temperature, "top_k": 0, "top_p": 1.0}
     limits = {"max_new_tokens": ours.response_length, "eos_token_id": stops, "pad_token_id": stops[0]}
+    # The stock trainer's pad token is one that the reference does not have.
+    limits["suppress_tokens"] = list(range(len(tokenizer), policy.get_input_embeddings().num_embeddings)) or None
     torch.manual_seed(args.seed)
     torch.set_grad_enabled(False)
     found = {"reward": [], "kl": [], "kl_summed": [], "stop_rate": [], "rule_score": []}
