@@ -45,14 +45,14 @@ def compute(args, flags):
     others = vocabulary * hidden + layers * 2 * hidden + hidden  # embeddings and norms
     adapter = layers * RANK * (4 * hidden + 2 * (hidden + kv) + 3 * (hidden + inner))
     texts = args.prompt + args.response
-    tokens = args.batch * texts
+    tokens = min(args.batch * texts, max(hidden, texts))  # of a pass, see PPOTrainer.make_groups
     # A layer's autograd graph keeps of each token 4 hidden, 4 intermediate and 2 key/value vectors, and the inputs of
     # its two norms in float32.
     layer = tokens * (width * (4 * hidden + 4 * inner + 2 * kv) + 8 * hidden)
     activations = layers * layer
     if "--gradient_checkpointing" in flags:
         activations = layer + layers * tokens * hidden * width
-    logits = args.batch * args.response * vocabulary * (2 * width + 12)
+    logits = tokens * args.response // texts * vocabulary * (2 * width + 12)
     cached = min(args.batch * args.accumulation, 64) * texts * layers * 2 * kv * width
     parts = {
         "base weights": linear * (NF4_BYTES if "--load_in_4bit" in flags else width) + others * width,
