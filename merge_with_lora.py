@@ -1,13 +1,12 @@
 """Merge a LoRA adapter into its base model: a full model that loads without PEFT.
 
 In: an adapter (`final_checkpoint/` of any stage, or one of your own) and its base model, both in safetensors.
-Out, in --output_dir: model, tokenizer, generation config, run.json; from a reward model's adapter a sequence classifier.
+Out, in --output_dir: the model (a reward model is a sequence classifier), tokenizer, generation config and run.json.
 
 PEFT says what each layer gains. The base's weights are read one by one, added to in float32, rounded once and written
 file by file: a file of --max_shard_size is all that is in memory.
 
     python merge_with_lora.py --adapter_path checkpoints/ppo/final_checkpoint --output_dir checkpoints/merged
-    python merge_with_lora.py --adapter_path my_adapter --base_model_path models/llama --output_dir merged --verify
 """
 
 # /// script
@@ -65,18 +64,17 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.generation import GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # what PEFT puts in the place of a module
 BLOCK = 2**20  # weights that are summed at a time: they stay in the processor's cache, five times as fast as a matrix
-# What a LoRA config may set and still be streamed; not DoRA, parts of layers, or what changes the base model at the start.
+# What a LoRA config may set and still be streamed: no DoRA, no parts of layers, no start that changes the base model.
 STREAMED = set(
     "alpha_pattern auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out inference_mode lora_alpha "
     "layers_pattern layers_to_transform lora_dropout modules_to_save peft_type peft_version r rank_pattern revision "
     "runtime_config target_modules task_type use_rslora".split()
 )
-TEXT = "Question: How many legs does a spider have?\n\nAnswer: A spider has eight legs, two more than an insect has."
 
 
 class NotStreamed(Exception):
@@ -94,33 +92,29 @@ def read_json(path):
 
 def find_folder(path, flag, revision=None):
     """The directory of a model or an adapter; for a hub id the one in the hub's cache."""
-    if Path(path).is_dir():
-        return Path(path).resolve()
-    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path)
-    require(is_id, f"{flag} {path} does not exist; it should be a directory or a hub id")
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        found = path if Path(path).is_dir() else snapshot_download(path, revision=revision, allow_patterns=patterns)
+        return Path(found).resolve()
     except (OSError, ValueError) as error:
-        fail(f"{flag} {path} is not a directory here, and the hub does not give it: {error}")
+        fail(f"{flag} {path} does not exist, neither as a directory nor on the hub: {error}")
 
 
 def find_models(args):
     """(directory of the adapter, its PEFT config, directory of the base model)."""
     adapter = find_folder(args.adapter_path, "--adapter_path")
-    inside = "".join(f"; did you mean {found.parent}?" for found in adapter.glob("final_checkpoint/adapter_config.json"))
-    kind = "a full model: nothing to merge" if (adapter / "config.json").is_file() else f"no adapter{inside}"
-    require((adapter / "adapter_config.json").is_file(), f"--adapter_path {args.adapter_path} is {kind}")
-    require((adapter / "adapter_model.safetensors").is_file(), f"{adapter} holds no adapter_model.safetensors")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        require((adapter / name).is_file(), f"--adapter_path {adapter} is no adapter (final_checkpoint/?): no {name}")
     config = PeftConfig.from_pretrained(adapter)
     known = config.task_type in (None, "CAUSAL_LM", "SEQ_CLS")
-    require(known, f"{adapter} is a {config.task_type} adapter; CAUSAL_LM and SEQ_CLS (reward model) ones are merged")
-    name = args.base_model_path or config.base_model_name_or_path
+    require(known, f"{adapter} is a {config.task_type} adapter, not CAUSAL_LM or SEQ_CLS (a reward model)")
+    name, revision = args.base_model_path, None
+    if not name:
+        name, revision = config.base_model_name_or_path, config.revision
     require(name, f"{adapter / 'adapter_config.json'} names no base model; pass it as --base_model_path")
-    flag = "--base_model_path" if args.base_model_path else "the adapter's base model (--base_model_path names another)"
-    base = find_folder(name, flag, None if args.base_model_path else config.revision)
-    require((base / "config.json").is_file(), f"{flag} {base} is no full model: it holds no config.json")
-    require(list(base.glob("model*.safetensors")), f"{flag} {base} holds no model.safetensors")
+    base = find_folder(name, "the base model (--base_model_path names another)", revision)
+    for pattern in ("config.json", "model*.safetensors"):
+        require(list(base.glob(pattern)), f"the base model {base} holds no {pattern}")
     same = read_json(adapter / "run.json").get("base_digest") in (None, digest_base(base))
     require(same, f"the base model {base} is not the one that {adapter} was trained on: its weights have changed")
     return adapter, config, base
@@ -137,18 +131,6 @@ def digest_base(base):
     return hashlib.sha256(rows.float().numpy().tobytes()).hexdigest()[:16]
 
 
-def check_output_dir(args, sources):
-    """Refuse a directory that holds something else than a merged model to be replaced, or what the merge reads."""
-    folder, name = Path(args.output_dir), f"--output_dir {args.output_dir}"
-    require(folder.is_dir() or not folder.exists(), f"{name} is a file; it should be a directory")
-    inside = any(folder.resolve() in (source, *source.parents) for source in sources)
-    require(not inside, f"{name} holds the adapter or its base model; name another directory")
-    if folder.is_dir() and any(folder.iterdir()):
-        require(args.overwrite_output_dir, f"{name} is not empty; name another, or pass --overwrite_output_dir")
-        merged = read_json(folder / "run.json").get("stage") == "merge"
-        require(merged, f"{name} holds no merged model; --overwrite_output_dir replaces nothing else")
-
-
 @contextlib.contextmanager
 def publish(folder):
     """Yield a directory to fill. Its files come to be in `folder` when all of them are complete."""
@@ -160,7 +142,7 @@ def publish(folder):
         if folder.is_dir():  # of a merged model that gives way; other files are somebody's
             for path in [folder / "config.json", *folder.glob("model*.safetensors*")]:
                 path.unlink(missing_ok=True)
-            for path in sorted(draft.iterdir(), key=lambda path: path.name == "config.json"):  # without it nothing loads
+            for path in sorted(draft.iterdir(), key=lambda path: path.name == "config.json"):  # nothing loads before
                 os.replace(path, folder / path.name)
         else:
             os.replace(draft, folder)
@@ -171,29 +153,26 @@ def publish(folder):
 
 
 def load_model(folder, adapter, task, dtype=None):
-    """The model in `folder`, its embeddings resized where the adapter brings others; without a dtype on the meta device."""
-    auto, options = AutoModelForCausalLM, {}
-    if task == "SEQ_CLS":
-        auto, options = AutoModelForSequenceClassification, {"num_labels": 1}
+    """The model in `folder`, on the meta device without a dtype; its embeddings are resized where the adapter's are."""
+    auto = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(folder, **({"num_labels": 1} if task == "SEQ_CLS" else {}))
     if dtype:
-        model = auto.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
+        model = auto.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True)
     else:
-        config = AutoConfig.from_pretrained(folder, **options)
         with torch.device("meta"):
             model = auto.from_config(config, dtype=config.dtype)
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        for key in {f"base_model.model.{name}{part}.weight" for part in ("", ".base_layer")} & set(file.keys()):
-            rows = file.get_slice(key).get_shape()[0]
-            if rows != embeddings.num_embeddings:
-                model.resize_token_embeddings(rows, mean_resizing=False)
+        for key in {f"base_model.model.{name}{part}.weight" for part in ("", ".base_layer")} & {*file.keys()}:
+            if file.get_slice(key).get_shape()[0] != embeddings.num_embeddings:
+                model.resize_token_embeddings(file.get_slice(key).get_shape()[0], mean_resizing=False)
     return model.eval()
 
 
 def read_adapter(model, adapter, config):
-    """(values, layers), by the parameters of `model`, which is on the meta device: what the adapter puts in their place,
-    and the PEFT layers that add to them."""
+    """(values, layers), by the parameters of `model`, which is on the meta device: the tensors of the adapter that take
+    their place, and the PEFT layers that add to them."""
     defaults = vars(LoraConfig())
     if special := [key for key, value in vars(config).items() if key not in STREAMED and value != defaults.get(key)]:
         raise NotStreamed(f"{config.peft_type.value} with {', '.join(special)}")
@@ -210,17 +189,14 @@ def read_adapter(model, adapter, config):
     layers = {f"{n}.weight": m for n, m in peft.get_base_model().named_modules() if isinstance(m, LoraLayer)}
     if others := [type(layer).__name__ for layer in layers.values() if not isinstance(layer, (Linear, Embedding))]:
         raise NotStreamed(f"a layer of the kind {others[0]}")
-    values = {
-        re.sub(r"\.(base_layer|modules_to_save\.default)(?=\.)", "", name): parameter.data
-        for name, parameter in peft.get_base_model().named_parameters()
-        if not parameter.is_meta and ".lora_" not in name
-    }
-    return values, layers
+    real = {name: weight for name, weight in peft.get_base_model().named_parameters() if not weight.is_meta}
+    wrapper = re.compile(r"\.(base_layer|modules_to_save\.default)(?=\.)")
+    return {wrapper.sub("", name): weight.data for name, weight in real.items() if ".lora_" not in name}, layers
 
 
 def plan_outputs(model, base, adapter, adapter_config, dtype):
-    """{name: (empty tensor, source, value, layer)} of the merged model's tensors. The source is (file, name) in the base
-    model; value and layer are what the adapter puts in its place and what adds to it. Each of the three may be None."""
+    """{name: (empty tensor, file, value, layer)} of the merged model's tensors: the base's one in the file, or the
+    adapter's value in its place, plus what the layer adds to it. Each of the three may be None."""
     state, tied, head = model.state_dict(), dict(model.all_tied_weights_keys), model.get_output_embeddings()
     conversions, prefix = get_model_conversion_mapping(model), model.base_model_prefix
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
@@ -228,33 +204,30 @@ def plan_outputs(model, base, adapter, adapter_config, dtype):
     values, layers = read_adapter(model, adapter, adapter_config)
     if {*tied, *tied.values()} & {*values, *layers}:
         raise NotStreamed("tied embeddings, which may differ then")
-    stored = {}
-    for path in sorted(base.glob("model*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                tensor = file.get_tensor(name)  # a view of the file, which is not read yet
-                kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-                stored[name] = (torch.empty_like(tensor, dtype=kind, device="meta"), (path, name))
+    paths = {name: path for path in base.glob("model*.safetensors") for name in safe_open(path, "pt").keys()}
     outputs = {}
-    for name in sorted(stored, key=dot_natural_key):  # the order and the rule of transformers' loader
+    for name, path in sorted(paths.items(), key=lambda item: dot_natural_key(item[0])):  # as transformers' loader does
         place, converted = rename_source_key(name, renamings, converters, prefix, state)
         place = name if place not in state and name in state else place
         if place in state or head:  # a classifier has no use for the head of the language model
             own = None if converted else place
-            outputs[name] = (*stored[name], values.pop(own, None), layers.pop(own, None))
-    for name in [name for name in values if not head and not name.startswith(f"{prefix}.")]:  # its own head
-        empty = torch.empty_like(values[name], dtype=dtype or model.config.dtype, device="meta")
+            stored = safe_open(path, "pt").get_tensor(name)  # a view of the file, which is not read yet
+            kind = dtype if dtype and stored.is_floating_point() else stored.dtype
+            empty = torch.empty_like(stored, dtype=kind, device="meta")
+            outputs[name] = (empty, path, values.pop(own, None), layers.pop(own, None))
+    for name in [name for name in values if not head and not name.startswith(f"{prefix}.")]:  # it has its own
+        empty = torch.empty_like(values[name], dtype=dtype or model.dtype, device="meta")
         outputs[name] = (empty, None, values.pop(name), None)
     if rest := [*values, *layers]:
         raise NotStreamed(f"{rest[0]} is made out of several stored tensors")
     return outputs
 
 
-def merge_tensor(name, empty, source, value, layer):
+def merge_tensor(name, empty, path, value, layer):
     """A tensor of the merged model, of the type of `empty`."""
     if value is None:
-        with safe_open(source[0], framework="pt", backend="pread") as file:  # a mapped file would stay in memory
-            value = file.get_tensor(source[1])
+        with safe_open(path, framework="pt", backend="pread") as file:  # a mapped file would stay in memory
+            value = file.get_tensor(name)
     if layer is None:
         return value.to(empty.dtype).contiguous()
     merged = value if value.dtype == empty.dtype else torch.empty_like(value, dtype=empty.dtype)
@@ -275,44 +248,41 @@ def write_weights(folder, outputs, max_shard_size):
     empty, pattern = {name: output[0] for name, output in outputs.items()}, "model{suffix}.safetensors"
     split = split_torch_state_dict_into_shards(empty, filename_pattern=pattern, max_shard_size=max_shard_size)
     for filename, names in split.filename_to_tensors.items():
-        tensors = {name: merge_tensor(name, *outputs[name]) for name in names}
-        save_file(tensors, folder / filename, metadata={"format": "pt"})
+        save_file({name: merge_tensor(name, *outputs[name]) for name in names}, folder / filename, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def load_adapted(base, adapter, task):
-    """Base + adapter in PEFT, in float32."""
-    return PeftModel.from_pretrained(load_model(base, adapter, task, torch.float32), adapter, torch_device="cpu").eval()
-
-
 def merge_in_peft(base, adapter, task, kind, folder, max_shard_size):
     """The merge by PEFT; returns the config of the merged model."""
-    model = load_adapted(base, adapter, task)
-    ends, wrapped = [model.get_input_embeddings(), model.get_output_embeddings()], (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    model = PeftModel.from_pretrained(load_model(base, adapter, task, torch.float32), adapter, torch_device="cpu")
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     head = getattr(ends[1], "base_layer", ends[1])
-    if isinstance(head, torch.nn.Linear) and any(isinstance(end, wrapped) for end in ends):
-        head.weight = torch.nn.Parameter(head.weight.clone())  # a tied weight would be changed by both
-    model = model.merge_and_unload(safe_merge=True).to(kind)
-    model.generation_config = GenerationConfig()  # it is written below, and the base's may be one that is refused
+    if isinstance(head, torch.nn.Linear) and any(isinstance(end, WRAPPERS) for end in ends):
+        head.weight = torch.nn.Parameter(head.weight.clone())  # where it is tied, each merge would change both
+    model = model.merge_and_unload(safe_merge=True)
+    for weight in model.parameters():
+        weight.data = weight.data.to(kind)
+    if model.can_generate():
+        model.generation_config = type(model.generation_config)()  # replaced below: not every base's own can be saved
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model.config
 
 
 @torch.no_grad()
-def verify_merge(base, adapter, task, folder, tokenizer, kind):
+def verify_merge(base, adapter, task, folder, kind):
     """Figures of how far the logits (scores) of the merged model are from those of base + adapter. More than 5% of what
     the adapter changes, in 16 bit half of it, is refused, unless the adapter changes less than rounding does."""
-    ids = torch.tensor([tokenizer(TEXT)["input_ids"] if tokenizer else list(range(24))])
 
     def score(model):
-        return torch.cat([model(input_ids=ids[:, :end]).logits.flatten() for end in range(4, ids.shape[1], 8)])
+        return torch.cat([model(input_ids=text).logits.flatten() for text in torch.arange(10, 74).view(8, 1, 8)])
 
-    model = load_adapted(base, adapter, task)
+    model = PeftModel.from_pretrained(load_model(base, adapter, task, torch.float32), adapter, torch_device="cpu")
+    model.eval()
     expected = score(model)
     for name, module in model.named_modules():  # all off but a reward model's head, which the base has not
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not name.endswith(".score"):
+        if isinstance(module, WRAPPERS) and not name.endswith(".score"):
             module.enable_adapters(False)
     changed, rounding = (score(model) - expected).norm().item(), 4 * torch.finfo(kind).eps * expected.norm().item()
     del model
@@ -331,7 +301,10 @@ def main(argv=None):
     size = re.fullmatch(r"[1-9]\d*[KMGT]B", args.max_shard_size, re.IGNORECASE)
     require(size, f"--max_shard_size {args.max_shard_size} should be a whole number of MB or GB, e.g. 500MB")
     adapter, adapter_config, base = find_models(args)
-    check_output_dir(args, [adapter, base])
+    if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
+        require(args.overwrite_output_dir, f"--output_dir {output_dir} is not empty; see --overwrite_output_dir")
+        replaced = read_json(output_dir / "run.json").get("stage") == "merge" and output_dir != base
+        require(replaced, f"--overwrite_output_dir replaces merged models, and not the base: {output_dir} is kept")
     task, dtype = adapter_config.task_type, None if args.dtype == "auto" else getattr(torch, args.dtype)
     place = next((folder for folder in (adapter, base) if (folder / "tokenizer_config.json").is_file()), None)
     try:
@@ -339,10 +312,10 @@ def main(argv=None):
         tokenizer = AutoTokenizer.from_pretrained(place) if place else None
     except (OSError, ValueError) as error:
         fail(f"the base model {base} cannot be read: {error}")
-    whole = getattr(model.config, "quantization_config", None) is None
-    require(whole, f"the base model {base} is stored quantized; --base_model_path takes the full-precision one")
-    kind = dtype or model.config.dtype
+    quantized = getattr(model.config, "quantization_config", None)
+    require(not quantized, f"the base model {base} is quantized; --base_model_path takes the full-precision one")
 
+    kind = dtype or model.dtype
     with publish(output_dir) as draft:
         try:
             write_weights(draft, plan_outputs(model, base, adapter, adapter_config, dtype), args.max_shard_size)
@@ -355,24 +328,19 @@ def main(argv=None):
             tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
             config.pad_token_id = tokenizer.pad_token_id
         config.save_pretrained(draft)
-        metrics = verify_merge(base, adapter, task, draft, tokenizer, kind) if args.verify else {}
+        metrics = verify_merge(base, adapter, task, draft, kind) if args.verify else {}
         if tokenizer:
             tokenizer.save_pretrained(draft)
-        for folder in (base, adapter):  # the adapter's has the ids that end an answer; also what images and sound need
+        for folder in (base, adapter):  # the adapter's own go last: they have the ids that end an answer
             for path in [*folder.glob("generation_config.json"), *folder.glob("*processor_config.json")]:
                 shutil.copy(path, draft)
         earlier = read_json(adapter / "run.json")
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
         run = earlier | {
-            "stage": "merge",
-            "parent": str(adapter),
-            "parent_stage": earlier.get("stage"),
-            "base_model": args.base_model_path or adapter_config.base_model_name_or_path,
-            "base_digest": digest_base(base),
-            "arguments": vars(args),
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+            "stage": "merge", "parent": str(adapter), "parent_stage": earlier.get("stage"), "base_model": str(base),
+            "base_digest": digest_base(base), "arguments": vars(args), "versions": versions | {"scripts": 2},
             "metrics": metrics,
-        }
-        run["versions"]["scripts"] = 2
+        }  # fmt: skip
         (draft / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False), encoding="utf-8")
     print(f"saved {args.output_dir}")
     if args.push_to_hub:
