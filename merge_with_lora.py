@@ -2,9 +2,7 @@
 
 In: an adapter (`final_checkpoint/` of any stage, or one of your own) and its base model, both in safetensors.
 Out, in --output_dir: the model (a reward model is a sequence classifier), tokenizer, generation config and run.json.
-
-PEFT says what each layer gains. The base's weights are read one by one, added to in float32, rounded once and written
-file by file: a file of --max_shard_size is all that is in memory.
+Weights are added to in float32, rounded once and written file by file: memory holds one file of --max_shard_size.
 
     python merge_with_lora.py --adapter_path checkpoints/ppo/final_checkpoint --output_dir checkpoints/merged
 """
@@ -58,7 +56,7 @@ warnings.filterwarnings("ignore", module="peft")  # advice on tied embeddings, w
 import torch
 from huggingface_hub import HfApi, snapshot_download, split_torch_state_dict_into_shards
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.tuners.lora import Embedding, Linear, LoraLayer
+from peft.tuners.lora import Embedding, Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
@@ -75,10 +73,6 @@ STREAMED = set(
     "layers_pattern layers_to_transform lora_dropout modules_to_save peft_type peft_version r rank_pattern revision "
     "runtime_config target_modules task_type use_rslora".split()
 )
-
-
-class NotStreamed(Exception):
-    """Why an adapter is merged by PEFT, with the whole model in memory."""
 
 
 def require(condition, message):
@@ -106,12 +100,10 @@ def find_models(args):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         require((adapter / name).is_file(), f"--adapter_path {adapter} is no adapter (final_checkpoint/?): no {name}")
     config = PeftConfig.from_pretrained(adapter)
-    known = config.task_type in (None, "CAUSAL_LM", "SEQ_CLS")
-    require(known, f"{adapter} is a {config.task_type} adapter, not CAUSAL_LM or SEQ_CLS (a reward model)")
-    name, revision = args.base_model_path, None
-    if not name:
-        name, revision = config.base_model_name_or_path, config.revision
+    require(config.task_type in (None, "CAUSAL_LM", "SEQ_CLS"), f"{adapter} holds a {config.task_type} adapter")
+    name = args.base_model_path or config.base_model_name_or_path
     require(name, f"{adapter / 'adapter_config.json'} names no base model; pass it as --base_model_path")
+    revision = None if args.base_model_path else config.revision
     base = find_folder(name, "the base model (--base_model_path names another)", revision)
     for pattern in ("config.json", "model*.safetensors"):
         require(list(base.glob(pattern)), f"the base model {base} holds no {pattern}")
@@ -146,8 +138,8 @@ def publish(folder):
                 os.replace(path, folder / path.name)
         else:
             os.replace(draft, folder)
-    except (OSError, SafetensorError) as error:
-        fail(f"the merged model cannot be written to {folder.parent}: {error}")
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:  # as the libraries say it
+        fail(f"no merged model in {folder}: {error}")
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -173,64 +165,37 @@ def load_model(folder, adapter, task, dtype=None):
 def read_adapter(model, adapter, config):
     """(values, layers), by the parameters of `model`, which is on the meta device: the tensors of the adapter that take
     their place, and the PEFT layers that add to them."""
-    defaults = vars(LoraConfig())
-    if special := [key for key, value in vars(config).items() if key not in STREAMED and value != defaults.get(key)]:
-        raise NotStreamed(f"{config.peft_type.value} with {', '.join(special)}")
+    own = {key: value for key, value in vars(config).items() if value and value != vars(LoraConfig()).get(key)}
+    if own.keys() - STREAMED:
+        raise NotImplementedError(f"{config.peft_type.value} with {', '.join(own.keys() - STREAMED)}")
     weights = {key: weight.float() for key, weight in load_file(adapter / "adapter_model.safetensors").items()}
-    try:
-        peft = get_peft_model(model, config, low_cpu_mem_usage=True)
-        # assign: there is nothing to copy into. PEFT's own low_cpu_mem_usage moves weights to the base's device, meta.
-        peft.load_state_dict = functools.partial(peft.load_state_dict, assign=True)
-        result = set_peft_model_state_dict(peft, weights)
-    except (RuntimeError, ValueError, KeyError) as error:
-        fail(f"the adapter {adapter} does not fit the base model: {error}")
-    odd = result.unexpected_keys + [key for key in result.missing_keys if ".default" in key]
+    peft = get_peft_model(model, config, low_cpu_mem_usage=True)
+    # assign: there is nothing to copy into. PEFT's own low_cpu_mem_usage moves weights to the base's device, meta.
+    peft.load_state_dict = functools.partial(peft.load_state_dict, assign=True)
+    result = set_peft_model_state_dict(peft, weights)
+    odd = [key for key in result.unexpected_keys if ".modules_to_save." not in key]  # those are second copies
+    odd += [key for key in result.missing_keys if ".default" in key]
     require(not odd, f"the adapter {adapter} does not fit the base model: {', '.join(odd[:3])} in one of them only")
-    layers = {f"{n}.weight": m for n, m in peft.get_base_model().named_modules() if isinstance(m, LoraLayer)}
-    if others := [type(layer).__name__ for layer in layers.values() if not isinstance(layer, (Linear, Embedding))]:
-        raise NotStreamed(f"a layer of the kind {others[0]}")
-    real = {name: weight for name, weight in peft.get_base_model().named_parameters() if not weight.is_meta}
-    wrapper = re.compile(r"\.(base_layer|modules_to_save\.default)(?=\.)")
-    return {wrapper.sub("", name): weight.data for name, weight in real.items() if ".lora_" not in name}, layers
+    found = peft.get_base_model()
+    layers = {
+        f"{name}.weight": layer for name, layer in found.named_modules() if isinstance(layer, (Linear, Embedding))
+    }
+    values = {}
+    for name, weight in found.named_parameters():
+        factor = f"{name.partition('.lora_')[0]}.weight" in layers
+        if not (weight.is_meta or factor or ".original_module." in name):
+            values[re.sub(r"\.(base_layer|modules_to_save\.default)(?=\.)", "", name)] = weight.data
+    return values, layers
 
 
-def plan_outputs(model, base, adapter, adapter_config, dtype):
-    """{name: (empty tensor, file, value, layer)} of the merged model's tensors: the base's one in the file, or the
-    adapter's value in its place, plus what the layer adds to it. Each of the three may be None."""
-    state, tied, head = model.state_dict(), dict(model.all_tied_weights_keys), model.get_output_embeddings()
-    conversions, prefix = get_model_conversion_mapping(model), model.base_model_prefix
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    values, layers = read_adapter(model, adapter, adapter_config)
-    if {*tied, *tied.values()} & {*values, *layers}:
-        raise NotStreamed("tied embeddings, which may differ then")
-    paths = {name: path for path in base.glob("model*.safetensors") for name in safe_open(path, "pt").keys()}
-    outputs = {}
-    for name, path in sorted(paths.items(), key=lambda item: dot_natural_key(item[0])):  # as transformers' loader does
-        place, converted = rename_source_key(name, renamings, converters, prefix, state)
-        place = name if place not in state and name in state else place
-        if place in state or head:  # a classifier has no use for the head of the language model
-            own = None if converted else place
-            stored = safe_open(path, "pt").get_tensor(name)  # a view of the file, which is not read yet
-            kind = dtype if dtype and stored.is_floating_point() else stored.dtype
-            empty = torch.empty_like(stored, dtype=kind, device="meta")
-            outputs[name] = (empty, path, values.pop(own, None), layers.pop(own, None))
-    for name in [name for name in values if not head and not name.startswith(f"{prefix}.")]:  # it has its own
-        empty = torch.empty_like(values[name], dtype=dtype or model.dtype, device="meta")
-        outputs[name] = (empty, None, values.pop(name), None)
-    if rest := [*values, *layers]:
-        raise NotStreamed(f"{rest[0]} is made out of several stored tensors")
-    return outputs
-
-
-def merge_tensor(name, empty, path, value, layer):
-    """A tensor of the merged model, of the type of `empty`."""
+def merge_tensor(name, dtype, path, value, layer):
+    """The base's tensor in the file `path`, or the adapter's own `value` in its place, plus what `layer` adds to it."""
     if value is None:
         with safe_open(path, framework="pt", backend="pread") as file:  # a mapped file would stay in memory
             value = file.get_tensor(name)
     if layer is None:
-        return value.to(empty.dtype).contiguous()
-    merged = value if value.dtype == empty.dtype else torch.empty_like(value, dtype=empty.dtype)
+        return value.to(dtype).contiguous()
+    merged = value if value.dtype == dtype else torch.empty_like(value, dtype=dtype)
     # Rows of the gain come from the same rows of B; where a matrix's rows are inputs, from columns of A.
     side, dim = ("A", 1) if isinstance(layer, Embedding) or layer.fan_in_fan_out else ("B", 0)
     factor = next(weight for key, weight in layer.named_parameters() if re.match(rf"lora_(embedding_)?{side}\.", key))
@@ -239,19 +204,48 @@ def merge_tensor(name, empty, path, value, layer):
         factor.data = rows
         new.copy_(layer.get_delta_weight("default") + old)
         finite = new.sum().isfinite() or new.isfinite().all()  # the sum is much faster
-        require(finite, f"{name} would hold NaN or infinity in {empty.dtype}; nothing was saved")
+        require(finite, f"{name} would hold NaN or infinity in {dtype}; nothing was saved")
     return merged
 
 
-def write_weights(folder, outputs, max_shard_size):
-    """Merge and write one file after another."""
-    empty, pattern = {name: output[0] for name, output in outputs.items()}, "model{suffix}.safetensors"
+def merge_by_tensor(model, base, adapter, adapter_config, dtype, folder, max_shard_size):
+    """Merge and write one file after another; `model` is on the meta device. Returns the config of the merged model."""
+    state, tied, head = model.state_dict(), dict(model.all_tied_weights_keys), model.get_output_embeddings()
+    conversions, prefix = get_model_conversion_mapping(model), model.base_model_prefix
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    values, layers = read_adapter(model, adapter, adapter_config)
+    if {*tied, *tied.values()} & {*values, *layers}:
+        raise NotImplementedError("tied embeddings, which may differ then")
+    paths = {name: path for path in base.glob("model*.safetensors") for name in safe_open(path, "pt").keys()}
+    empty, sources = (
+        {},
+        {},
+    )  # the merged model's tensors without memory; (file, value, layer) of each, all of them optional
+    for name in sorted(paths, key=dot_natural_key):  # the order and the rule of transformers' loader
+        place, converted = rename_source_key(name, renamings, converters, prefix, state)
+        place = name if place not in state and name in state else place
+        if place in state or head:  # a classifier has no use for the head of the language model
+            stored, own = safe_open(paths[name], "pt").get_tensor(name), None if converted else place  # not read yet
+            kind = dtype if dtype and stored.is_floating_point() else stored.dtype
+            empty[name] = torch.empty_like(stored, dtype=kind, device="meta")
+            sources[name] = (paths[name], values.pop(own, None), layers.pop(own, None))
+    for name in [name for name in values if not head and not name.startswith(f"{prefix}.")]:  # it has its own
+        empty[name] = torch.empty_like(values[name], dtype=dtype or model.dtype, device="meta")
+        sources[name] = (None, values.pop(name), None)
+    if rest := [*values, *layers]:
+        raise NotImplementedError(f"{rest[0]} is not stored as a tensor of its own")
+
+    pattern = "model{suffix}.safetensors"
     split = split_torch_state_dict_into_shards(empty, filename_pattern=pattern, max_shard_size=max_shard_size)
     for filename, names in split.filename_to_tensors.items():
-        save_file({name: merge_tensor(name, *outputs[name]) for name in names}, folder / filename, {"format": "pt"})
+        tensors = {name: merge_tensor(name, empty[name].dtype, *sources[name]) for name in names}
+        save_file(tensors, folder / filename, {"format": "pt"})
+        del tensors  # before the next ones are made
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    return model.config
 
 
 def merge_in_peft(base, adapter, task, kind, folder, max_shard_size):
@@ -279,18 +273,17 @@ def verify_merge(base, adapter, task, folder, kind):
         return torch.cat([model(input_ids=text).logits.flatten() for text in torch.arange(10, 74).view(8, 1, 8)])
 
     model = PeftModel.from_pretrained(load_model(base, adapter, task, torch.float32), adapter, torch_device="cpu")
-    model.eval()
     expected = score(model)
     for name, module in model.named_modules():  # all off but a reward model's head, which the base has not
         if isinstance(module, WRAPPERS) and not name.endswith(".score"):
             module.enable_adapters(False)
-    changed, rounding = (score(model) - expected).norm().item(), 4 * torch.finfo(kind).eps * expected.norm().item()
+    changed = (score(model) - expected).norm().item()
     del model
     distance = (score(load_model(folder, adapter, task, torch.float32)) - expected).norm().item()
-    share = 0.05 if kind == torch.float32 else 0.5
+    rounding = 4 * torch.finfo(kind).eps * expected.norm().item()
     print(f"logits: the adapter changes {changed:.3g}; the merged model is {distance:.3g} from base + adapter")
-    if not distance <= share * changed:  # nor where it is NaN
-        require(changed < rounding, f"that is more than {share:.0%} of what the adapter changes; nothing was saved")
+    if not distance <= changed * (0.05 if kind == torch.float32 else 0.5):  # nor where it is NaN
+        require(changed < rounding, "that is too much of what the adapter changes; nothing was saved")
         print(f"the adapter changes less than rounding to {kind} may, {rounding:.3g}")
     return {"adapter_changes": changed, "distance": distance, "rounding": rounding}
 
@@ -298,29 +291,26 @@ def verify_merge(base, adapter, task, folder, kind):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     output_dir = Path(args.output_dir).resolve()
-    size = re.fullmatch(r"[1-9]\d*[KMGT]B", args.max_shard_size, re.IGNORECASE)
+    size = re.fullmatch(r"[1-9]\d*[KMGT]B", args.max_shard_size)
     require(size, f"--max_shard_size {args.max_shard_size} should be a whole number of MB or GB, e.g. 500MB")
     adapter, adapter_config, base = find_models(args)
     if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
         require(args.overwrite_output_dir, f"--output_dir {output_dir} is not empty; see --overwrite_output_dir")
         replaced = read_json(output_dir / "run.json").get("stage") == "merge" and output_dir != base
         require(replaced, f"--overwrite_output_dir replaces merged models, and not the base: {output_dir} is kept")
+    base_name = args.base_model_path or adapter_config.base_model_name_or_path  # PEFT writes into its config
     task, dtype = adapter_config.task_type, None if args.dtype == "auto" else getattr(torch, args.dtype)
-    place = next((folder for folder in (adapter, base) if (folder / "tokenizer_config.json").is_file()), None)
-    try:
-        model = load_model(base, adapter, task)
-        tokenizer = AutoTokenizer.from_pretrained(place) if place else None
-    except (OSError, ValueError) as error:
-        fail(f"the base model {base} cannot be read: {error}")
-    quantized = getattr(model.config, "quantization_config", None)
-    require(not quantized, f"the base model {base} is quantized; --base_model_path takes the full-precision one")
 
-    kind = dtype or model.dtype
     with publish(output_dir) as draft:
+        place = next((folder for folder in (adapter, base) if (folder / "tokenizer_config.json").is_file()), None)
+        tokenizer = AutoTokenizer.from_pretrained(place) if place else None
+        model = load_model(base, adapter, task)
+        quantized = getattr(model.config, "quantization_config", None)
+        require(not quantized, f"the base model {base} is quantized; --base_model_path takes the full-precision one")
+        kind = dtype or model.dtype
         try:
-            write_weights(draft, plan_outputs(model, base, adapter, adapter_config, dtype), args.max_shard_size)
-            config = model.config
-        except NotStreamed as reason:
+            config = merge_by_tensor(model, base, adapter, adapter_config, dtype, draft, args.max_shard_size)
+        except NotImplementedError as reason:
             print(f"merged by PEFT, with the whole model in memory in float32: {reason}")
             config = merge_in_peft(base, adapter, task, kind, draft, args.max_shard_size)
         config.architectures, config.dtype = [type(model).__name__], kind
@@ -337,7 +327,7 @@ def main(argv=None):
         earlier = read_json(adapter / "run.json")
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
         run = earlier | {
-            "stage": "merge", "parent": str(adapter), "parent_stage": earlier.get("stage"), "base_model": str(base),
+            "stage": "merge", "parent": str(adapter), "parent_stage": earlier.get("stage"), "base_model": base_name,
             "base_digest": digest_base(base), "arguments": vars(args), "versions": versions | {"scripts": 2},
             "metrics": metrics,
         }  # fmt: skip
@@ -349,7 +339,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()
