@@ -103,9 +103,8 @@ def find_models(args):
     require(config.task_type in (None, "CAUSAL_LM", "SEQ_CLS"), f"{adapter} holds a {config.task_type} adapter")
     name = args.base_model_path or config.base_model_name_or_path
     require(name, f"{adapter / 'adapter_config.json'} names no base model; pass it as --base_model_path")
-    revision = None if args.base_model_path else config.revision
-    base = find_folder(name, "the base model (--base_model_path names another)", revision)
-    for pattern in ("config.json", "model*.safetensors"):
+    base = find_folder(name, "the base model (--base_model_path)", None if args.base_model_path else config.revision)
+    for pattern in ("config.json", "model.safetensors*"):
         require(list(base.glob(pattern)), f"the base model {base} holds no {pattern}")
     same = read_json(adapter / "run.json").get("base_digest") in (None, digest_base(base))
     require(same, f"the base model {base} is not the one that {adapter} was trained on: its weights have changed")
@@ -132,7 +131,8 @@ def publish(folder):
     try:
         yield draft
         if folder.is_dir():  # of a merged model that gives way; other files are somebody's
-            for path in [folder / "config.json", *folder.glob("model*.safetensors*")]:
+            weights = [*folder.glob("model.safetensors*"), *folder.glob("model-*-of-*.safetensors")]
+            for path in [folder / "config.json", *weights]:
                 path.unlink(missing_ok=True)
             for path in sorted(draft.iterdir(), key=lambda path: path.name == "config.json"):  # nothing loads before
                 os.replace(path, folder / path.name)
@@ -165,9 +165,9 @@ def load_model(folder, adapter, task, dtype=None):
 def read_adapter(model, adapter, config):
     """(values, layers), by the parameters of `model`, which is on the meta device: the tensors of the adapter that take
     their place, and the PEFT layers that add to them."""
-    own = {key: value for key, value in vars(config).items() if value and value != vars(LoraConfig()).get(key)}
-    if own.keys() - STREAMED:
-        raise NotImplementedError(f"{config.peft_type.value} with {', '.join(own.keys() - STREAMED)}")
+    special = {key for key, value in vars(config).items() if value and value != vars(LoraConfig()).get(key)} - STREAMED
+    if special:
+        raise NotImplementedError(f"{config.peft_type.value} with {', '.join(special)}")
     weights = {key: weight.float() for key, weight in load_file(adapter / "adapter_model.safetensors").items()}
     peft = get_peft_model(model, config, low_cpu_mem_usage=True)
     # assign: there is nothing to copy into. PEFT's own low_cpu_mem_usage moves weights to the base's device, meta.
@@ -176,12 +176,9 @@ def read_adapter(model, adapter, config):
     odd = [key for key in result.unexpected_keys if ".modules_to_save." not in key]  # those are second copies
     odd += [key for key in result.missing_keys if ".default" in key]
     require(not odd, f"the adapter {adapter} does not fit the base model: {', '.join(odd[:3])} in one of them only")
-    found = peft.get_base_model()
-    layers = {
-        f"{name}.weight": layer for name, layer in found.named_modules() if isinstance(layer, (Linear, Embedding))
-    }
+    layers = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, (Linear, Embedding))}
     values = {}
-    for name, weight in found.named_parameters():
+    for name, weight in model.named_parameters():
         factor = f"{name.partition('.lora_')[0]}.weight" in layers
         if not (weight.is_meta or factor or ".original_module." in name):
             values[re.sub(r"\.(base_layer|modules_to_save\.default)(?=\.)", "", name)] = weight.data
@@ -208,47 +205,43 @@ def merge_tensor(name, dtype, path, value, layer):
     return merged
 
 
-def merge_by_tensor(model, base, adapter, adapter_config, dtype, folder, max_shard_size):
+def merge_by_tensor(model, base, adapter, adapter_config, dtype, folder, limit):
     """Merge and write one file after another; `model` is on the meta device. Returns the config of the merged model."""
-    state, tied, head = model.state_dict(), dict(model.all_tied_weights_keys), model.get_output_embeddings()
+    tied, state, head = model.all_tied_weights_keys.copy(), model.state_dict(), model.get_output_embeddings()
     conversions, prefix = get_model_conversion_mapping(model), model.base_model_prefix
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     values, layers = read_adapter(model, adapter, adapter_config)
-    if {*tied, *tied.values()} & {*values, *layers}:
-        raise NotImplementedError("tied embeddings, which may differ then")
-    paths = {name: path for path in base.glob("model*.safetensors") for name in safe_open(path, "pt").keys()}
-    empty, sources = (
-        {},
-        {},
-    )  # the merged model's tensors without memory; (file, value, layer) of each, all of them optional
-    for name in sorted(paths, key=dot_natural_key):  # the order and the rule of transformers' loader
+    files = read_json(base / "model.safetensors.index.json").get("weight_map", {})
+    if (base / "model.safetensors").is_file():
+        files = dict.fromkeys(safe_open(base / "model.safetensors", "pt").keys(), "model.safetensors")
+    empty, sources = {}, {}  # of each tensor: one without memory; the file, value and layer that it is made of, or None
+    for name in sorted(files, key=dot_natural_key):  # the order and the rule of transformers' loader
         place, converted = rename_source_key(name, renamings, converters, prefix, state)
         place = name if place not in state and name in state else place
         if place in state or head:  # a classifier has no use for the head of the language model
-            stored, own = safe_open(paths[name], "pt").get_tensor(name), None if converted else place  # not read yet
+            own = None if converted or place in {*tied, *tied.values()} else place
+            stored = safe_open(base / files[name], "pt").get_tensor(name)  # a view of the file, not read yet
             kind = dtype if dtype and stored.is_floating_point() else stored.dtype
             empty[name] = torch.empty_like(stored, dtype=kind, device="meta")
-            sources[name] = (paths[name], values.pop(own, None), layers.pop(own, None))
+            sources[name] = (base / files[name], values.pop(own, None), layers.pop(own, None))
     for name in [name for name in values if not head and not name.startswith(f"{prefix}.")]:  # it has its own
         empty[name] = torch.empty_like(values[name], dtype=dtype or model.dtype, device="meta")
         sources[name] = (None, values.pop(name), None)
     if rest := [*values, *layers]:
-        raise NotImplementedError(f"{rest[0]} is not stored as a tensor of its own")
-
-    pattern = "model{suffix}.safetensors"
-    split = split_torch_state_dict_into_shards(empty, filename_pattern=pattern, max_shard_size=max_shard_size)
-    for filename, names in split.filename_to_tensors.items():
-        tensors = {name: merge_tensor(name, empty[name].dtype, *sources[name]) for name in names}
-        save_file(tensors, folder / filename, {"format": "pt"})
-        del tensors  # before the next ones are made
+        raise NotImplementedError(f"{rest[0]} is tied, or not stored as a tensor of its own")
+    split = split_torch_state_dict_into_shards(
+        empty, filename_pattern="model{suffix}.safetensors", max_shard_size=limit
+    )
+    for file, names in split.filename_to_tensors.items():
+        save_file({n: merge_tensor(n, empty[n].dtype, *sources[n]) for n in names}, folder / file, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     return model.config
 
 
-def merge_in_peft(base, adapter, task, kind, folder, max_shard_size):
+def merge_in_peft(base, adapter, task, kind, folder, limit):
     """The merge by PEFT; returns the config of the merged model."""
     model = PeftModel.from_pretrained(load_model(base, adapter, task, torch.float32), adapter, torch_device="cpu")
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -260,7 +253,7 @@ def merge_in_peft(base, adapter, task, kind, folder, max_shard_size):
         weight.data = weight.data.to(kind)
     if model.can_generate():
         model.generation_config = type(model.generation_config)()  # replaced below: not every base's own can be saved
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    model.save_pretrained(folder, max_shard_size=limit)
     return model.config
 
 
@@ -300,13 +293,12 @@ def main(argv=None):
         require(replaced, f"--overwrite_output_dir replaces merged models, and not the base: {output_dir} is kept")
     base_name = args.base_model_path or adapter_config.base_model_name_or_path  # PEFT writes into its config
     task, dtype = adapter_config.task_type, None if args.dtype == "auto" else getattr(torch, args.dtype)
-
     with publish(output_dir) as draft:
         place = next((folder for folder in (adapter, base) if (folder / "tokenizer_config.json").is_file()), None)
         tokenizer = AutoTokenizer.from_pretrained(place) if place else None
         model = load_model(base, adapter, task)
-        quantized = getattr(model.config, "quantization_config", None)
-        require(not quantized, f"the base model {base} is quantized; --base_model_path takes the full-precision one")
+        whole = not hasattr(model.config, "quantization_config")
+        require(whole, f"the base model {base} is quantized; --base_model_path takes the full-precision one")
         kind = dtype or model.dtype
         try:
             config = merge_by_tensor(model, base, adapter, adapter_config, dtype, draft, args.max_shard_size)

@@ -401,12 +401,12 @@ PROBLEMS = {
     "half": "does not fit the base model.*layers.1.self_attn.q_proj",
     "nan": "q_proj.weight would hold NaN",
     "no weights": "no adapter_model.safetensors",
-    "pickle": "holds no model.*safetensors",
+    "pickle": "holds no model.safetensors",
     "quantized": "is quantized; --base_model_path takes the full-precision one",
     "unknown": "llamma",
     "base is an adapter": "holds no config.json",
     "no base": "names no base model; pass it as --base_model_path",
-    "base gone": "--base_model_path names another.*no/such/model does not exist",
+    "base gone": "\\(--base_model_path\\).*no/such/model does not exist",
     "task": "holds a TOKEN_CLS adapter",
 }
 
