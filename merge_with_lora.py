@@ -22,7 +22,6 @@ import os
 import re
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 
@@ -50,8 +49,6 @@ def build_parser():
 
 if __name__ == "__main__":  # before the slow imports: --help and a mistyped flag answer at once
     build_parser().parse_args()
-
-warnings.filterwarnings("ignore", module="peft")  # advice on tied embeddings, which are untied here where they differ
 
 import torch
 from huggingface_hub import HfApi, snapshot_download, split_torch_state_dict_into_shards
@@ -89,9 +86,9 @@ def find_folder(path, flag, revision=None):
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         found = path if Path(path).is_dir() else snapshot_download(path, revision=revision, allow_patterns=patterns)
-        return Path(found).resolve()
     except (OSError, ValueError) as error:
         fail(f"{flag} {path} does not exist, neither as a directory nor on the hub: {error}")
+    return Path(found).resolve()
 
 
 def find_models(args):
@@ -106,8 +103,10 @@ def find_models(args):
     base = find_folder(name, "the base model (--base_model_path)", None if args.base_model_path else config.revision)
     for pattern in ("config.json", "model.safetensors*"):
         require(list(base.glob(pattern)), f"the base model {base} holds no {pattern}")
-    same = read_json(adapter / "run.json").get("base_digest") in (None, digest_base(base))
-    require(same, f"the base model {base} is not the one that {adapter} was trained on: its weights have changed")
+    recorded = read_json(adapter / "run.json").get("base_digest")
+    require(
+        recorded in (None, digest_base(base)), f"the weights of {base} have changed since {adapter} was trained on it"
+    )
     return adapter, config, base
 
 
@@ -131,8 +130,7 @@ def publish(folder):
     try:
         yield draft
         if folder.is_dir():  # of a merged model that gives way; other files are somebody's
-            weights = [*folder.glob("model.safetensors*"), *folder.glob("model-*-of-*.safetensors")]
-            for path in [folder / "config.json", *weights]:
+            for path in [folder / "config.json", *folder.glob("model.safetensors*"), *folder.glob("model-*-of-*")]:
                 path.unlink(missing_ok=True)
             for path in sorted(draft.iterdir(), key=lambda path: path.name == "config.json"):  # nothing loads before
                 os.replace(path, folder / path.name)
@@ -163,8 +161,7 @@ def load_model(folder, adapter, task, dtype=None):
 
 
 def read_adapter(model, adapter, config):
-    """(values, layers), by the parameters of `model`, which is on the meta device: the tensors of the adapter that take
-    their place, and the PEFT layers that add to them."""
+    """(tensors that take the place of parameters of the meta `model`, PEFT layers that add to one), by their names."""
     special = {key for key, value in vars(config).items() if value and value != vars(LoraConfig()).get(key)} - STREAMED
     if special:
         raise NotImplementedError(f"{config.peft_type.value} with {', '.join(special)}")
@@ -177,12 +174,10 @@ def read_adapter(model, adapter, config):
     odd += [key for key in result.missing_keys if ".default" in key]
     require(not odd, f"the adapter {adapter} does not fit the base model: {', '.join(odd[:3])} in one of them only")
     layers = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, (Linear, Embedding))}
-    values = {}
-    for name, weight in model.named_parameters():
-        factor = f"{name.partition('.lora_')[0]}.weight" in layers
-        if not (weight.is_meta or factor or ".original_module." in name):
-            values[re.sub(r"\.(base_layer|modules_to_save\.default)(?=\.)", "", name)] = weight.data
-    return values, layers
+    real = {name: w.data for name, w in model.named_parameters() if not (w.is_meta or ".original_module." in name)}
+    wrapper = re.compile(r"\.(base_layer|modules_to_save\.default)(?=\.)")
+    own = [name for name in real if f"{name.partition('.lora_')[0]}.weight" not in layers]
+    return {wrapper.sub("", name): real[name] for name in own}, layers
 
 
 def merge_tensor(name, dtype, path, value, layer):
@@ -200,8 +195,8 @@ def merge_tensor(name, dtype, path, value, layer):
     for old, new, rows in zip(value.split(step), merged.split(step), factor.data.split(step, dim)):
         factor.data = rows
         new.copy_(layer.get_delta_weight("default") + old)
-        finite = new.sum().isfinite() or new.isfinite().all()  # the sum is much faster
-        require(finite, f"{name} would hold NaN or infinity in {dtype}; nothing was saved")
+        # The sum is much faster, and is finite unless the numbers are huge.
+        require(new.sum().isfinite() or new.isfinite().all(), f"{name} would hold NaN or infinity in {dtype}")
     return merged
 
 
@@ -288,9 +283,9 @@ def main(argv=None):
     require(size, f"--max_shard_size {args.max_shard_size} should be a whole number of MB or GB, e.g. 500MB")
     adapter, adapter_config, base = find_models(args)
     if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
-        require(args.overwrite_output_dir, f"--output_dir {output_dir} is not empty; see --overwrite_output_dir")
-        replaced = read_json(output_dir / "run.json").get("stage") == "merge" and output_dir != base
-        require(replaced, f"--overwrite_output_dir replaces merged models, and not the base: {output_dir} is kept")
+        replaced = args.overwrite_output_dir and read_json(output_dir / "run.json").get("stage") == "merge"
+        text = f"--output_dir {output_dir} is not empty; --overwrite_output_dir replaces a merged model, nothing else"
+        require(replaced and output_dir != base, text)
     base_name = args.base_model_path or adapter_config.base_model_name_or_path  # PEFT writes into its config
     task, dtype = adapter_config.task_type, None if args.dtype == "auto" else getattr(torch, args.dtype)
     with publish(output_dir) as draft:
@@ -317,11 +312,10 @@ def main(argv=None):
             for path in [*folder.glob("generation_config.json"), *folder.glob("*processor_config.json")]:
                 shutil.copy(path, draft)
         earlier = read_json(adapter / "run.json")
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
         run = earlier | {
             "stage": "merge", "parent": str(adapter), "parent_stage": earlier.get("stage"), "base_model": base_name,
-            "base_digest": digest_base(base), "arguments": vars(args), "versions": versions | {"scripts": 2},
-            "metrics": metrics,
+            "base_digest": digest_base(base), "arguments": vars(args), "metrics": metrics,
+            "versions": {n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft")} | {"scripts": 2},
         }  # fmt: skip
         (draft / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False), encoding="utf-8")
     print(f"saved {args.output_dir}")
