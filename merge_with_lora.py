@@ -42,7 +42,7 @@ def build_parser():
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: that of the base")
     add("--max_shard_size", default="2GB", help="largest file of weights, e.g. 500MB; as much memory is taken")
     add("--verify", action="store_true", help="compare the logits with those of base + adapter; loads whole models")
-    add("--overwrite_output_dir", action="store_true", help="replace the merged model in --output_dir")
+    add("--overwrite_output_dir", action="store_true", help="replace a merged model (nothing else) in --output_dir")
     add("--push_to_hub", action="store_true", help="upload the merged model under the name of --output_dir")
     return parser
 
@@ -67,7 +67,7 @@ BLOCK = 2**20  # weights that are summed at a time: they stay in the processor's
 # What a LoRA config may set and still be streamed: no DoRA, no parts of layers, no start that changes the base model.
 STREAMED = set(
     "alpha_pattern auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out inference_mode lora_alpha "
-    "layers_pattern layers_to_transform lora_dropout modules_to_save peft_type peft_version r rank_pattern revision "
+    "layers_pattern layers_to_transform lora_dropout modules_to_save peft_version r rank_pattern revision "
     "runtime_config target_modules task_type use_rslora".split()
 )
 
@@ -104,9 +104,7 @@ def find_models(args):
     for pattern in ("config.json", "model.safetensors*"):
         require(list(base.glob(pattern)), f"the base model {base} holds no {pattern}")
     recorded = read_json(adapter / "run.json").get("base_digest")
-    require(
-        recorded in (None, digest_base(base)), f"the weights of {base} have changed since {adapter} was trained on it"
-    )
+    require(recorded in (None, digest_base(base)), f"the weights of {base} are not those {adapter} was trained on")
     return adapter, config, base
 
 
@@ -162,8 +160,7 @@ def load_model(folder, adapter, task, dtype=None):
 
 def read_adapter(model, adapter, config):
     """(tensors that take the place of parameters of the meta `model`, PEFT layers that add to one), by their names."""
-    special = {key for key, value in vars(config).items() if value and value != vars(LoraConfig()).get(key)} - STREAMED
-    if special:
+    if special := {k for k, value in vars(config).items() if value and value != vars(LoraConfig()).get(k)} - STREAMED:
         raise NotImplementedError(f"{config.peft_type.value} with {', '.join(special)}")
     weights = {key: weight.float() for key, weight in load_file(adapter / "adapter_model.safetensors").items()}
     peft = get_peft_model(model, config, low_cpu_mem_usage=True)
@@ -175,9 +172,8 @@ def read_adapter(model, adapter, config):
     require(not odd, f"the adapter {adapter} does not fit the base model: {', '.join(odd[:3])} in one of them only")
     layers = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, (Linear, Embedding))}
     real = {name: w.data for name, w in model.named_parameters() if not (w.is_meta or ".original_module." in name)}
-    wrapper = re.compile(r"\.(base_layer|modules_to_save\.default)(?=\.)")
     own = [name for name in real if f"{name.partition('.lora_')[0]}.weight" not in layers]
-    return {wrapper.sub("", name): real[name] for name in own}, layers
+    return {re.sub(r"\.(base_layer|modules_to_save\.default)(?=\.)", "", name): real[name] for name in own}, layers
 
 
 def merge_tensor(name, dtype, path, value, layer):
@@ -195,14 +191,14 @@ def merge_tensor(name, dtype, path, value, layer):
     for old, new, rows in zip(value.split(step), merged.split(step), factor.data.split(step, dim)):
         factor.data = rows
         new.copy_(layer.get_delta_weight("default") + old)
-        # The sum is much faster, and is finite unless the numbers are huge.
-        require(new.sum().isfinite() or new.isfinite().all(), f"{name} would hold NaN or infinity in {dtype}")
+        require(new.sum().isfinite() or new.isfinite().all(), f"NaN or infinity in {name}, {dtype}")  # a sum is fast
     return merged
 
 
 def merge_by_tensor(model, base, adapter, adapter_config, dtype, folder, limit):
     """Merge and write one file after another; `model` is on the meta device. Returns the config of the merged model."""
-    tied, state, head = model.all_tied_weights_keys.copy(), model.state_dict(), model.get_output_embeddings()
+    state, head = model.state_dict(), model.get_output_embeddings()
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     conversions, prefix = get_model_conversion_mapping(model), model.base_model_prefix
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
@@ -215,7 +211,7 @@ def merge_by_tensor(model, base, adapter, adapter_config, dtype, folder, limit):
         place, converted = rename_source_key(name, renamings, converters, prefix, state)
         place = name if place not in state and name in state else place
         if place in state or head:  # a classifier has no use for the head of the language model
-            own = None if converted or place in {*tied, *tied.values()} else place
+            own = None if converted or place in tied else place
             stored = safe_open(base / files[name], "pt").get_tensor(name)  # a view of the file, not read yet
             kind = dtype if dtype and stored.is_floating_point() else stored.dtype
             empty[name] = torch.empty_like(stored, dtype=kind, device="meta")
@@ -225,9 +221,7 @@ def merge_by_tensor(model, base, adapter, adapter_config, dtype, folder, limit):
         sources[name] = (None, values.pop(name), None)
     if rest := [*values, *layers]:
         raise NotImplementedError(f"{rest[0]} is tied, or not stored as a tensor of its own")
-    split = split_torch_state_dict_into_shards(
-        empty, filename_pattern="model{suffix}.safetensors", max_shard_size=limit
-    )
+    split = split_torch_state_dict_into_shards(empty, max_shard_size=limit)
     for file, names in split.filename_to_tensors.items():
         save_file({n: merge_tensor(n, empty[n].dtype, *sources[n]) for n in names}, folder / file, {"format": "pt"})
     if split.is_sharded:
@@ -246,16 +240,14 @@ def merge_in_peft(base, adapter, task, kind, folder, limit):
     model = model.merge_and_unload(safe_merge=True)
     for weight in model.parameters():
         weight.data = weight.data.to(kind)
-    if model.can_generate():
-        model.generation_config = type(model.generation_config)()  # replaced below: not every base's own can be saved
+    model.generation_config = type(model.generation_config)()  # replaced below: not every base's own can be saved
     model.save_pretrained(folder, max_shard_size=limit)
     return model.config
 
 
 @torch.no_grad()
 def verify_merge(base, adapter, task, folder, kind):
-    """Figures of how far the logits (scores) of the merged model are from those of base + adapter. More than 5% of what
-    the adapter changes, in 16 bit half of it, is refused, unless the adapter changes less than rounding does."""
+    """Figures of how far the merged model's logits (scores) are from those of base + adapter; too far is refused."""
 
     def score(model):
         return torch.cat([model(input_ids=text).logits.flatten() for text in torch.arange(10, 74).view(8, 1, 8)])
@@ -279,21 +271,22 @@ def verify_merge(base, adapter, task, folder, kind):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     output_dir = Path(args.output_dir).resolve()
-    size = re.fullmatch(r"[1-9]\d*[KMGT]B", args.max_shard_size)
-    require(size, f"--max_shard_size {args.max_shard_size} should be a whole number of MB or GB, e.g. 500MB")
+    require(re.fullmatch(r"[1-9]\d*[KMGT]B", args.max_shard_size), "--max_shard_size should be like 500MB or 5GB")
     adapter, adapter_config, base = find_models(args)
     if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
-        replaced = args.overwrite_output_dir and read_json(output_dir / "run.json").get("stage") == "merge"
-        text = f"--output_dir {output_dir} is not empty; --overwrite_output_dir replaces a merged model, nothing else"
-        require(replaced and output_dir != base, text)
+        merged = read_json(output_dir / "run.json").get("stage") == "merge" and output_dir != base
+        require(
+            merged and args.overwrite_output_dir, f"--output_dir {output_dir} is in use; see --overwrite_output_dir"
+        )
     base_name = args.base_model_path or adapter_config.base_model_name_or_path  # PEFT writes into its config
     task, dtype = adapter_config.task_type, None if args.dtype == "auto" else getattr(torch, args.dtype)
     with publish(output_dir) as draft:
         place = next((folder for folder in (adapter, base) if (folder / "tokenizer_config.json").is_file()), None)
         tokenizer = AutoTokenizer.from_pretrained(place) if place else None
         model = load_model(base, adapter, task)
-        whole = not hasattr(model.config, "quantization_config")
-        require(whole, f"the base model {base} is quantized; --base_model_path takes the full-precision one")
+        require(
+            not hasattr(model.config, "quantization_config"), f"{base} is quantized: --base_model_path names another"
+        )
         kind = dtype or model.dtype
         try:
             config = merge_by_tensor(model, base, adapter, adapter_config, dtype, draft, args.max_shard_size)
@@ -320,8 +313,9 @@ def main(argv=None):
         (draft / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False), encoding="utf-8")
     print(f"saved {args.output_dir}")
     if args.push_to_hub:
-        repo = HfApi().create_repo(output_dir.name, exist_ok=True).repo_id
-        print(f"uploaded {HfApi().upload_folder(repo_id=repo, folder_path=output_dir)}")
+        HfApi().upload_folder(
+            repo_id=HfApi().create_repo(output_dir.name, exist_ok=True).repo_id, folder_path=output_dir
+        )
 
 
 if __name__ == "__main__":
