@@ -275,18 +275,14 @@ def main(argv=None):
     adapter, adapter_config, base = find_models(args)
     if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
         merged = read_json(output_dir / "run.json").get("stage") == "merge" and output_dir != base
-        require(
-            merged and args.overwrite_output_dir, f"--output_dir {output_dir} is in use; see --overwrite_output_dir"
-        )
+        require(merged and args.overwrite_output_dir, f"--output_dir {output_dir} is in use (--overwrite_output_dir?)")
     base_name = args.base_model_path or adapter_config.base_model_name_or_path  # PEFT writes into its config
     task, dtype = adapter_config.task_type, None if args.dtype == "auto" else getattr(torch, args.dtype)
     with publish(output_dir) as draft:
         place = next((folder for folder in (adapter, base) if (folder / "tokenizer_config.json").is_file()), None)
         tokenizer = AutoTokenizer.from_pretrained(place) if place else None
         model = load_model(base, adapter, task)
-        require(
-            not hasattr(model.config, "quantization_config"), f"{base} is quantized: --base_model_path names another"
-        )
+        require(not hasattr(model.config, "quantization_config"), f"{base} is quantized; see --base_model_path")
         kind = dtype or model.dtype
         try:
             config = merge_by_tensor(model, base, adapter, adapter_config, dtype, draft, args.max_shard_size)

@@ -402,7 +402,7 @@ PROBLEMS = {
     "nan": "NaN or infinity in .*q_proj.weight",
     "no weights": "no adapter_model.safetensors",
     "pickle": "holds no model.safetensors",
-    "quantized": "is quantized: --base_model_path names another",
+    "quantized": "is quantized; see --base_model_path",
     "unknown": "llamma",
     "base is an adapter": "holds no config.json",
     "no base": "names no base model; pass it as --base_model_path",
