@@ -1,55 +1,50 @@
-"""Merging: every kind of adapter against PEFT, tensor by tensor; what does not fit is refused; a kill leaves nothing."""
+"""Merging: every kind of adapter against PEFT, what is refused, what is written; a kill leaves nothing."""
 
 import json
-import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_model
+from conftest import ROOT, make_model, run
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BitsAndBytesConfig,
+    FalconH1Config,
+    Mamba2Config,
     MixtralConfig,
-    MixtralForCausalLM,
 )
-from transformers.pytorch_utils import Conv1D
 
 IDS = torch.tensor([[5, 9, 33, 70, 120, 7], [8, 8, 51, 6, 300, 44]])
 
 
-def make_adapter(directory, base, config=LoraConfig, task="CAUSAL_LM", dtype=torch.float32, seed=0, **settings):
-    """An adapter with random weights, as PEFT saves it; returns the directory as text."""
+def load(path, adapter=None, task="CAUSAL_LM", dtype=None):
+    """A model, with an adapter on it; in the default type of torch."""
     auto = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
-    extra = {"num_labels": 1} if task == "SEQ_CLS" else {}
-    model = auto.from_pretrained(base, dtype=dtype, **extra)
+    extra = {"num_labels": 1, "pad_token_id": 0} if task == "SEQ_CLS" else {}
+    model = auto.from_pretrained(path, dtype=dtype or torch.get_default_dtype(), **extra)
+    return (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
+
+
+def make_adapter(directory, base, config=LoraConfig, task="CAUSAL_LM", scale=1.0, rows=None, **settings):
+    """An adapter with random weights, as PEFT saves it; on a model with `rows` embeddings, if given."""
+    model = load(base, task=task)
+    if rows:
+        model.resize_token_embeddings(rows, mean_resizing=False)
     if config is LoraConfig:
         settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **settings}
     model = get_peft_model(model, config(task_type=task, **settings))
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            weight.data += 0.05 * torch.randn_like(weight) * (20 if "lora_embedding_A" in name else 1)
+            weight.data += 0.05 * scale * torch.randn_like(weight) * (20 if "lora_embedding_A" in name else 1)
     model.save_pretrained(directory)
-    return str(directory)
-
-
-def load(path, adapters=(), task="CAUSAL_LM", merge=False, dtype=torch.float32):
-    """A model with adapters on it; with `merge`, merged by PEFT."""
-    auto = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
-    extra = {"num_labels": 1, "pad_token_id": 0} if task == "SEQ_CLS" and adapters else {}
-    model = auto.from_pretrained(path, dtype=dtype, **extra)
-    for i, adapter in enumerate(adapters):
-        model = PeftModel.from_pretrained(model, adapter)
-        if merge or i < len(adapters) - 1:
-            model = model.merge_and_unload()
-    return model.eval()
+    return directory
 
 
 @torch.no_grad()
@@ -57,31 +52,21 @@ def logits(model):
     return model(input_ids=IDS).logits
 
 
-def run(merge, adapter, output, *flags):
-    merge.main(["--adapter_path", str(adapter), "--output_dir", str(output), *flags])
-    return json.loads((output / "run.json").read_text(encoding="utf-8"))
+def merge_into(merge, adapter, output, *flags):
+    """Runs the command; returns (run.json, standard output)."""
+    out, _ = run(merge, "--adapter_path", adapter, "--output_dir", output, *flags)
+    return json.loads((output / "run.json").read_text(encoding="utf-8")), out
 
 
 def edit_json(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    path.write_text(json.dumps(old | changes), encoding="utf-8")
 
 
-def same_weights(one, other):
-    one, other = (load_file(folder / "model.safetensors") for folder in (one, other))
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.fixture(scope="module")
-def tied_llama(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
-
-
-@pytest.fixture(scope="module")
-def llama_bf16(llama, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("bf16")
-    shutil.copytree(llama, directory, dirs_exist_ok=True)
-    AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).save_pretrained(directory)
-    return str(directory)
+def assert_same(merged, expected, rtol=1e-12):
+    assert merged.keys() == expected.keys()
+    for name, weight in merged.items():
+        torch.testing.assert_close(weight, expected[name], rtol=rtol, atol=rtol, msg=name)
 
 
 KINDS = {
@@ -94,9 +79,8 @@ KINDS = {
     ),
     "layers": ("llama", {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]}),
     "head": ("llama", {"target_modules": ["lm_head", "v_proj"]}),
-    "embedding": ("llama", {"target_modules": ["embed_tokens", "v_proj"]}),
+    "embedding": ("llama", {"target_modules": ["embed_tokens", "v_proj"], "use_rslora": True}),
     "embedding dora": ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
-    "embedding rslora": ("llama", {"target_modules": ["embed_tokens"], "use_rslora": True}),
     "saved modules": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head", "norm"]}),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
     "conv1d dora": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True}),
@@ -106,238 +90,112 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_adapter_merges_as_in_peft(merge, llama, gpt2, tmp_path, kind):
+def test_every_kind_of_adapter_merges_as_in_peft(merge, float64, tmp_path, monkeypatch, kind):
+    """Every tensor is PEFT's own merge, also where a matrix is summed in many blocks."""
+    monkeypatch.setattr(merge, "BLOCK", 100)
     family, settings = KINDS[kind]
-    base = {"llama": llama, "gpt2": gpt2}[family]
+    base = make_model(tmp_path / "base", family, chat=family == "llama")
     adapter = make_adapter(tmp_path / "adapter", base, **settings)
-    verification = run(merge, adapter, tmp_path / "merged")["verification"]
-    expected = load(base, [adapter], merge=True).state_dict()
-    merged = load(tmp_path / "merged").state_dict()
-    unchanged = load(base).state_dict()
-    assert merged.keys() == expected.keys()
-    assert any(not torch.equal(merged[name], unchanged[name]) for name in merged)
-    for name in expected:  # DoRA's norms are added up in another order
-        torch.testing.assert_close(merged[name], expected[name], rtol=2e-6 if "dora" in kind else 0, atol=0, msg=name)
-    assert verification["largest_difference"] <= verification["allowed"] < 1e-3
-
-
-@pytest.mark.parametrize("kind", ["plain", "dora", "embedding", "saved modules", "conv1d", "conv1d dora"])
-def test_how_far_the_adapter_moves_the_logits(merge, llama, gpt2, tmp_path, kind):
-    """The base model goes through the same sweep as base + adapter, and is measured on the first text."""
-    family, settings = KINDS[kind]
-    base = {"llama": llama, "gpt2": gpt2}[family]
-    adapter = make_adapter(tmp_path / "adapter", base, **settings)
-    measured = run(merge, adapter, tmp_path / "merged")["verification"]["adapter_moves"]
-    ids = torch.tensor([AutoTokenizer.from_pretrained(base)(merge.TEXT)["input_ids"][:8]])
-    with torch.no_grad():
-        real = (load(base, [adapter])(ids).logits - load(base)(ids).logits).abs().max().item()
-    assert measured == pytest.approx(real, rel=1e-3)
-
-
-@pytest.mark.parametrize("kind", [torch.nn.Linear, Conv1D])
-def test_the_errors_of_rounding_are_those_of_a_changed_matrix(merge, kind):
-    torch.manual_seed(0)
-    module, x = kind(6, 5), torch.randn(3, 2, 5 if kind is Conv1D else 6)
-    weight, bias = module.weight.detach().clone(), module.bias.detach()
-    apart = merge.Apart(torch.zeros(3, 2), 1)
-    module.weight = merge.Lazy(weight.shape, lambda begin=0, end=None: weight[begin:end], apart, 0.1)
-    with torch.no_grad():
-        found = module(x)
-    apart.generator.manual_seed(0)
-    columns, rows = apart.draw_signs(x.shape[2]), apart.draw_signs(found.shape[2])
-    assert {*rows.tolist(), *columns.tolist()} == {-1, 1}
-    matrix = weight if kind is Conv1D else weight.T
-    changed = matrix * (1 + 0.1 * columns[:, None] * rows)
-    torch.testing.assert_close(found, torch.cat([x[:2] @ matrix, x[2:] @ changed]) + bias)
+    _, out = merge_into(merge, adapter, tmp_path / "merged")
+    assert ("merged by PEFT" in out) == ("dora" in kind)
+    merged, unchanged = load(tmp_path / "merged").state_dict(), load(base).state_dict()
+    assert any(not torch.equal(weight, unchanged[name]) for name, weight in merged.items())
+    assert_same(merged, load(base, adapter).merge_and_unload().state_dict())
 
 
 TIED = {
     "lora on the embedding": {"target_modules": ["embed_tokens", "v_proj"]},
     "lora on the head": {"target_modules": ["lm_head"]},
+    "lora on both": {"target_modules": ["lm_head", "embed_tokens"]},
+    "dora on the embedding": {"target_modules": ["embed_tokens"], "use_dora": True},
     "a saved embedding": {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"]},
     "a saved head": {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
     "both saved": {"target_modules": ["v_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    "both adapted alike": {"target_modules": ["embed_tokens", "v_proj"], "ensure_weight_tying": True},
+    "some tokens": {"target_modules": ["v_proj"], "trainable_token_indices": [5, 9, 300]},
     "neither": {"target_modules": ["v_proj"]},
+    "neither, dora": {"target_modules": ["v_proj"], "use_dora": True},
 }
 
 
 @pytest.mark.parametrize("kind", TIED)
-def test_tied_embeddings_are_untied_where_the_adapter_made_them_differ(merge, tied_llama, tmp_path, kind):
-    adapter = make_adapter(tmp_path / "adapter", tied_llama, **TIED[kind])
-    run(merge, adapter, tmp_path / "merged")
-    # Against the unmerged model: PEFT's own merge changes the embedding and the head alike.
-    expected = logits(load(tied_llama, [adapter]))
-    torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, rtol=1e-4, atol=1e-5)
-    config = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
-    assert config["tie_word_embeddings"] == (kind == "neither")
-    assert ("lm_head.weight" in load_file(tmp_path / "merged" / "model.safetensors")) == (kind != "neither")
+def test_tied_embeddings_come_apart_only_where_the_adapter_parts_them(merge, float64, tmp_path, kind):
+    """The logits are those of the unmerged model (PEFT's own merge would change the embedding and the head alike)."""
+    base = make_model(tmp_path / "base", tie_word_embeddings=True)
+    adapter = make_adapter(tmp_path / "adapter", base, **TIED[kind])
+    merge_into(merge, adapter, tmp_path / "merged")
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), logits(load(base, adapter)), rtol=1e-9, atol=1e-9)
+    tied = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))["tie_word_embeddings"]
+    assert tied == ("lm_head.weight" not in load_file(tmp_path / "merged" / "model.safetensors"))
+    assert tied or kind not in ("neither", "neither, dora", "some tokens")
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"modules_to_save": ["embed_tokens"]}])
-def test_bfloat16_is_the_float32_sum_rounded_once(merge, llama_bf16, tmp_path, settings):
-    adapter = make_adapter(tmp_path / "adapter", llama_bf16, **settings)
-    verification = run(merge, adapter, tmp_path / "merged")["verification"]
-    exact = load(llama_bf16, [adapter], merge=True).state_dict()
-    peft = load(llama_bf16, [adapter], merge=True, dtype=torch.bfloat16).state_dict()
-    merged = load_file(tmp_path / "merged" / "model.safetensors")
-    for name, weight in merged.items():
-        assert weight.dtype == torch.bfloat16
-        ulp = torch.exp2(torch.floor(torch.log2(exact[name].abs().clamp(min=1e-30))) - 7)
-        error = (weight.float() - exact[name]).abs()
-        assert (error / ulp).max() <= 0.5 + 1e-3, name
-        assert error.max() <= (peft[name].float() - exact[name]).abs().max() * 1.0001, name
-    assert 0 < verification["largest_difference"] <= verification["allowed"]
-
-
-def test_dtype_changes_every_tensor(merge, llama, tmp_path):
-    adapter = make_adapter(tmp_path / "adapter", llama)
-    run(merge, adapter, tmp_path / "merged", "--dtype", "float16")
-    exact = load(llama, [adapter], merge=True).state_dict()
-    for name, weight in load_file(tmp_path / "merged" / "model.safetensors").items():
-        assert torch.equal(weight, exact[name].half()), name
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.float16
-
-
-def test_what_does_not_fit_into_float16_is_refused(merge, llama, tmp_path):
-    adapter = make_adapter(tmp_path / "adapter", llama, lora_alpha=1e7)
-    with pytest.raises(merge.UserError, match="proj.weight would hold NaN or infinity in torch.float16"):
-        run(merge, adapter, tmp_path / "merged", "--dtype", "float16")
-    assert not (tmp_path / "merged").exists()
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("rows", [420, 360])
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}, {"use_dora": True}])
+def test_a_vocabulary_that_the_training_has_resized(merge, float64, tmp_path, tie, rows, settings):
+    base = make_model(tmp_path / "base", tie_word_embeddings=tie)
+    adapter = make_adapter(tmp_path / "adapter", base, rows=rows, target_modules=["v_proj"], **settings)
+    merge_into(merge, adapter, tmp_path / "merged", "--verify")
+    expected = load(base)
+    expected.resize_token_embeddings(rows, mean_resizing=False)
+    expected = PeftModel.from_pretrained(expected, adapter).eval()
+    merged = load(tmp_path / "merged")
+    assert merged.config.vocab_size == merged.lm_head.weight.shape[0] == rows
+    torch.testing.assert_close(logits(merged), logits(expected), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_reward_model_keeps_its_head(merge, llama, gpt2, tmp_path, family):
-    base = {"llama": llama, "gpt2": gpt2}[family]
+def test_a_reward_model_keeps_its_head(merge, float64, tmp_path, family):
+    """The head comes from the adapter, the head of the language model goes, and the padding token is known."""
+    base = make_model(tmp_path / "base", family, chat=family == "llama")
     settings = {} if family == "llama" else {"target_modules": ["c_attn"], "fan_in_fan_out": True}
     adapter = make_adapter(tmp_path / "adapter", base, task="SEQ_CLS", **settings)
-    run(merge, adapter, tmp_path / "merged")
+    run_json, _ = merge_into(merge, adapter, tmp_path / "merged", "--verify")
     merged = load(tmp_path / "merged", task="SEQ_CLS")
-    expected = load(base, [adapter], task="SEQ_CLS", merge=True).state_dict()
-    assert merged.state_dict().keys() == expected.keys()
-    assert all(torch.equal(weight, expected[name]) for name, weight in merged.state_dict().items())
-    assert merged.config.num_labels == 1
-    assert merged.config.architectures == [type(merged).__name__]
-    assert merged.config.pad_token_id == AutoTokenizer.from_pretrained(tmp_path / "merged").pad_token_id is not None
-    assert "lm_head.weight" not in load_file(tmp_path / "merged" / "model.safetensors")
+    assert_same(merged.state_dict(), load(base, adapter, task="SEQ_CLS").merge_and_unload().state_dict())
+    config = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == [type(merged).__name__] and len(config["id2label"]) == 1
+    assert config["pad_token_id"] == AutoTokenizer.from_pretrained(tmp_path / "merged").pad_token_id is not None
+    assert not any("lm_head" in name for name in load_file(tmp_path / "merged" / "model.safetensors"))
+    assert run_json["metrics"]["distance"] < 1e-9 < run_json["metrics"]["adapter_changes"]
 
 
-def test_a_chain_of_adapters_is_followed_to_the_full_model(merge, llama, tmp_path):
-    first = make_adapter(tmp_path / "first", llama, use_dora=True)
-    run(merge, first, tmp_path / "half")
-    second = make_adapter(tmp_path / "second", tmp_path / "half", task="SEQ_CLS", seed=1)
-    edit_json(tmp_path / "second" / "adapter_config.json", base_model_name_or_path=first)
-    run(merge, second, tmp_path / "merged")
-    expected = load(tmp_path / "half", [second], task="SEQ_CLS", merge=True).state_dict()
-    for name, weight in load(tmp_path / "merged", task="SEQ_CLS").state_dict().items():
-        torch.testing.assert_close(weight, expected[name], rtol=2e-6, atol=0, msg=name)
-    # The full model may have moved; the adapter between them stays in the chain.
-    shutil.copytree(llama, tmp_path / "moved")
-    edit_json(tmp_path / "first" / "adapter_config.json", base_model_name_or_path="/gone")
-    with pytest.raises(merge.UserError, match="/gone.*does not exist"):
-        run(merge, second, tmp_path / "again")
-    run(merge, second, tmp_path / "again", "--base_model_path", str(tmp_path / "moved"))
-    assert same_weights(tmp_path / "again", tmp_path / "merged")
-
-
-@pytest.mark.parametrize("kind", ["embedding dora", "conv1d dora"])
-def test_a_chain_on_an_adapter_whose_norms_run_over_all_rows(merge, llama, gpt2, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(merge, "BLOCK", 64)  # the verification reads the first adapter's sum in blocks, or row by row
-    family, settings = KINDS[kind]
-    base = {"llama": llama, "gpt2": gpt2}[family]
-    first = make_adapter(tmp_path / "first", base, **settings)
-    run(merge, first, tmp_path / "half")
-    second = make_adapter(tmp_path / "second", tmp_path / "half", seed=1, **(settings | {"use_dora": False}))
-    edit_json(tmp_path / "second" / "adapter_config.json", base_model_name_or_path=first)
-    run(merge, second, tmp_path / "merged")
-    expected = load(tmp_path / "half", [second], merge=True).state_dict()
-    for name, weight in load(tmp_path / "merged").state_dict().items():
-        torch.testing.assert_close(weight, expected[name], rtol=2e-6, atol=1e-7, msg=name)
-
-
-def test_sharded_bases_and_outputs(merge, llama, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(llama)
-    model.save_pretrained(tmp_path / "base", max_shard_size="40KB")
-    AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "base")
-    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 3
-    adapter = make_adapter(tmp_path / "adapter", tmp_path / "base")
-    run(merge, adapter, tmp_path / "merged", "--max_shard_size", "60KB")
-    files = list((tmp_path / "merged").glob("*.safetensors"))
-    assert len(files) > 2
-    assert all(file.stat().st_size < 63_000 for file in files)
-    expected = load(llama, [adapter], merge=True).state_dict()
-    merged = load(tmp_path / "merged").state_dict()
-    assert all(torch.equal(weight, expected[name]) for name, weight in merged.items())
-
-
-def test_a_base_in_the_hub_cache(merge, llama, tmp_path, monkeypatch):
-    import huggingface_hub.constants
-
-    adapter = make_adapter(tmp_path / "adapter", llama)
-    repo = tmp_path / "cache" / "models--someone--llama"
-    shutil.copytree(llama, repo / "snapshots" / "0123456789abcdef0123456789abcdef01234567")
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text("0123456789abcdef0123456789abcdef01234567", encoding="utf-8")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    edit_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="someone/llama")
-    assert run(merge, adapter, tmp_path / "merged")["base_model"] == "someone/llama"
-    expected = load(llama, [adapter], merge=True).state_dict()
-    assert all(torch.equal(weight, expected[name]) for name, weight in load(tmp_path / "merged").state_dict().items())
-    edit_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="someone/other")
-    with pytest.raises(merge.UserError, match="someone/other is not a directory here"):
-        run(merge, adapter, tmp_path / "again")
-
-
-def test_names_without_the_prefix_of_the_model(merge, gpt2, tmp_path):
-    """The first GPT-2 checkpoints say h.0.attn where the model says transformer.h.0.attn."""
-    shutil.copytree(gpt2, tmp_path / "base")
-    weights = load_file(tmp_path / "base" / "model.safetensors")
-    weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
-    weights["h.0.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool)  # they also have the masks
-    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    for task in ("CAUSAL_LM", "SEQ_CLS"):
-        adapter = make_adapter(tmp_path / task, tmp_path / "base", task=task, target_modules=["c_attn", "wte"])
-        run(merge, adapter, tmp_path / f"merged {task}")
-        merged = load(tmp_path / f"merged {task}", task=task)
-        expected = load(gpt2, [adapter], task=task)
-        torch.testing.assert_close(logits(merged), logits(expected), rtol=1e-4, atol=1e-5)
-
-
-def test_experts_stored_one_by_one(merge, llama, tmp_path):
-    """transformers joins a Mixtral's experts when it loads them. Adapters on other modules stream past them, adapters of
-    earlier versions on single experts stream too, and what only exists joined is left to PEFT."""
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=400, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+FAMILIES = {
+    "mamba2": Mamba2Config(
+        vocab_size=375, hidden_size=32, num_hidden_layers=2, state_size=8, num_heads=4, head_dim=16, n_groups=1, chunk_size=8
+    ),
+    "falcon-h1": FalconH1Config(
+        vocab_size=375, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8,
+    ),
+    "mixtral": MixtralConfig(
+        vocab_size=375, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, initializer_range=0.1,
-    )  # fmt: skip
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    ),
+}  # fmt: skip
+OF_FAMILIES = {
+    "mamba2": ("mamba2", {"target_modules": ["in_proj"]}),
+    "falcon-h1": ("falcon-h1", {"target_modules": ["q_proj", "in_proj", "gate_proj"]}),
+    "mixtral": ("mixtral", {"target_modules": ["q_proj", "v_proj"]}),
+    "experts": ("mixtral", {"target_modules": [], "target_parameters": ["experts.gate_up_proj"]}),
+}
+
+
+@pytest.mark.parametrize("kind", OF_FAMILIES)
+def test_families_with_odd_configs_and_fused_weights(merge, float64, tmp_path, kind):
+    """Infinity in the config of a state-space model; experts that transformers fuses when it loads them."""
+    family, settings = OF_FAMILIES[kind]
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", **settings)
+    _, out = merge_into(merge, adapter, tmp_path / "merged")
+    assert ("merged by PEFT" in out) == (kind == "experts")
+    assert_same(
+        load(tmp_path / "merged").state_dict(), load(tmp_path / "base", adapter).merge_and_unload().state_dict()
+    )
     stored = load_file(tmp_path / "base" / "model.safetensors")
-    expert = "model.layers.0.block_sparse_moe.experts.2.w1.weight"
-    assert expert in stored
-    adapter = make_adapter(tmp_path / "attention", tmp_path / "base", target_modules=["q_proj"])
-    run(merge, adapter, tmp_path / "merged attention")
-    expected = logits(load(tmp_path / "base", [adapter]))
-    torch.testing.assert_close(logits(load(tmp_path / "merged attention")), expected, rtol=1e-4, atol=1e-5)
-    assert load_file(tmp_path / "merged attention" / "model.safetensors").keys() == stored.keys()
-
-    factors = load_file(tmp_path / "attention" / "adapter_model.safetensors")
-    factors[f"base_model.model.{expert.removesuffix('.weight')}.lora_A.weight"] = torch.randn(4, 32)
-    factors[f"base_model.model.{expert.removesuffix('.weight')}.lora_B.weight"] = torch.randn(16, 4)
-    save_file(factors, tmp_path / "attention" / "adapter_model.safetensors")
-    run(merge, adapter, tmp_path / "merged expert", "--no_verify")
-    merged = load_file(tmp_path / "merged expert" / "model.safetensors")
-    delta = (
-        factors[f"base_model.model.{expert.removesuffix('.weight')}.lora_B.weight"]
-        @ (factors[f"base_model.model.{expert.removesuffix('.weight')}.lora_A.weight"])
-    )
-    assert torch.equal(merged[expert], stored[expert] + 2 * delta)
-
-    adapter = make_adapter(
-        tmp_path / "joined", tmp_path / "base", target_modules=[], target_parameters=["experts.gate_up_proj"]
-    )
-    run(merge, adapter, tmp_path / "merged joined")
-    expected = logits(load(tmp_path / "base", [adapter]))
-    torch.testing.assert_close(logits(load(tmp_path / "merged joined")), expected, rtol=1e-4, atol=1e-5)
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == stored.keys()
 
 
 OTHERS = {
@@ -349,58 +207,109 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_what_cannot_be_streamed_goes_through_peft_with_a_line(merge, tmp_path, capsys, kind):
+def test_adapters_of_other_kinds_go_through_peft_with_a_line(merge, tmp_path, kind):
     base = make_model(tmp_path / "base", attention_bias=True)
     config, settings = OTHERS[kind]
     adapter = make_adapter(tmp_path / "adapter", base, config, **settings)
-    verification = run(merge, adapter, tmp_path / "merged")["verification"]
-    assert "merged by PEFT" in capsys.readouterr().out
-    expected = load(base, [adapter])
-    torch.testing.assert_close(logits(load(tmp_path / "merged")), logits(expected), rtol=1e-4, atol=1e-5)
-    assert verification["largest_difference"] <= verification["allowed"]
+    _, out = merge_into(merge, adapter, tmp_path / "merged")
+    assert "merged by PEFT" in out
+    expected = logits(load(base, adapter))
+    eps = torch.finfo(torch.float32).eps  # PiSSA's start is a decomposition, which is done in float32
+    assert (logits(load(tmp_path / "merged")) - expected).abs().max() < 1000 * eps * expected.abs().max()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_the_line_for_a_base_trained_in_4_or_8_bit(merge, tmp_path, capsys, bits):
-    base = make_model(tmp_path / "base", hidden_size=128, intermediate_size=256)
-    adapter = make_adapter(tmp_path / "adapter", base)
-    arguments = {"load_in_4bit": bits == 4, "load_in_8bit": bits == 8}
-    (tmp_path / "adapter" / "run.json").write_text(json.dumps({"arguments": arguments}), encoding="utf-8")
-    measured = run(merge, adapter, tmp_path / "merged")["verification"]["difference_from_quantized"]
-    line = f"trained on the base model in {bits} bit, merged into it in full precision: the logits differ, on the same texts"
-    assert line in capsys.readouterr().out
-    # The same difference on the model that bitsandbytes itself makes.
-    double = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
-    quantization = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **(double if bits == 4 else {}))
-    trained = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization, device_map={"": "cpu"})
-    trained = PeftModel.from_pretrained(trained, adapter).eval()
-    ids = torch.tensor(AutoTokenizer.from_pretrained(base)(merge.TEXT)["input_ids"][:32]).view(4, 8)
-    with torch.no_grad():
-        real = (trained(ids).logits.float() - load(tmp_path / "merged")(ids).logits).abs().max().item()
-    # In 8 bit the activations are quantized too.
-    assert 0.9 * real < measured < 1.1 * real if bits == 4 else 0 < measured < real
+@pytest.fixture(scope="module")
+def llama_bf16(llama, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("bf16")
+    shutil.copytree(llama, directory, dirs_exist_ok=True)
+    AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"modules_to_save": ["embed_tokens"]}])
+@pytest.mark.parametrize("dtype", ["auto", "float16", "float32"])
+def test_the_float32_sum_is_rounded_once(merge, llama_bf16, tmp_path, settings, dtype):
+    """Half a unit in the last place from the exact sum, and what float32 itself may be off."""
+    adapter = make_adapter(tmp_path / "adapter", llama_bf16, **settings)
+    merge_into(merge, adapter, tmp_path / "merged", "--dtype", dtype)
+    kind = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == kind
+    exact = load(llama_bf16, adapter, dtype=torch.float64).double().merge_and_unload().state_dict()
+    for name, weight in load_file(tmp_path / "merged" / "model.safetensors").items():
+        assert weight.dtype == kind
+        allowed = exact[name].abs() * torch.finfo(kind).eps / 2 + 16 * torch.finfo(torch.float32).eps
+        assert ((weight.double() - exact[name]).abs() <= allowed).all(), name
+
+
+def test_what_does_not_fit_into_float16_is_refused(merge, llama, tmp_path):
+    adapter = make_adapter(tmp_path / "adapter", llama, lora_alpha=1e7)
+    flags = ("--adapter_path", adapter, "--output_dir", tmp_path / "merged", "--dtype", "float16")
+    _, err = run(merge, *flags, code=2)
+    assert "NaN or infinity in model.layers" in err and "torch.float16" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_files_of_the_base_and_of_the_result_may_be_many(merge, llama, tmp_path):
+    load(llama).save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 3
+    adapter = make_adapter(tmp_path / "adapter", tmp_path / "base")
+    merge_into(merge, adapter, tmp_path / "one")
+    merge_into(merge, adapter, tmp_path / "many", "--max_shard_size", "60KB")
+    files = list((tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 2 and all(file.stat().st_size < 63_000 for file in files)
+    assert_same(load(tmp_path / "many").state_dict(), load(tmp_path / "one").state_dict(), rtol=0)
+
+
+def test_names_without_the_prefix_of_the_model(merge, float64, tmp_path):
+    """The first GPT-2 checkpoints say h.0.attn where the model says transformer.h.0.attn, and hold masks."""
+    base = make_model(tmp_path / "base", "gpt2", chat=False)
+    make_adapter(tmp_path / "CAUSAL_LM", base, target_modules=["c_attn"])
+    make_adapter(tmp_path / "SEQ_CLS", base, task="SEQ_CLS", target_modules=["c_attn"])
+    expected = {task: logits(load(base, tmp_path / task, task)) for task in ("CAUSAL_LM", "SEQ_CLS")}
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    weights["h.0.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    for task, value in expected.items():
+        merge_into(merge, tmp_path / task, tmp_path / f"merged {task}")
+        torch.testing.assert_close(logits(load(tmp_path / f"merged {task}", task=task)), value, rtol=1e-9, atol=1e-9)
+
+
+def test_a_base_in_the_hub_cache(merge, llama, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    adapter = make_adapter(tmp_path / "adapter", llama)
+    repo = tmp_path / "cache" / "models--someone--llama"
+    shutil.copytree(llama, repo / "snapshots" / ("01234567" * 5))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("01234567" * 5, encoding="utf-8")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    merge_into(merge, adapter, tmp_path / "expected")
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="someone/llama")
+    assert merge_into(merge, adapter, tmp_path / "merged")[0]["base_model"] == "someone/llama"
+    assert_same(load(tmp_path / "merged").state_dict(), load(tmp_path / "expected").state_dict(), rtol=0)
 
 
 def test_everything_that_belongs_to_a_model_comes_along(merge, llama, tmp_path):
+    """Tokenizer, template and stop ids of the adapter's directory; run.json of an earlier version is read."""
     adapter = make_adapter(tmp_path / "adapter", llama)
     tokenizer = AutoTokenizer.from_pretrained(llama)
-    tokenizer.eos_token, tokenizer.chat_template = "<|endoftext|>", "{{ messages[0]['content'] }}"
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(adapter)
-    earlier = {"stage": "sft", "prompt_format": "chat", "chat_template_hash": "12", "base_hash": {}}
-    (tmp_path / "adapter" / "run.json").write_text(json.dumps(earlier), encoding="utf-8")
-    result = run(merge, adapter, tmp_path / "merged")
-    assert (result["stage"], result["parent_stage"], result["parent"]) == ("merge", "sft", adapter)
-    assert (result["prompt_format"], result["chat_template_hash"], result["base_model"]) == ("chat", "12", llama)
-    assert "base_hash" not in result
-    merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    assert merged.chat_template == tokenizer.chat_template
-    # What ends an answer for the base model still does, and so does the end that the adapter was trained with.
-    generation = load(tmp_path / "merged").generation_config
-    assert generation.eos_token_id == [tokenizer.eos_token_id, AutoTokenizer.from_pretrained(llama).eos_token_id]
+    edit_json(adapter / "generation_config.json", eos_token_id=[2, 7], temperature=0.5, do_sample=False)
+    edit_json(adapter / "run.json", stage="sft", prompt_format="chat", chat_template_hash="12", base_hash={"x": "y"})
+    for output, flags in (("merged", ()), ("whole", ("--verify",))):
+        result, _ = merge_into(merge, adapter, tmp_path / output, *flags)
+        assert (result["stage"], result["parent_stage"], result["parent"]) == ("merge", "sft", str(adapter))
+        assert (result["prompt_format"], result["chat_template_hash"], result["base_model"]) == ("chat", "12", llama)
+        assert result["versions"]["scripts"] == 2
+        assert AutoTokenizer.from_pretrained(tmp_path / output).chat_template == tokenizer.chat_template
+        assert load(tmp_path / output).generation_config.eos_token_id == [2, 7]
+        edit_json(adapter / "adapter_config.json", use_dora=False, ensure_weight_tying=True)  # the second time in PEFT
 
 
 def forget_a_layer(weights, base):
-    weights.update({name: weight for name, weight in base.items() if ".1.mlp." in name})
+    weights.update({name: weight for name, weight in base.items() if ".1." in name})
 
 
 def zero_a_norm(weights, base):
@@ -412,215 +321,189 @@ def exchange_two(weights, base):
     weights[one], weights[other] = weights[other], weights[one]
 
 
-def exchange_rows(weights, base):
-    rows = weights["model.layers.1.self_attn.v_proj.weight"]
-    rows[:2] = rows[:2].flip(0)
+def forget_the_adapter(weights, base):
+    weights.update(base)
 
 
-def scale_wrongly(weights, base):
-    for name, weight in weights.items():
-        weight += (0.1 * (weight.float() - base[name].float())).to(weight.dtype)
+@pytest.mark.parametrize(
+    ("corrupt", "dtype"),
+    [
+        (forget_a_layer, "float32"),
+        (zero_a_norm, "float32"),
+        (exchange_two, "float32"),
+        (forget_the_adapter, "float32"),
+        (forget_the_adapter, "bfloat16"),
+    ],
+)
+def test_verify_catches_a_wrong_result_before_it_is_published(merge, llama, tmp_path, monkeypatch, corrupt, dtype):
+    adapter = make_adapter(tmp_path / "adapter", llama)
+    stored = load_file(f"{llama}/model.safetensors")
 
+    def save(weights, *rest):
+        corrupt(weights, {name: weight.to(weights[name].dtype) for name, weight in stored.items()})
+        save_file(weights, *rest)
 
-@pytest.mark.parametrize("corrupt", [forget_a_layer, zero_a_norm, exchange_two, exchange_rows, scale_wrongly])
-def test_a_corrupted_result_is_caught_and_not_published(merge, llama_bf16, tmp_path, monkeypatch, corrupt):
-    adapter = make_adapter(tmp_path / "adapter", llama_bf16)
-    write_weights = merge.write_weights
-
-    def write_and_corrupt(folder, *rest):
-        write_weights(folder, *rest)
-        weights = load_file(folder / "model.safetensors")
-        corrupt(weights, load_file(f"{llama_bf16}/model.safetensors"))
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-    monkeypatch.setattr(merge, "write_weights", write_and_corrupt)
-    with pytest.raises(merge.UserError, match="differs from base . adapter.*nothing was saved"):
-        run(merge, adapter, tmp_path / "merged")
+    monkeypatch.setattr(merge, "save_file", save)
+    flags = ("--adapter_path", adapter, "--output_dir", tmp_path / "merged", "--dtype", dtype)
+    _, err = run(merge, *flags, "--verify", code=2)
+    assert "of what the adapter changes; nothing was saved" in err
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-    run(merge, adapter, tmp_path / "merged", "--no_verify")
+    run(merge, *flags)
     assert (tmp_path / "merged" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}])
+def test_verify_measures_what_the_adapter_changes(merge, llama_bf16, tmp_path, settings):
+    """An adapter that changes less than rounding does passes, with a line."""
+    adapter = make_adapter(tmp_path / "adapter", llama_bf16, **settings)
+    metrics = merge_into(merge, adapter, tmp_path / "merged", "--verify")[0]["metrics"]
+    assert 0 < metrics["distance"] < 0.1 * metrics["adapter_changes"]
+    small = make_adapter(tmp_path / "small", llama_bf16, scale=1e-4, **settings)
+    result, out = merge_into(merge, small, tmp_path / "of small", "--verify")
+    assert result["metrics"]["distance"] > 0.5 * result["metrics"]["adapter_changes"]
+    assert "changes less than rounding" in out
 
 
 def spoil(kind, adapter, base):
     """Make an adapter or its base wrong; returns what the error should say."""
-    config, name = adapter / "adapter_config.json", "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
     weights = load_file(adapter / "adapter_model.safetensors")
-    message = "q_proj"
     if kind == "shape":
         weights[name] = torch.zeros(4, 48)
-        message = r"model.layers.1.self_attn.q_proj.weight is \(32, 32\) in the base model, \(32, 48\) in the adapter"
-    elif kind == "vocabulary":
-        weights["base_model.model.lm_head.weight"] = torch.zeros(500, 32)
-        message = r"lm_head.weight is \(375, 32\) in the base model, \(500, 32\) in the adapter"
     elif kind == "layer":
         weights = {name.replace("layers.1", "layers.7"): weight for name, weight in weights.items()}
-        message = "model.layers.7.self_attn.q_proj.weight is missing in the base model"
     elif kind == "half":
         del weights[name]
-        message = "model.layers.1.self_attn.q_proj has only lora_B"
-    elif kind == "rank":
-        weights[name] = torch.zeros(6, 32)
-        message = "the LoRA factors of model.layers.1.self_attn.q_proj do not fit each other"
     elif kind == "nan":
         weights[name][0, 0] = float("nan")
-        message = "model.layers.1.self_attn.q_proj.weight would hold NaN"
     save_file(weights, adapter / "adapter_model.safetensors")
     if kind == "no weights":
         (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-        message = "holds no adapter_model.safetensors; weights in other formats"
-    elif kind == "cut adapter":
-        os.truncate(adapter / "adapter_model.safetensors", 5000)
-        message = "adapter_model.safetensors is not a complete safetensors file"
-    elif kind == "cut base":
-        os.truncate(base / "model.safetensors", 50_000)
-        message = "model.safetensors is not a complete safetensors file"
     elif kind == "pickle":
         (base / "model.safetensors").rename(base / "pytorch_model.bin")
-        message = "holds no model.safetensors; weights in other formats"
     elif kind == "quantized":
         edit_json(base / "config.json", quantization_config={"quant_method": "bitsandbytes"})
-        message = "is stored quantized; pass the full-precision one as --base_model_path"
-    elif kind == "config":
-        edit_json(base / "config.json", intermediate_size=72)
-        message = "weights do not have the shapes of its config.json: model.layers.0.mlp.down_proj.weight"
     elif kind == "unknown":
         edit_json(base / "config.json", model_type="llamma")
-        message = "the config of .* cannot be loaded"
+    elif kind == "base is an adapter":
+        (base / "config.json").rename(base / "adapter_config.json")
     elif kind == "no base":
-        edit_json(config, base_model_name_or_path=None)
-        message = "names no base model; pass it as --base_model_path"
+        edit_json(adapter / "adapter_config.json", base_model_name_or_path=None)
     elif kind == "base gone":
-        edit_json(config, base_model_name_or_path="/no/such/model")
-        message = "--base_model_path names another.*no/such/model does not exist"
-    elif kind == "circle":
-        edit_json(config, base_model_name_or_path=str(adapter))
-        message = "is its own base model"
+        edit_json(adapter / "adapter_config.json", base_model_name_or_path="/no/such/model")
     elif kind == "task":
-        edit_json(config, task_type="TOKEN_CLS")
-        message = "is a TOKEN_CLS adapter"
-    elif kind == "other base":
-        hashes = {"model.embed_tokens.weight": "0" * 16}
-        (adapter / "run.json").write_text(json.dumps({"base_hash": hashes}), encoding="utf-8")
-        message = "is not the one that the adapter was trained on: model.embed_tokens.weight"
-    elif kind == "tokenizer":
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        tokenizer.add_tokens(["one", "more"])
-        tokenizer.save_pretrained(adapter)
-        message = "the adapter's tokenizer has 377 tokens, the base model embeddings for 375"
-    return message
+        edit_json(adapter / "adapter_config.json", task_type="TOKEN_CLS")
 
 
-PROBLEMS = (
-    "shape, vocabulary, layer, half, rank, nan, no weights, cut adapter, cut base, pickle, quantized, config, unknown, "
-    "no base, base gone, circle, task, other base, tokenizer"
-)
+PROBLEMS = {
+    "shape": "size mismatch.*q_proj",
+    "layer": "does not fit the base model.*layers.7",
+    "half": "does not fit the base model.*layers.1.self_attn.q_proj",
+    "nan": "NaN or infinity in .*q_proj.weight",
+    "no weights": "no adapter_model.safetensors",
+    "pickle": "holds no model.safetensors",
+    "quantized": "is quantized; see --base_model_path",
+    "unknown": "llamma",
+    "base is an adapter": "holds no config.json",
+    "no base": "names no base model; pass it as --base_model_path",
+    "base gone": "\\(--base_model_path\\).*no/such/model does not exist",
+    "task": "holds a TOKEN_CLS adapter",
+}
 
 
-@pytest.mark.parametrize("kind", PROBLEMS.split(", "))
-def test_what_does_not_fit_is_refused_by_name(merge, llama, tmp_path, kind):
+@pytest.mark.parametrize("kind", PROBLEMS)
+def test_what_does_not_fit_is_refused_in_one_line(merge, llama, tmp_path, kind):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     shutil.copytree(llama, base)
     make_adapter(adapter, base, target_modules=["q_proj", "v_proj"])
-    with pytest.raises(merge.UserError, match=spoil(kind, adapter, base)):
-        run(merge, adapter, tmp_path / "merged")
+    spoil(kind, adapter, base)
+    _, err = run(merge, "--adapter_path", adapter, "--output_dir", tmp_path / "merged", code=2)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert re.search(PROBLEMS[kind], lines[0]), lines[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-def test_the_base_of_the_training_is_recognized(merge, sft, llama, tmp_path, capsys):
-    adapter = make_adapter(tmp_path / "adapter", llama)
-    hashes = sft.hash_base(llama)
-    assert hashes
-    (tmp_path / "adapter" / "run.json").write_text(json.dumps({"base_hash": hashes}), encoding="utf-8")
-    run(merge, adapter, tmp_path / "merged")
-    other = make_model(tmp_path / "other", seed=1)
-    with pytest.raises(merge.UserError, match="not the one that the adapter was trained on: lm_head.weight"):
-        run(merge, adapter, tmp_path / "elsewhere", "--base_model_path", other)
-    run(merge, adapter, tmp_path / "elsewhere", "--base_model_path", other, "--force")
-    assert "was trained on: lm_head.weight" in capsys.readouterr().out
+def test_a_base_that_was_trained_in_place_is_refused(merge, llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", tmp_path / "base")
+    digest = merge_into(merge, adapter, tmp_path / "merged")[0]["base_digest"]
+    edit_json(adapter / "run.json", base_digest=digest)
+    merge_into(merge, adapter, tmp_path / "again")
+    model = load(llama)
+    for weight in model.parameters():
+        weight.data += 1e-4
+    model.save_pretrained(tmp_path / "base")
+    _, err = run(merge, "--adapter_path", adapter, "--output_dir", tmp_path / "no", code=2)
+    assert "was trained on" in err
+    merge_into(merge, adapter, tmp_path / "no", "--base_model_path", llama)
 
 
 def test_the_output_directory_is_not_overwritten_by_chance(merge, llama, tmp_path):
+    """Only a merged model is replaced, and of its directory only what the merge writes."""
     adapter = make_adapter(tmp_path / "run" / "final_checkpoint", llama)
-    with pytest.raises(merge.UserError, match="a full model, not an adapter"):
-        run(merge, llama, tmp_path / "merged")
-    with pytest.raises(merge.UserError, match="holds neither.*did you mean .*final_checkpoint"):
-        run(merge, tmp_path / "run", tmp_path / "merged")
-    with pytest.raises(merge.UserError, match="not empty"):
-        run(merge, adapter, tmp_path / "run")
-    with pytest.raises(merge.UserError, match="holds no model"):
-        run(merge, adapter, tmp_path / "run", "--overwrite_output_dir")
-    with pytest.raises(merge.UserError, match="which is merged"):
-        run(merge, adapter, merge.Path(llama), "--overwrite_output_dir")
-    run(merge, adapter, tmp_path / "merged")
-    with pytest.raises(merge.UserError, match="not empty"):
-        run(merge, adapter, tmp_path / "merged")
-    (tmp_path / "merged" / "stale.safetensors").write_bytes(b"")
-    run(merge, adapter, tmp_path / "merged", "--overwrite_output_dir")
-    assert not (tmp_path / "merged" / "stale.safetensors").exists()
 
+    def refuse(adapter, output, *flags):
+        return run(merge, "--adapter_path", adapter, "--output_dir", output, *flags, code=2)[1]
 
-def test_too_little_disk_space_is_foreseen(merge, llama, tmp_path, monkeypatch):
-    adapter = make_adapter(tmp_path / "adapter", llama)
-    monkeypatch.setattr(merge.shutil, "disk_usage", lambda path: merge.argparse.Namespace(free=2**20))
-    with pytest.raises(merge.UserError, match="more than is free"):
-        run(merge, adapter, tmp_path / "merged")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+    assert "is no adapter" in refuse(llama, tmp_path / "merged")
+    assert "final_checkpoint" in refuse(tmp_path / "run", tmp_path / "merged")
+    assert "is in use" in refuse(adapter, tmp_path / "run")
+    assert "is in use" in refuse(adapter, tmp_path / "run", "--overwrite_output_dir")
+    assert "is in use" in refuse(adapter, llama, "--overwrite_output_dir")
+    assert "should be like 500MB" in refuse(adapter, tmp_path / "merged", "--max_shard_size", "big")
+    assert "--help" in refuse(adapter, tmp_path / "merged", "--dtyp", "float16")
+    merge_into(merge, adapter, tmp_path / "merged", "--max_shard_size", "60KB")
+    assert "is in use" in refuse(adapter, tmp_path / "merged")
+    (tmp_path / "merged" / "notes.txt").write_text("mine", encoding="utf-8")
+    merge_into(merge, adapter, tmp_path / "merged", "--overwrite_output_dir")
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {"notes.txt", "model.safetensors"} <= names and not any("-of-" in name for name in names)
+    load(tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "run"]
 
 
 KILLER = """
 import os, random, signal, sys, time
 import merge_with_lora as merge
 
-def child():
+def start():
     pid = os.fork()
     if pid == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(1, 2)
         try:
-            merge.main(sys.argv[1:])
+            merge.main(["--adapter_path", sys.argv[1], "--output_dir", sys.argv[2]])
         finally:
             os._exit(0)
     return pid
 
-output = sys.argv[sys.argv.index("--output_dir") + 1]
-start = time.monotonic()
-os.waitpid(child(), 0)
-length = time.monotonic() - start
-assert os.path.exists(output + "/config.json")
-os.rename(output, output + "_whole")
+begin = time.monotonic()
+os.waitpid(start(), 0)
+length = time.monotonic() - begin
+os.rename(sys.argv[2], sys.argv[2] + "_whole")
 random.seed(0)
-for i in range(10):
-    pid = child()
+for i in range(8):
+    pid = start()
     time.sleep(length * random.random())
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    left = output if os.path.exists(output) else output + ".partial"
-    if os.path.exists(left):
-        os.rename(left, f"{output}_{i}")
+    if os.path.exists(sys.argv[2]):
+        os.rename(sys.argv[2], f"{sys.argv[2]}_{i}")
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
-def test_a_killed_merge_leaves_nothing_that_loads(merge, tmp_path):
+def test_a_killed_merge_leaves_nothing_in_the_output_directory(merge, tmp_path):
     base = make_model(tmp_path / "base", hidden_size=256, intermediate_size=2048, num_hidden_layers=6)
     adapter = make_adapter(tmp_path / "adapter", base)
-    command = [sys.executable, "-c", KILLER, "--adapter_path", adapter, "--output_dir", str(tmp_path / "out")]
+    command = [sys.executable, "-c", KILLER, str(adapter), str(tmp_path / "out")]
     subprocess.run(command, check=True, cwd=ROOT, timeout=300)
-    whole, killed = 0, 0
-    for left in tmp_path.glob("out_?"):
-        if (left / "config.json").exists():
-            assert same_weights(left, tmp_path / "out_whole")
-            load(left)
-            whole += 1
-        else:
-            with pytest.raises((OSError, ValueError)):
-                load(left)
-            killed += 1
-    assert killed >= 3
-    # What a killed merge left beside the target is no obstacle.
-    shutil.copytree(sorted(tmp_path.glob("out_?"))[0], tmp_path / "out.partial")
-    run(merge, adapter, tmp_path / "out")
-    assert same_weights(tmp_path / "out", tmp_path / "out_whole")
+    expected = load(tmp_path / "out_whole").state_dict()
+    survived = list(tmp_path.glob("out_?"))
+    assert len(survived) < 6
+    for path in survived:
+        assert_same(load(path).state_dict(), expected, rtol=0)
+    merge_into(merge, adapter, tmp_path / "out")  # what a killed merge left beside it is no obstacle
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -628,8 +511,16 @@ def test_the_script_runs_alone_from_an_empty_directory(llama, tmp_path):
     make_adapter(tmp_path / "adapter", llama)
     (tmp_path / "empty").mkdir()
     shutil.copy(ROOT / "merge_with_lora.py", tmp_path / "empty")
-    command = [sys.executable, "merge_with_lora.py", "--adapter_path", "../adapter", "--output_dir", "merged"]
+    command = [
+        sys.executable,
+        "merge_with_lora.py",
+        "--adapter_path",
+        "../adapter",
+        "--output_dir",
+        "merged",
+        "--verify",
+    ]
     result = subprocess.run(command, cwd=tmp_path / "empty", capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert "verified against base + adapter on 4 texts" in result.stdout
+    assert "the merged model is" in result.stdout and "saved merged" in result.stdout
     load(tmp_path / "empty" / "merged")
