@@ -17,8 +17,12 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -74,6 +78,20 @@ def make_model(directory, kind="llama", chat=True, seed=0, **config):
         model = GPT2LMHeadModel(GPT2Config(**{**settings, **config}, eos_token_id=tokenizer.eos_token_id))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def make_adapter(base, directory, kind="CAUSAL_LM", seed=0, **lora):
+    """A random LoRA adapter with its tokenizer: CAUSAL_LM, as SFT leaves it, or SEQ_CLS with a scalar head."""
+    torch.manual_seed(seed)
+    fields = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False, **lora}
+    if kind == "SEQ_CLS":
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+        fields["modules_to_save"] = ["score"]
+    else:
+        model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(task_type=kind, **fields)).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(base).save_pretrained(directory)
     return str(directory)
 
 
