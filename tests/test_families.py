@@ -70,7 +70,7 @@ NO_CLASSIFIER = "sequence classifi"
 RECURRENT = "--packing"
 REFUSED = {  # (family, stage): what the line names
     **{(name, "reward"): NO_CLASSIFIER for name in ("mamba2", "falcon-h1", "recurrentgemma")},
-    **{(name, "packing"): RECURRENT for name in ("opt", "bloom", "falcon with alibi", "mamba2", "falcon-h1", "qwen3.5", "recurrentgemma")},
+    **{(name, "packing"): RECURRENT for name in ("gpt-oss", "opt", "bloom", "falcon with alibi", "mamba2", "falcon-h1", "qwen3.5", "recurrentgemma")},
 }  # fmt: skip
 
 PROMPTS = [
