@@ -303,7 +303,7 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import reduce
 from huggingface_hub import HfApi
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
+from peft import LoraConfig, PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
@@ -346,7 +346,7 @@ def locate_model(args):
     run = read_json(path / "run.json")
     stage = run.get("parent_stage") if run.get("stage") == "merge" else run.get("stage")
     if args.eval_only and stage not in (None, "reward"):
-        fail(f"--model_path {path} comes from the stage {stage!r}: it is not a reward model")
+        fail(f"--model_path {path} is of the stage {stage!r}, not a reward model")
     if args.adapter:
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path") or ""
     elif path.is_dir() and not (path / "config.json").is_file():
@@ -357,8 +357,8 @@ def locate_model(args):
             fail(f"the base model {base} has other weights than the one that the adapter {path} was trained on")
         return str(Path(base).resolve()), run
     if Path(base).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base):
-        hint = f" (base_model_name_or_path in {path / 'adapter_config.json'})" if args.adapter else ""
-        fail(f"--model_path: {base!r} is not there{hint}; it should be a model directory or a hub id")
+        what = "the base model (base_model_name_or_path) of the adapter " if args.adapter else ""
+        fail(f"--model_path {path}: {what}{base!r} is not there; it should be a model directory or a hub id")
     return base, run
 
 
@@ -373,9 +373,7 @@ def find_checkpoint(args):
     newest = max(folder.glob("checkpoint-*"), key=finished_steps, default="")
     if not checkpoint:
         if folder.exists() and not args.overwrite_output_dir and (folder.is_file() or any(folder.iterdir())):
-            fail(
-                f"--output_dir {folder} is not empty: --resume_from_checkpoint, --overwrite_output_dir, or another one"
-            )
+            fail(f"--output_dir {folder} is not empty: pass --resume_from_checkpoint or --overwrite_output_dir")
         return None
     if checkpoint is True and not finished_steps(newest):
         print(f"no complete checkpoint in {folder}: starting from the beginning")
@@ -398,11 +396,9 @@ def load_split(args, subset, split, flag):
     if place.is_file():
         source, files = {"jsonl": "json"}.get(place.suffix[1:], place.suffix[1:]), {"data_files": str(place)}
     elif (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():  # of save_to_disk
-        parts = read_json(place / "dataset_dict.json").get("splits", ["."])
-        source, files = (
-            "arrow",
-            {"data_files": {part.replace(".", "train"): f"{place}/{part}/*.arrow" for part in parts}},
-        )
+        folders = {name: name for name in read_json(place / "dataset_dict.json").get("splits", [])} or {"train": "."}
+        files = {"data_files": {name: f"{place}/{folder}/*.arrow" for name, folder in folders.items()}}
+        source = "arrow"
     name, bracket, part = split.partition("[")
     where = f"{args.dataset_name} {subset or ''}".strip()
     try:
@@ -575,7 +571,7 @@ def tell_apart(model, rows, args):
     with torch.no_grad(), autocast(args, model.device):
         try:
             hidden = run_rows(model, ids, positions, segments)[0]
-        except (TypeError, ValueError, LookupError, NotImplementedError, RuntimeError) as error:
+        except Exception as error:
             return f"it takes no such mask ({type(error).__name__})"
         for n, text in enumerate(texts, 1):
             alone = model.base_model(torch.tensor([text], device=model.device), use_cache=False).last_hidden_state[0]
@@ -585,24 +581,16 @@ def tell_apart(model, rows, args):
     return ""
 
 
-def pick_collator(model, rows, tokenizer, args):
-    """`collate_shared` where the classifier computes the same with it, else TRL's collator: each text its own row."""
-    model.eval()
-    reason = tell_apart(model, rows, args)
-    if not reason:
-        return collate_shared
-    print(f"{model.config.model_type}: each text of a pair has a row of its own: {reason}")
-    return DataCollatorForPreference(tokenizer.pad_token_id)
-
-
 def compute_dtype(args):
     """The precision of activations and frozen weights."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    if args.bf16:
+        return torch.bfloat16
+    return torch.float16 if args.fp16 else torch.float32
 
 
 def autocast(args, device):
     """The mixed precision of training, for what runs outside of it."""
-    return torch.autocast(device.type, torch.float16 if args.fp16 else torch.bfloat16, enabled=args.fp16 or args.bf16)
+    return torch.autocast(device.type, torch.float16 if args.fp16 else torch.bfloat16, args.fp16 or args.bf16)
 
 
 def check_model(base, args, rows):
@@ -734,7 +722,7 @@ def adapter_lora(args):
             fail(f"--lora_{name} {asked}: the adapter {args.adapter} has {found}; leave the flag out")
     # PEFT adds the names of the head each time that it makes a classifier of the config.
     config.modules_to_save = sorted({*(config.modules_to_save or ())} - {"score", "classifier"}) or None
-    config.task_type = "SEQ_CLS"
+    config.inference_mode, config.task_type = False, "SEQ_CLS"
     return config
 
 
@@ -743,18 +731,17 @@ def load_model(base, args):
     classifier, new_head = load_classifier(base, args)
     model = classifier
     transformers.set_seed(args.seed)  # an adapter starts the same, whether the head is new or not
-    if args.adapter:
-        model = PeftModel.from_pretrained(classifier, args.adapter, config=adapter_lora(args), is_trainable=True)
-        found, wanted = load_peft_weights(args.adapter, "cpu").keys(), get_peft_model_state_dict(model).keys()
-        head = {name for name in wanted if name.endswith("score.weight")}
-        new_head = new_head and not head & found
-        for name in sorted((found ^ wanted) - head):
-            fail(f"the adapter {args.adapter} does not fit {base}: {name} is in one of them only")
-    elif args.use_lora:
+    if args.use_lora:
         try:
-            model = get_peft_model(classifier, new_lora(classifier, args))
+            model = get_peft_model(classifier, adapter_lora(args) if args.adapter else new_lora(classifier, args))
         except ValueError as error:
             fail(f"--lora_target_modules: {error}")
+    if args.adapter:
+        weights, name = load_peft_weights(args.adapter, "cpu"), "base_model.model.score.weight"
+        new_head = new_head and name not in weights
+        head = model.get_parameter("base_model.model.score.original_module.weight")  # PEFT wants one, SFT's has none
+        for left in set_peft_model_state_dict(model, {name: head, **weights}).unexpected_keys:
+            fail(f"the adapter {args.adapter} does not fit {base}: there is no place for {left}")
     if new_head and args.eval_only:
         fail(f"--eval_only: {args.model_path} has no score head; it should be a trained reward model")
     print(f"score head: {'new' if new_head else 'that of ' + args.model_path}")
@@ -885,11 +872,9 @@ def describe_run(base, run, args, prompt_format, counts):
     }
 
 
-def train(model, config, rows, prompt_format, collate, callback, checkpoint):
+def train(model, args, config, rows, prompt_format, collate, callback, checkpoint):
     """Train from the checkpoint, if there is one, to the last step; returns (trainer, its metrics)."""
-    adapter = [
-        parameter for parameter in model.parameters() if isinstance(model, PeftModel) and parameter.requires_grad
-    ]
+    adapter = [parameter for parameter in model.parameters() if args.use_lora and parameter.requires_grad]
     weights = [parameter.data for parameter in adapter]
     trainer = RewardTrainer(
         model=model,
@@ -962,10 +947,6 @@ def score_pairs(model, rows, collate, args):
     return scores
 
 
-def mean(values):
-    return float(np.mean(values)) if len(values) else None
-
-
 def make_report(scores, length_difference):
     """What the `scores` (2, pairs), chosen and rejected, say; `length_difference`: chosen - rejected, in tokens.
 
@@ -974,32 +955,38 @@ def make_report(scores, length_difference):
     that of Guo et al. 2017 (arXiv:1706.04599)."""
     margin, difference = scores[0] - scores[1], np.asarray(length_difference)
     right, pairs, z = margin > 0, len(margin), 1.96
-    accuracy = mean(right)
+    accuracy = float(right.mean())
+    center = accuracy + z * z / (2 * pairs)
     spread = z * math.sqrt(accuracy * (1 - accuracy) / pairs + z * z / (4 * pairs * pairs))
-    interval = [(accuracy + z * z / (2 * pairs) + side) / (1 + z * z / pairs) for side in (-spread, spread)]
+
+    def describe(which):
+        """Pairs and accuracy of some of the pairs; None of none."""
+        return {"pairs": int(which.sum()), "accuracy": float(right[which].mean()) if which.any() else None}
+
     confidence, hit = 1 / (1 + np.exp(-np.abs(margin))), right + 0.5 * (margin == 0)
-    bins = np.minimum((confidence - 0.5) * 20, 9).astype(int)
-    reliability = []
+    bins, reliability = np.minimum((confidence - 0.5) * 20, 9).astype(int), []
     for number in np.unique(bins).tolist():
         inside = bins == number
-        figures = {"pairs": int(inside.sum()), "confidence": mean(confidence[inside]), "accuracy": mean(hit[inside])}
-        reliability.append({"from": (10 + number) / 20, "to": (11 + number) / 20, **figures})
+        figures = {"confidence": float(confidence[inside].mean()), "accuracy": float(hit[inside].mean())}
+        reliability.append(
+            {"from": (10 + number) / 20, "to": (11 + number) / 20, "pairs": int(inside.sum()), **figures}
+        )
     varied = margin.std() > 0 and difference.std() > 0
     return {
         "pairs": pairs,
         "accuracy": accuracy,
-        "accuracy_interval": interval,
+        "accuracy_interval": [(center - spread) / (1 + z * z / pairs), (center + spread) / (1 + z * z / pairs)],
         "ties": int((margin == 0).sum()),
-        "loss": mean(np.logaddexp(0, -margin)),
-        "mean_margin": mean(margin),
-        "mean_score": mean(scores),
+        "loss": float(np.logaddexp(0, -margin).mean()),
+        "mean_margin": float(margin.mean()),
+        "mean_score": float(scores.mean()),
         "calibration_error": sum(
             row["pairs"] / pairs * abs(row["confidence"] - row["accuracy"]) for row in reliability
         ),
         "reliability": reliability,
         "length_bias": {
-            "chosen_longer": {"pairs": int((difference > 0).sum()), "accuracy": mean(right[difference > 0])},
-            "chosen_shorter": {"pairs": int((difference < 0).sum()), "accuracy": mean(right[difference < 0])},
+            "chosen_longer": describe(difference > 0),
+            "chosen_shorter": describe(difference < 0),
             "correlation": float(np.corrcoef(margin, difference)[0, 1]) if varied else None,
         },
     }
@@ -1014,7 +1001,7 @@ def evaluate_pairs(model, rows, collate, args, where):
     some = rows.select(range(min(64, len(rows))))
     swapped = some.rename_columns({"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"})
     again, first = score_pairs(model, swapped, collate, args)[::-1], scores[:, : len(some)]
-    agreement = mean(np.sign(again[0] - again[1]) == np.sign(first[0] - first[1]))
+    agreement = float((np.sign(again[0] - again[1]) == np.sign(first[0] - first[1])).mean())
     report["swapped"] = {"pairs": len(some), "agreement": agreement, "difference": float(np.abs(again - first).max())}
 
     (low, high), bias = report["accuracy_interval"], report["length_bias"]
@@ -1070,7 +1057,10 @@ def run_stage(args):
     model, classifier = load_model(base, args)
     if not (args.load_in_4bit or args.load_in_8bit):
         model.to(config.device)
-    collate = pick_collator(classifier, every_row, prompt_format.tokenizer, args)
+    reason, collate = tell_apart(classifier.eval(), every_row, args), collate_shared
+    if reason:
+        print(f"{classifier.config.model_type}: each text of a pair has a row of its own: {reason}")
+        collate = DataCollatorForPreference(prompt_format.tokenizer.pad_token_id)
     output_dir, is_first = Path(args.output_dir), PartialState().is_main_process
     output_dir.mkdir(parents=True, exist_ok=True)
     if args.eval_only:
@@ -1091,9 +1081,9 @@ def run_stage(args):
     metrics = {}
     if "eval" in rows:
         scores = score_pairs(model, rows["eval"], collate, args)
-        metrics["accuracy_before"] = mean(scores[0] > scores[1])
+        metrics["accuracy_before"] = float((scores[0] > scores[1]).mean())
         print(f"accuracy before training {metrics['accuracy_before']:.3f}")
-    trainer, figures = train(model, config, rows, prompt_format, collate, callback, checkpoint)
+    trainer, figures = train(model, args, config, rows, prompt_format, collate, callback, checkpoint)
     if callback.interrupted:
         print(f"saved; go on with the same command and --resume_from_checkpoint ({output_dir})", file=sys.stderr)
         raise SystemExit(130)
