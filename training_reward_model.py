@@ -1,11 +1,10 @@
 """Reward model: a language model with a scalar score head, trained on pairs of a preferred and a rejected answer.
 
 In: a model (hub id, directory, or LoRA adapter directory) and a data set with the columns `prompt`, `chosen` and
-`rejected` (texts, or chat message lists) or `question`, `response_j` and `response_k` (j is preferred); a column
-`margin`, where there is one, says by how much.
+`rejected` (texts, or chat message lists) or `question`, `response_j` (preferred) and `response_k`, and maybe `margin`.
 Out, in --output_dir: `final_checkpoint/` (model or adapter with its score head, tokenizer, run.json, model card),
 resumable `checkpoint-N/`, `metrics.jsonl` (one line per log event) and `metrics.json` (final figures and report).
-It loads again with AutoPeftModelForSequenceClassification (an adapter) or AutoModelForSequenceClassification:
+AutoPeftModelForSequenceClassification loads it (AutoModelForSequenceClassification a full model) by
 `.from_pretrained(directory, num_labels=1, pad_token_id=tokenizer.pad_token_id)`. The score is read at the last token.
 
     python training_reward_model.py --model_path checkpoints/sft/final_checkpoint --dataset_name json \
@@ -272,13 +271,12 @@ def parse_flags(argv=None):
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if args.use_lora else 1e-5
     args.eval_split = args.eval_split or ("test" if args.eval_subset else None)
+    quantized, bits = args.load_in_4bit or args.load_in_8bit, 4 if args.load_in_4bit else 8
     evaluates = "needs pairs to evaluate on: --eval_split or --eval_subset"
     shards = os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
     mistakes = {
-        "--bf16 and --fp16 exclude each other": args.bf16 and args.fp16,
         "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
-        "--load_in_4bit needs --use_lora: quantized weights cannot be trained": args.load_in_4bit and not args.use_lora,
-        "--load_in_8bit needs --use_lora: quantized weights cannot be trained": args.load_in_8bit and not args.use_lora,
+        f"--load_in_{bits}bit needs --use_lora: quantized weights cannot be trained": quantized and not args.use_lora,
         f"--eval_steps {evaluates}": args.eval_steps and not args.eval_split,
         f"--eval_only {evaluates}": args.eval_only and not args.eval_split,
         "--eval_only trains nothing, so nothing can resume": args.eval_only and args.resume_from_checkpoint,
@@ -313,6 +311,11 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
+COLUMNS = ["row", "chosen_ids", "rejected_ids", "size", "longest"]
+# What the configs of transformers call the tokens that a layer sees
+WINDOWS = (
+    "sliding_window sliding_window_size attention_chunk_size window_size attention_window_size local_attention".split()
+)
 SCHEMAS = [("prompt", "chosen", "rejected"), ("question", "response_j", "response_k")]
 
 
@@ -339,6 +342,25 @@ def digest_base(base):
     return hashlib.sha256(rows.float().numpy().tobytes()).hexdigest()[:16]
 
 
+def read_adapter(args):
+    """The LoraConfig of the adapter at --model_path, for a classifier; flags that contradict it are refused."""
+    config = PeftConfig.from_pretrained(args.adapter)
+    if config.peft_type != "LORA":
+        fail(f"--model_path {args.adapter} is a {config.peft_type} adapter; only LoRA adapters can be trained on")
+    has = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    for name, found in has.items():
+        if getattr(args, name) not in (None, found):
+            fail(f"--{name} {getattr(args, name)}: the adapter {args.adapter} has {found}; leave the flag out")
+    targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+    if args.lora_target_modules and set(args.lora_target_modules) != set(targets):
+        fail(f"--lora_target_modules: the adapter {args.adapter} has its own; leave the flag out")
+    # PEFT adds the names of the head each time that it makes a classifier of the config.
+    config.modules_to_save = sorted({*(config.modules_to_save or ())} - {"score", "classifier"}) or None
+    config.inference_mode = False
+    config.task_type = "SEQ_CLS"
+    return config
+
+
 def locate_model(args):
     """(base, run): the hub id or absolute directory of the full model that --model_path is or is an adapter for, and
     the run.json beside it, or {}. No weight is loaded."""
@@ -348,7 +370,7 @@ def locate_model(args):
     if args.eval_only and stage not in (None, "reward"):
         fail(f"--model_path {path} is of the stage {stage!r}, not a reward model")
     if args.adapter:
-        base = read_json(path / "adapter_config.json").get("base_model_name_or_path") or ""
+        base = read_adapter(args).base_model_name_or_path or ""
     elif path.is_dir() and not (path / "config.json").is_file():
         inside = [child.parent for child in sorted(path.glob("*/*config.json"))]
         fail(f"--model_path {path} holds no model{f'; did you mean {inside[0]}?' if inside else ''}")
@@ -370,19 +392,20 @@ def finished_steps(checkpoint):
 def find_checkpoint(args):
     """The checkpoint to resume from, or None; an --output_dir in use is refused, and a checkpoint of something else."""
     folder, checkpoint = Path(args.output_dir), args.resume_from_checkpoint
-    newest = max(folder.glob("checkpoint-*"), key=finished_steps, default="")
+    newest = max(folder.glob("checkpoint-*"), key=finished_steps, default=folder)
     if not checkpoint:
         if folder.exists() and not args.overwrite_output_dir and (folder.is_file() or any(folder.iterdir())):
             fail(f"--output_dir {folder} is not empty: pass --resume_from_checkpoint or --overwrite_output_dir")
         return None
-    if checkpoint is True and not finished_steps(newest):
-        print(f"no complete checkpoint in {folder}: starting from the beginning")
-        return None
-    checkpoint = newest if checkpoint is True else Path(checkpoint)
-    run = read_json(checkpoint / "run.json")
+    if checkpoint is True:
+        checkpoint = newest
+        if not finished_steps(newest):
+            print(f"no complete checkpoint in {folder}: starting from the beginning")
+            return None
+    run = read_json(Path(checkpoint, "run.json"))
     if not finished_steps(checkpoint):
         fail(f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)")
-    if run.get("stage") != "reward" or run["versions"].get("scripts") != 2:
+    if run.get("stage") != "reward" or run.get("versions", {}).get("scripts") != 2:
         fail(f"--resume_from_checkpoint {checkpoint} is of the stage {run.get('stage')!r}, or of an earlier version")
     if finished_steps(newest) > finished_steps(checkpoint) and not args.overwrite_output_dir:
         fail(f"--resume_from_checkpoint {checkpoint}: {newest} is later; --overwrite_output_dir drops it")
@@ -419,25 +442,21 @@ def load_split(args, subset, split, flag):
 def read_pair(row, schema):
     """(chosen, rejected): the row as two conversations. Raises ValueError with what is wrong with it."""
     prompt, *sides = schema
-    if any(isinstance(row[side], list) for side in sides):  # each holds a conversation; `prompt` repeats its question
-        pair = [row[side] for side in sides]
-    else:
-        for column in schema:
-            if not isinstance(row[column], str) or not row[column].strip():
-                raise ValueError(f"column {column} is {'null' if row[column] is None else 'empty, or no text'}")
+    pair = [row[side] for side in sides]
+    if not any(isinstance(value, list) for value in pair):  # else each is a conversation, `prompt` repeats its question
         question = {"role": "user", "content": row[prompt]}
-        pair = [[question, {"role": "assistant", "content": row[side]}] for side in sides]
+        pair = [[question, {"role": "assistant", "content": answer}] for answer in pair]
     for side, messages in zip(sides, pair):
         try:
             check_messages(messages, last="assistant")
-        except ValueError as error:
-            raise ValueError(f"column {side} {error}") from error
-    pair = [[{"role": turn["role"], "content": turn["content"]} for turn in messages] for messages in pair]
-    if pair[0][:-1] != pair[1][:-1]:
+        except ValueError as error:  # without the text, so that rows with one mistake are counted together
+            raise ValueError(f"column {side} {str(error).partition(', not ')[0]}") from error
+    chosen, rejected = ([{"role": turn["role"], "content": turn["content"]} for turn in turns] for turns in pair)
+    if chosen[:-1] != rejected[:-1]:
         raise ValueError(f"columns {sides[0]} and {sides[1]} differ before the last turn")
     if not isinstance(row.get("margin", 0), int | float) or not math.isfinite(row.get("margin", 0)):
         raise ValueError("column margin is no number")
-    return pair
+    return chosen, rejected
 
 
 def encode_pairs(data, where, prompt_format, args):
@@ -476,13 +495,12 @@ def encode_pairs(data, where, prompt_format, args):
         numbers.setdefault(problem, []).append(number)
     kept = rows.select(numbers.pop("", [])).remove_columns("problem")
     reasons = [f"{len(found)} {problem} (rows {str(found[:3])[1:-1]})" for problem, found in numbers.items()]
-    print(f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; {len(kept)} of {len(rows)} pairs kept")
-    print(f"  left out: {'; '.join(reasons) or 'none'}")
-    if "margin" in rows.column_names:
-        print("  the column margin is used: chosen answers should score so much more")
+    left_out = "; ".join(reasons) or "none"
     broken = sum(len(found) for problem, found in numbers.items() if problem not in (too_long, equal))
     if broken > len(rows) / 10 or not len(kept):
-        fail(f"{where}: {broken} of {len(rows)} rows are no pairs, {len(kept)} are left to use: {'; '.join(reasons)}")
+        fail(f"{where}: {broken} of {len(rows)} rows are no pairs, {len(kept)} are left to use: {left_out}")
+    print(f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; {len(kept)} of {len(rows)} pairs kept")
+    print(f"  left out: {left_out}{'; the column margin is used' if 'margin' in rows.column_names else ''}")
     return kept
 
 
@@ -548,27 +566,22 @@ def tell_apart(model, rows, args):
     The mask of such a row stands in for all of the model's own, so no layer may have a narrower one, or carry a state
     from one end to the next. Tried on the pair with the longest row, between two short texts."""
     config = model.config.get_text_config()
-    windows = (
-        "sliding_window",
-        "sliding_window_size",
-        "attention_chunk_size",
-        "attention_window_size",
-        "local_attention",
-    )
-    if "local" in getattr(config, "attention_layers", ["local"]):  # GPT-Neo
-        windows += ("window_size",)
     layers = set(getattr(config, "layer_types", None) or ())
     if model._is_stateful or layers - {"full_attention", "sliding_attention", "chunked_attention"}:
         return "its layers carry a state from token to token"
-    found = [getattr(config, name, None) for name in windows]
-    if any(isinstance(window, int) and 0 < window < max(rows["longest"]) for window in found):
-        return "its attention has a window that the longest text exceeds"
+    windows = [getattr(config, name, None) for name in WINDOWS]
+    if "local" not in getattr(config, "attention_layers", ["local"]):  # GPT-Neo without windows
+        windows = []
+    longest = max(rows["longest"])
+    if any(isinstance(window, int) and 0 < window < longest for window in windows):
+        return f"its attention has a window that the longest text, {longest} tokens, exceeds"
     row = rows[int(np.argmax(rows["size"]))]
     pair = [row["chosen_ids"], row["rejected_ids"]]
     short = pair[0][: lay_out(pair)[2].count(0) + 1]
     texts = [short, *pair, short]
     ids, positions, segments, _ = (torch.tensor([values], device=model.device) for values in lay_out(texts))
-    with torch.no_grad(), autocast(args, model.device):
+    dtype, mixed = precision(args, model.device)
+    with torch.no_grad(), mixed:
         try:
             hidden = run_rows(model, ids, positions, segments)[0]
         except Exception as error:
@@ -576,21 +589,16 @@ def tell_apart(model, rows, args):
         for n, text in enumerate(texts, 1):
             alone = model.base_model(torch.tensor([text], device=model.device), use_cache=False).last_hidden_state[0]
             error = (hidden[(segments[0] == 0) | (segments[0] == n)] - alone).abs().max() / alone.abs().max()
-            if not error < (1e-3 if compute_dtype(args) == torch.float32 else 0.05):
+            if not error < (1e-3 if dtype == torch.float32 else 0.05):
                 return f"tried on the longest pair, hidden states differ by {error:.0%}"
     return ""
 
 
-def compute_dtype(args):
-    """The precision of activations and frozen weights."""
-    if args.bf16:
-        return torch.bfloat16
-    return torch.float16 if args.fp16 else torch.float32
-
-
-def autocast(args, device):
-    """The mixed precision of training, for what runs outside of it."""
-    return torch.autocast(device.type, torch.float16 if args.fp16 else torch.bfloat16, args.fp16 or args.bf16)
+def precision(args, device="cpu"):
+    """(type of activations and frozen weights, the context of mixed precision in which training runs)."""
+    kind = torch.float16 if args.fp16 else torch.bfloat16
+    mixed = args.fp16 or args.bf16
+    return kind if mixed else torch.float32, torch.autocast(torch.device(device).type, kind, mixed)
 
 
 def check_model(base, args, rows):
@@ -601,13 +609,11 @@ def check_model(base, args, rows):
         model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=args.trust_remote_code)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         name = (config.architectures or [config.model_type])[0]
-        fail(
-            f"transformers has no decoder with a sequence classifier for {name}; use --reward_function of training_rl.py"
-        )
+        fail(f"{name} has no sequence classifier in transformers; training_rl.py rewards it by --reward_function")
     positions, longest = getattr(config.get_text_config(), "max_position_embeddings", math.inf), max(rows["longest"])
     if longest > positions:
         fail(f"--max_length {args.max_length}: the model has {positions} positions, a text {longest} tokens")
-    frozen = 0.55 if args.load_in_4bit else compute_dtype(args).itemsize  # bytes; NF4 with its scales
+    frozen = 0.55 if args.load_in_4bit else precision(args)[0].itemsize  # bytes; NF4 with its scales
     each = frozen if args.use_lora or args.eval_only else 16  # weight, gradient, two moments of AdamW
     needed = each * sum(parameter.numel() for parameter in model.parameters()) / 1e9
     free = (torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available) / 1e9
@@ -658,22 +664,21 @@ def load_classifier(base, args):
 
     Weights that are trained are float32 (under autocast a bfloat16 AdamW step of 1e-5 would round to nothing); frozen
     ones have the precision the model computes in, the head is always float32."""
-    quantization = None
-    if args.load_in_4bit or args.load_in_8bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=args.load_in_4bit,
-            load_in_8bit=args.load_in_8bit,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute_dtype(args),
-        )
+    dtype, _ = precision(args)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=args.load_in_4bit,
+        load_in_8bit=args.load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
     transformers.set_seed(args.seed)
     model, info = AutoModelForSequenceClassification.from_pretrained(
         base,
         num_labels=1,
-        dtype=compute_dtype(args) if args.use_lora or args.eval_only else torch.float32,
+        dtype=dtype if args.use_lora or args.eval_only else torch.float32,
         attn_implementation=args.attn_implementation,
-        quantization_config=quantization,
+        quantization_config=quantization if args.load_in_4bit or args.load_in_8bit else None,
         device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else None,
         trust_remote_code=args.trust_remote_code,
         use_safetensors=True,  # no pickle
@@ -690,40 +695,21 @@ def load_classifier(base, args):
 
 
 def new_lora(model, args):
-    """The config of a new adapter. all-linear: all linear layers but the head, routers (those of PhiMoE and Llama 4
-    return tuples), and what PEFT refuses in Mamba."""
+    """The LoraConfig of a new adapter. all-linear: the linear layers, but for the head and for routers, those of PhiMoE
+    and Llama 4 return tuples."""
     targets = args.lora_target_modules or ["all-linear"]
     if targets == ["all-linear"]:
         kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
-        linear = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
-        linear = [(name, module) for name, module in linear if "Router" not in type(module).__name__]
-        targets = [name for name, module in linear if module is not model.score]
-    elif len(targets) == 1 and not targets[0].isidentifier():
-        targets = targets[0]  # a regular expression
+        linear = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+        targets = [name for name, module in linear.items() if "Router" not in type(module).__name__]
+        targets.remove("score")
     return LoraConfig(
         r=args.lora_r or 16,
         lora_alpha=32 if args.lora_alpha is None else args.lora_alpha,
         lora_dropout=args.lora_dropout or 0.0,
-        target_modules=targets,
+        target_modules=targets if len(targets) > 1 or targets[0].isidentifier() else targets[0],
         task_type="SEQ_CLS",
     )
-
-
-def adapter_lora(args):
-    """The config of the adapter at --model_path, as that of a classifier; flags that contradict it are refused."""
-    config = PeftConfig.from_pretrained(args.adapter)
-    if config.peft_type != "LORA":
-        fail(f"--model_path {args.adapter} is a {config.peft_type} adapter; only LoRA adapters can be trained on")
-    targets = [config.target_modules] if isinstance(config.target_modules, str) else sorted(config.target_modules)
-    has = {"r": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout, "target_modules": targets}
-    for name, found in has.items():
-        asked = getattr(args, f"lora_{name}")
-        if (sorted(asked) if isinstance(asked, list) else asked) not in (None, found):
-            fail(f"--lora_{name} {asked}: the adapter {args.adapter} has {found}; leave the flag out")
-    # PEFT adds the names of the head each time that it makes a classifier of the config.
-    config.modules_to_save = sorted({*(config.modules_to_save or ())} - {"score", "classifier"}) or None
-    config.inference_mode, config.task_type = False, "SEQ_CLS"
-    return config
 
 
 def load_model(base, args):
@@ -733,7 +719,7 @@ def load_model(base, args):
     transformers.set_seed(args.seed)  # an adapter starts the same, whether the head is new or not
     if args.use_lora:
         try:
-            model = get_peft_model(classifier, adapter_lora(args) if args.adapter else new_lora(classifier, args))
+            model = get_peft_model(classifier, read_adapter(args) if args.adapter else new_lora(classifier, args))
         except ValueError as error:
             fail(f"--lora_target_modules: {error}")
     if args.adapter:
@@ -815,9 +801,7 @@ def make_config(args):
         name, equals, text = pair.partition("=")
         if not equals or name not in fields or name in values:
             near = sorted(fields, key=lambda field: -len(os.path.commonprefix([field, name])))[:3]
-            fail(
-                f"--set {pair}: should be FIELD=VALUE, a field of RewardConfig without a flag, such as {', '.join(near)}"
-            )
+            fail(f"--set {pair} should be FIELD=VALUE, a field of RewardConfig without a flag; near it: {near}")
         try:
             values[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
         except ValueError:
@@ -885,9 +869,7 @@ def train(model, args, config, rows, prompt_format, collate, callback, checkpoin
         data_collator=collate,
         callbacks=[callback],
     )
-    for parameter, data in zip(
-        adapter, weights
-    ):  # RewardTrainer makes them bfloat16 on a quantized base: steps round to 0
+    for parameter, data in zip(adapter, weights):  # RewardTrainer rounds them to bfloat16 on a quantized base
         parameter.data = data.to(parameter.device)
     if prompt_format.tokenizer.pad_token_id in prompt_format.stop_ids():  # RewardTrainer writes it into the config
         model.config.pad_token_id = None
@@ -940,7 +922,7 @@ def score_pairs(model, rows, collate, args):
         size = max(1, 2048 // longest[order[0]])
         batch, order = order[:size], order[size:]
         inputs = {name: value.to(model.device) for name, value in collate([rows[row] for row in batch]).items()}
-        with torch.no_grad(), autocast(args, model.device):
+        with torch.no_grad(), precision(args, model.device)[1]:
             scores[:, batch] = model(**inputs).logits.view(2, -1).cpu().numpy()
     if not np.isfinite(scores).all():
         fail(f"the scores of row {rows[int(np.isfinite(scores).all(axis=0).argmin())]['row']} are NaN or infinite")
@@ -968,9 +950,8 @@ def make_report(scores, length_difference):
     for number in np.unique(bins).tolist():
         inside = bins == number
         figures = {"confidence": float(confidence[inside].mean()), "accuracy": float(hit[inside].mean())}
-        reliability.append(
-            {"from": (10 + number) / 20, "to": (11 + number) / 20, "pairs": int(inside.sum()), **figures}
-        )
+        reliability.append({"from": 0.5 + number / 20, "pairs": int(inside.sum()), **figures})
+    error = sum(row["pairs"] / pairs * abs(row["confidence"] - row["accuracy"]) for row in reliability)
     varied = margin.std() > 0 and difference.std() > 0
     return {
         "pairs": pairs,
@@ -980,9 +961,7 @@ def make_report(scores, length_difference):
         "loss": float(np.logaddexp(0, -margin).mean()),
         "mean_margin": float(margin.mean()),
         "mean_score": float(scores.mean()),
-        "calibration_error": sum(
-            row["pairs"] / pairs * abs(row["confidence"] - row["accuracy"]) for row in reliability
-        ),
+        "calibration_error": error,
         "reliability": reliability,
         "length_bias": {
             "chosen_longer": describe(difference > 0),
@@ -1005,18 +984,19 @@ def evaluate_pairs(model, rows, collate, args, where):
     report["swapped"] = {"pairs": len(some), "agreement": agreement, "difference": float(np.abs(again - first).max())}
 
     (low, high), bias = report["accuracy_interval"], report["length_bias"]
+    lines = [
+        ("accuracy", report["accuracy"], f"95% interval {low:.3f} to {high:.3f}; {report['ties']} ties"),
+        ("  chosen is longer", bias["chosen_longer"]["accuracy"], f"{bias['chosen_longer']['pairs']} pairs"),
+        ("  chosen is shorter", bias["chosen_shorter"]["accuracy"], f"{bias['chosen_shorter']['pairs']} pairs"),
+        ("margin and length", bias["correlation"], "correlation of the differences in score and in tokens"),
+        ("mean margin", report["mean_margin"], f"score_chosen - score_rejected; loss {report['loss']:.3f}"),
+        ("sides swapped", agreement, f"agree, of {len(some)} pairs"),
+        ("calibration error", report["calibration_error"], "of confidence sigmoid(|margin|); accuracy from"),
+        *((f"  {row['from']:.2f}", row["accuracy"], f"{row['pairs']} pairs") for row in report["reliability"]),
+    ]
     print(f"report on {len(rows)} pairs of {where}")
-    print(f"  accuracy           {report['accuracy']:.3f}, 95% interval {low:.3f} to {high:.3f}; {report['ties']} ties")
-    for side in ("chosen_longer", "chosen_shorter"):
-        print(f"    {side:16} {bias[side]['accuracy'] or 0:.3f}, of {bias[side]['pairs']} pairs")
-    print(f"  margin and length  {bias['correlation'] or 0:.3f}, correlation of the differences in score and in tokens")
-    print(f"  mean margin        {report['mean_margin']:.3f}, score_chosen - score_rejected; loss {report['loss']:.3f}")
-    print(
-        f"  sides swapped      {agreement:.3f} agree, of {len(some)} pairs; within {report['swapped']['difference']:.0e}"
-    )
-    print(f"  calibration error  {report['calibration_error']:.3f}, of confidence sigmoid(|margin|); accuracy by bins:")
-    for row in report["reliability"]:
-        print(f"    {row['from']:.2f} to {row['to']:.2f}     {row['accuracy']:.3f}, of {row['pairs']} pairs")
+    for name, value, note in lines:
+        print(f"  {name:20} {'    -' if value is None else format(value, '6.3f')}  {note}")
     if low <= 0.5:
         print(f"warning: accuracy {report['accuracy']:.3f} ({low:.3f} to {high:.3f}) may be chance", file=sys.stderr)
     return report, scores
@@ -1039,9 +1019,7 @@ def run_stage(args):
             data, where = load_split(args, subset, split, f"--{name}_split")
             rows[name] = encode_pairs(data, where, prompt_format, args)
             counts[name] = {"where": where, "rows": len(rows[name])}
-    every_row = datasets.concatenate_datasets(
-        [split.remove_columns(set(split.column_names) & {"margin"}) for split in rows.values()]
-    )
+    every_row = datasets.concatenate_datasets([split.select_columns(COLUMNS) for split in rows.values()])
     check_model(base, args, every_row)
     if not args.eval_only:
         rows["train"] = order_pairs(rows["train"], config, args)
@@ -1066,9 +1044,8 @@ def run_stage(args):
     if args.eval_only:
         report, scores = evaluate_pairs(model, rows["eval"], collate, args, counts["eval"]["where"])
         if is_first:
-            lines = zip(rows["eval"]["row"], *scores.tolist())
-            lines = [json.dumps(dict(zip(("row", "score_chosen", "score_rejected"), line))) + "\n" for line in lines]
-            (output_dir / "scores.jsonl").write_text("".join(lines), encoding="utf-8")
+            lines = {"row": rows["eval"]["row"][:], "score_chosen": scores[0], "score_rejected": scores[1]}
+            datasets.Dataset.from_dict(lines).to_json(output_dir / "scores.jsonl")
             write_json(output_dir / "metrics.json", {"accuracy": report["accuracy"], "report": report})
         return
 
@@ -1103,10 +1080,8 @@ def main(argv=None):
     try:
         run_stage(args)
     except torch.OutOfMemoryError as error:
-        fail(
-            f"no memory left on the device; what helps, the most first: --load_in_4bit, --use_lora, "
-            f"--gradient_checkpointing, a smaller --per_device_train_batch_size or --max_length, --bf16 ({error})"
-        )
+        helps = "--use_lora, --load_in_4bit, --gradient_checkpointing, a smaller --per_device_train_batch_size, --bf16"
+        fail(f"no memory left on the device; what helps, the most first: {helps} ({error})")
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except OSError as error:  # a hub id that is not there, a full disk
