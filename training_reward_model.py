@@ -1,10 +1,10 @@
 """Reward model: a language model with a scalar score head, trained on pairs of a preferred and a rejected answer.
 
 In: a model (hub id, directory, or LoRA adapter directory) and a data set with the columns `prompt`, `chosen` and
-`rejected` (texts, or chat message lists) or `question`, `response_j` and `response_k` (j is preferred).
-Out, in --output_dir: `final_checkpoint/` (model or adapter with its score head, tokenizer, run.json), resumable
-`checkpoint-N/`, `metrics.jsonl` (one line per log event) and `metrics.json` (the final figures and the report).
-It loads again with AutoPeftModelForSequenceClassification (an adapter) or AutoModelForSequenceClassification:
+`rejected` (texts, or chat message lists) or `question`, `response_j` (preferred) and `response_k`, and maybe `margin`.
+Out, in --output_dir: `final_checkpoint/` (model or adapter with its score head, tokenizer, run.json, model card),
+resumable `checkpoint-N/`, `metrics.jsonl` (one line per log event) and `metrics.json` (final figures and report).
+AutoPeftModelForSequenceClassification loads it (AutoModelForSequenceClassification a full model) by
 `.from_pretrained(directory, num_labels=1, pad_token_id=tokenizer.pad_token_id)`. The score is read at the last token.
 
     python training_reward_model.py --model_path checkpoints/sft/final_checkpoint --dataset_name json \
@@ -27,163 +27,166 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import logging
 import math
 import os
-import random
 import re
 import shutil
 import signal
 import sys
 import types
 import warnings
-import zipfile
 from pathlib import Path
 
-
-# >>> block base: the same in training_sft.py, training_reward_model.py, training_rl.py, merge_with_lora.py
-class UserError(Exception):
-    """What is wrong, where, and what would be right: shown as one line, exit code 2."""
+TRL_VERSION = "1.12.0"  # the last release with PPOTrainer, which training_rl.py needs
 
 
-class Parser(argparse.ArgumentParser):
-    """Full flag names only; the default value in the help; a mistake is one line."""
-
-    def __init__(self, description):
-        summary = description.split("\n\n")[0]
-        super().__init__(
-            description=summary, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
-
-    def error(self, message):
-        raise UserError(f"{message} (see {self.prog} --help)")
+def fail(message):
+    """Say in one line what the user can mend, and leave with exit code 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
 
 
-def run_as_script(function):
-    """Call `function()`; what a user can mend becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
-    code = 0
-    if os.environ.get("RANK", "0") != "0":
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # of several processes the first one talks
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
-    try:
-        function()
-    except Exception as error:
-        # safetensors and torch have types of their own for a full disk
-        full = re.search(r"No space left|os error 28|PytorchStreamWriter failed", str(error))
-        if not full and not isinstance(error, (UserError, OSError)):
-            raise
-        hint = "no space left to save; what was saved before is complete: " if full else ""
-        print(f"error: {hint}{' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
-    if code:
-        sys.exit(code)
+# >>> text: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_text.py)
+def check_messages(messages, last):
+    """Raise ValueError unless `messages` are texts of system (may be left out), user, assistant, user, ..., `last`."""
+    if not isinstance(messages, list) or not messages or not all(isinstance(turn, dict) for turn in messages):
+        raise ValueError("should be a list of {role, content} with at least one turn")
+    system = messages[0].get("role") == "system"
+    for i, turn in enumerate(messages):
+        role, content = turn.get("role"), turn.get("content")
+        expected = "system" if system and i == 0 else ("user", "assistant")[(i - system) % 2]
+        if role != expected or not isinstance(content, str) or not (content.strip() or role == "system"):
+            raise ValueError(f"should have text of the role {expected!r} in turn {i}, not {str(turn)[:80]}")
+    if role != last:
+        raise ValueError(f"should end with the role {last!r}, not {role!r}")
 
 
-def read_json(path):
-    """The JSON object in the file `path`."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} should hold a JSON object, not {type(value).__name__}")
-    return value
+class PromptFormat:
+    """A conversation as token ids: `chat`, the tokenizer's template, or `qa`, the text `Question: ...\\n\\nAnswer: ...`.
+
+    The ids of a prompt are the first ids of prompt + answer, whatever the tokenizer: the text is cut where an answer
+    starts (in `qa` before its space), and no token lies across the cut. Special tokens spelled out in data stay text.
+    Answers are trained on, with the token that ends them; one that the template shows in another way once it is not
+    the last (reasoning templates drop thoughts) is context."""
+
+    def __init__(self, tokenizer, name):
+        """Raises ValueError for a tokenizer without EOS, and for a template that does not write answers."""
+        self.tokenizer, self.name = tokenizer, name
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no EOS token, so no answer could ever end")
+        bare, ids = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+        self.bos = ids[: ids.index(bare[0])]  # what this tokenizer puts before a text: BOS, [CLS] or nothing
+        added = tokenizer.added_tokens_decoder.values()
+        special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+        special -= {"<think>", "</think>"}  # where data has these, thoughts are meant
+        longest_first = sorted(special, key=lambda token: (-len(token), token))  # in one order: it is hashed for caches
+        self.special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        if name == "chat":
+            self._learn_template({*special, *map(str, added)})
+
+    def _learn_template(self, tokens):
+        marks = {"system": "\ue002", "user": "\ue003", "assistant": "\ue004"}
+        system, question, answer = ({"role": role, "content": mark} for role, mark in marks.items())
+        self.thought = ""
+        prompt, turn = self._render([question], open_end=True), self._render([question, answer])
+        if not turn.startswith(prompt):  # the prompt opens a thought, but answers have none (DeepSeek-R1)
+            self.thought = re.search(r"(<think>\s*)?$", prompt)[0]
+        _, mark, self.after = turn.partition("\ue004")
+        if not mark:
+            raise ValueError("the chat template does not write answers; use --prompt_format qa")
+        # A turn ends with the special tokens after it, or else (GLM) the one that opens the next turn.
+        following = self._render([question, answer, question]).partition(mark)[2]
+        ends = re.compile(rf"\s*({'|'.join(map(re.escape, tokens))})+")
+        self.end = next((found[0] for found in map(ends.match, (self.after, following)) if found), "")
+        try:
+            self.has_system = "\ue002" in self._render([system, question, answer])
+        except ValueError:
+            self.has_system = False
+
+    def _render(self, messages, open_end=False):
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_end)
+        except Exception as error:  # templates refuse roles and orders with exceptions of their own
+            raise ValueError(f"the chat template refuses this conversation: {error}") from error
+        return text.removesuffix(self.thought) if open_end else text
+
+    def _guard(self, text):
+        """Put U+E000 after each character of what looks like a special token, and after U+E000 itself."""
+        return re.sub(f"{self.special.pattern}|\ue000", lambda found: re.sub("(?s)(.)", "\\1\ue000", found[0]), text)
+
+    def _write(self, messages, open_end):
+        """The text, its contents guarded, and where in it [start, end, start, end, ...] the assistant writes."""
+        messages = [{"role": turn["role"], "content": self._guard(turn["content"])} for turn in messages]
+        if self.name == "qa":  # earlier turns join the question
+            texts = [turn["content"] for turn in messages if turn["content"]]
+            answer = "" if open_end else f" {texts.pop()}"
+            prompt = "Question: " + "\n\n".join(texts) + "\n\nAnswer:"
+            return prompt + answer, [len(prompt), len(prompt + answer)]
+        if messages[0]["role"] == "system" and not self.has_system:  # Gemma 2: it opens the first question
+            system, question, *rest = messages
+            messages = [{**question, "content": f"{system['content']}\n\n{question['content']}"}, *rest]
+        text, cuts = self._render(messages, open_end), []
+        for i, turn in enumerate(messages):
+            content = "".join(turn["content"].split())  # templates trim contents, and set thoughts in lines
+            if turn["role"] != "assistant" and content not in "".join(text.split()):
+                raise ValueError(f"the chat template leaves out text of turn {i} ({turn['role']})")
+            if turn["role"] != "assistant":
+                continue
+            prompt, shown = self._render(messages[:i], open_end=True), self._render(messages[: i + 1])
+            body, last = shown.removesuffix(self.after), i == len(messages) - 1
+            text = body + self.end if last else text
+            whole = shown == body + self.after and body.startswith(prompt) and "".join(body.split()).endswith(content)
+            if whole and text.startswith(body):  # gpt-oss ends earlier turns with another token: that is context
+                cuts += [len(prompt), len(body) + len(self.end) * text.startswith(self.end, len(body))]
+            elif last:
+                raise ValueError("the chat template does not write the whole last answer; use --prompt_format qa")
+        return text, cuts
+
+    def _read(self, text):
+        """Ids of a guarded text, in which the special tokens of the template alone are special (in `qa` none)."""
+        guarded, ids = "\ue000" in text, []
+        for i, piece in enumerate(self.special.split(text) if guarded else [text]):
+            piece = re.sub("\ue000(\ue000?)", r"\1", piece)
+            plain = self.name == "qa" or (guarded and i % 2 == 0)
+            ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+        return ids
+
+    def encode(self, messages, open_end=False):
+        """Token ids, and 1 for each that the assistant wrote (else 0), two lists; raises ValueError.
+
+        `messages`: dicts with `role` and `content`. With `open_end` the ids are a prompt that an answer follows."""
+        text, cuts = self._write(messages, open_end)
+        ids = list(self.bos) if self.name == "qa" else []  # a chat template writes its own
+        mask, done = [0] * len(ids), 0
+        for n, cut in enumerate([*cuts, len(text)]):
+            # A piece reads as it does after the text before it (from the last special token on), unless a token of that
+            # reading lies across the cut; then as after a line break or a letter (alone, SentencePiece adds a space).
+            start = max((found.start() for found in self.special.finditer(text, 0, done)), default=0)
+            for before in (text[start:done], "\n", "a", ""):
+                known, both = self._read(before), self._read(before + text[done:cut])
+                if both[: len(known)] == known:
+                    break
+            ids, mask, done = ids + both[len(known) :], mask + [n % 2] * (len(both) - len(known)), cut
+        if not open_end and (self.name == "qa" or not self.end):
+            ids, mask = [*ids, self.tokenizer.eos_token_id], [*mask, 1]
+        return ids, mask
+
+    def stop_ids(self, generation_config=None):
+        """Every id that ends an answer: the tokenizer's EOS, the model's, and the one that ends a chat turn."""
+        eos = getattr(generation_config, "eos_token_id", None)
+        turn = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[0][-1]
+        return sorted({self.tokenizer.eos_token_id, turn, *(eos if isinstance(eos, list) else [eos])} - {None})
 
 
-def write_json(path, value):
-    """Write `value` as JSON; the file is either the old one or the whole new one."""
-    draft = Path(f"{path}.partial")
-    draft.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+def pick_format(requested, natural, recorded, tokenizer):
+    """The PromptFormat that is requested, else that of the earlier stage, else what the data calls for (ValueError)."""
+    if requested == "chat" and not tokenizer.chat_template:
+        raise ValueError("--prompt_format chat: this tokenizer has no chat template; use --prompt_format qa")
+    name = requested if requested != "auto" else recorded or natural
+    return PromptFormat(tokenizer, name if tokenizer.chat_template else "qa")
 
 
-@contextlib.contextmanager
-def reading(what):
-    """What is wrong with a file from elsewhere becomes one line: libraries raise dozens of types for it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        kind = type(error).__name__
-        text = str(error) if isinstance(error, (OSError, ValueError)) else f"{kind} {error}"
-        text = "it holds more than tensors, and code in files is not run" if kind == "UnpicklingError" else text
-        raise UserError(f"{what} cannot be loaded: {text}") from error
-
-
-@contextlib.contextmanager
-def publish(directory):
-    """Yield an empty directory to fill; it takes the name `directory` only when it is complete."""
-    directory = Path(directory)
-    draft, old = directory.with_name(directory.name + ".partial"), directory.with_name(directory.name + ".old")
-    for leftover in (draft, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    if directory.exists():
-        os.replace(directory, old)
-    os.replace(draft, directory)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@dataclasses.dataclass
-class Source:
-    """Where a model comes from: `base`, a full model (hub id or absolute directory); `adapter`, a directory with a
-    LoRA adapter for it, or None; `run`, the run.json that an earlier stage left beside it, or {}."""
-
-    base: str
-    adapter: Path | None
-    run: dict
-
-
-def locate_model(path, flag):
-    """Find out what `path` (a hub id, a model directory or an adapter directory) is, without loading weights."""
-    folder = Path(path)
-    if folder.is_file():
-        raise UserError(f"{flag} {path} is a file; it should be a model directory or a hub id")
-    if not folder.is_dir():
-        if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
-            raise UserError(f"{flag} {path} does not exist; it should be a model directory or a hub id")
-        return Source(str(path), None, {})
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        inside = [child.parent.name for child in folder.glob("*/*config.json")]
-        hint = f"; did you mean {folder / sorted(inside)[0]}?" if inside else ""
-        raise UserError(f"{flag} {path} holds neither config.json nor adapter_config.json{hint}")
-    run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-    if not (folder / "adapter_config.json").is_file():
-        return Source(str(folder.resolve()), None, run)
-    config = read_json(folder / "adapter_config.json")
-    base = config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise UserError(f"{folder / 'adapter_config.json'} names no base model (base_model_name_or_path)")
-    looks_local = Path(base).is_absolute() or base.startswith(".") or "\\" in base or base.count("/") > 1
-    if looks_local and not Path(base).is_dir():
-        raise UserError(
-            f"{flag} {path} is an adapter for the base model {base}, which is not there; put the base model back or "
-            f"write its new place into base_model_name_or_path in {folder / 'adapter_config.json'}"
-        )
-    return Source(str(Path(base).resolve()) if Path(base).is_dir() else base, folder.resolve(), run)
-
-
-# <<< block base
-
-
-# >>> block flags: the same in training_sft.py, training_reward_model.py, training_rl.py
-TRL_VERSION = "1.12.0"  # the last release with PPOTrainer
-
-
-def check_trl():
-    """Refuse another trl than the one that the scripts are written for."""
-    found = importlib.metadata.version("trl")
-    if found != TRL_VERSION:
-        raise UserError(f"this script needs trl {TRL_VERSION}, found {found}: pip install trl=={TRL_VERSION}")
+# <<< text
 
 
 def number(kind, low, high=math.inf):
@@ -199,14 +202,31 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def add_shared_flags(parser, learning_rate):
-    """The flags that all three training scripts have; `learning_rate` tells the defaults in words."""
+def build_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.error = lambda message: fail(f"{message} (see --help)")
     add = parser.add_argument
+    add("--model_path", required=True, help="hub id, model directory or LoRA adapter directory")
+    add("--dataset_name", required=True, help="hub id, folder, file, or json/parquet/arrow/csv")
+    add("--dataset_config", help="configuration of a hub data set that has several")
+    add("--subset", help="data_dir of the data set, e.g. data/reward")
+    add("--train_split", default="train", help='split to train on, e.g. "train[:95%%]"')
+    add("--eval_subset", help="data_dir of the evaluation split (that of --subset)")
+    add("--eval_split", help="split to evaluate on (test with --eval_subset, else none)")
+    add("--per_device_train_batch_size", type=number(int, 1), default=1, help="pairs per device and step")
+    add("--max_length", type=number(int, 2), default=1024, help="longest text in tokens; longer pairs are left out")
+    add("--max_steps", type=number(int, 1), help="optimizer steps; goes before --num_train_epochs")
+    add("--num_train_epochs", type=number(float, 0), default=1.0, help="passes over the data")
+    add("--center_rewards_coefficient", type=number(float, 0), help="weight of (sum of the two scores)^2, e.g. 0.01")
+    add("--eval_only", action="store_true", help="no training: the report on a reward model, and scores.jsonl")
     add("--output_dir", required=True, help="directory for checkpoints and metrics; empty, unless the run resumes")
     add("--overwrite_output_dir", action="store_true", help="replace the checkpoints and metrics in --output_dir")
     add("--resume_from_checkpoint", nargs="?", const=True, metavar="DIR", help="go on from DIR, or from the newest")
     add("--dry_run", action="store_true", help="check everything, show the data as it would be trained on, and stop")
-    add("--skip_nonfinite", type=number(int, 0), default=0, metavar="N", help="leave out up to N steps with NaN or inf")
     add("--max_samples", type=number(int, 1), help="use at most this many rows of each split")
     add(
         "--prompt_format", choices=["auto", "chat", "qa"], default="auto", help="chat template, or Question/Answer text"
@@ -220,7 +240,7 @@ def add_shared_flags(parser, learning_rate):
     add("--lora_target_modules", nargs="+", metavar="NAME", help="module names, or one regular expression (all-linear)")
     add("--load_in_4bit", action="store_true", help="frozen weights in 4 bit (NF4); needs LoRA")
     add("--load_in_8bit", action="store_true", help="frozen weights in 8 bit; needs LoRA")
-    add("--learning_rate", type=number(float, 0), help=f"peak learning rate ({learning_rate})")
+    add("--learning_rate", type=number(float, 0), help="peak learning rate (1e-4 with LoRA, 1e-5 without)")
     add("--lr_scheduler_type", default="linear", help="linear, cosine, constant, constant_with_warmup, ...")
     add("--warmup_ratio", type=number(float, 0, 1), default=0.0, help="fraction of the steps spent on warm-up")
     add("--weight_decay", type=number(float, 0), default=0.0, help="AdamW weight decay")
@@ -236,67 +256,41 @@ def add_shared_flags(parser, learning_rate):
     add("--report_to", nargs="+", default=["none"], metavar="NAME", help="trackio, tensorboard, wandb")
     add("--push_to_hub", action="store_true", help="upload the final checkpoint under the name of --output_dir")
     add("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
-    add("--force", action="store_true", help="go on where a check of memory, disk or the chain says stop")
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="any other field of the SFTConfig, RewardConfig or PPOConfig",
-    )
-
-
-def set_fields(pairs, config_class, taken):
-    """`FIELD=VALUE` strings as keyword arguments, checked against the fields of `config_class`."""
-    fields = {field.name for field in dataclasses.fields(config_class) if field.init}
-    values = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise UserError(f"--set {pair} should read FIELD=VALUE")
-        if name in taken:
-            raise UserError(f"--set {name}: this field is set by a flag of its own, see --help")
-        if name not in fields:
-            near = sorted(fields, key=lambda field: -len(os.path.commonprefix([field, name])))[:3]
-            raise UserError(f"--set {name}: {config_class.__name__} has no such field; near it: {', '.join(near)}")
-        try:
-            values[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
-        except ValueError:
-            values[name] = text
-    return values
-
-
-# <<< block flags
-
-
-def build_parser():
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--model_path", required=True, help="hub id, model directory or LoRA adapter directory")
-    add("--dataset_name", required=True, help="hub id, folder, file, or json/parquet/arrow/csv")
-    add("--subset", help="data_dir of the data set, e.g. data/reward")
-    add("--train_split", default="train", help="split to train on")
-    add("--eval_subset", help="data_dir of the evaluation split (that of --subset)")
-    add("--eval_split", help="split to evaluate on (test with --eval_subset, else none)")
-    add("--eval_fraction", type=number(float, 0, 0.9), help="share of the prompts to hold out in place of --eval_split")
-    add("--per_device_train_batch_size", type=number(int, 1), default=1, help="pairs per device and step")
-    add("--max_length", type=number(int, 2), default=1024, help="longest text in tokens; longer pairs are left out")
-    add("--max_steps", type=number(int, 1), help="optimizer steps; goes before --num_train_epochs")
-    add("--num_train_epochs", type=number(float, 0), default=1.0, help="passes over the data")
-    add("--center_rewards_coefficient", type=number(float, 0), help="weight of (sum of the two scores)^2, e.g. 0.01")
-    add("--streaming", action="store_true", help="read --train_split as it is needed, for data beyond memory")
-    add("--use_margin", action="store_true", help="ask for the margin score_chosen - score_rejected of the data")
-    add("--eval_only", action="store_true", help="no training: the report on a reward model, and scores.jsonl")
-    add_shared_flags(parser, learning_rate="1e-4 with LoRA, 1e-5 without")
+    add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="any other field of RewardConfig")
     return parser
 
 
-if __name__ == "__main__":  # before the slow imports: --help and a mistyped flag answer at once
-    run_as_script(build_parser().parse_args)
-    run_as_script(check_trl)
+def parse_flags(argv=None):
+    """The flags, checked as far as that needs no library."""
+    args = build_parser().parse_args(argv)
+    found = importlib.metadata.version("trl")
+    if found != TRL_VERSION:
+        fail(f"this script needs trl {TRL_VERSION}, found {found}: pip install trl=={TRL_VERSION}")
+    args.adapter = args.model_path if Path(args.model_path, "adapter_config.json").is_file() else None
+    args.use_lora = args.use_lora or args.adapter is not None
+    if args.learning_rate is None:
+        args.learning_rate = 1e-4 if args.use_lora else 1e-5
+    args.eval_split = args.eval_split or ("test" if args.eval_subset else None)
+    quantized, bits = args.load_in_4bit or args.load_in_8bit, 4 if args.load_in_4bit else 8
+    evaluates = "needs pairs to evaluate on: --eval_split or --eval_subset"
+    shards = os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    mistakes = {
+        "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
+        f"--load_in_{bits}bit needs --use_lora: quantized weights cannot be trained": quantized and not args.use_lora,
+        f"--eval_steps {evaluates}": args.eval_steps and not args.eval_split,
+        f"--eval_only {evaluates}": args.eval_only and not args.eval_split,
+        "--eval_only trains nothing, so nothing can resume": args.eval_only and args.resume_from_checkpoint,
+        "FSDP and ZeRO-3 cut the model in pieces; use DDP (the default of accelerate launch) or ZeRO-2": shards,
+    }
+    for message, is_made in mistakes.items():
+        if is_made:
+            fail(message)
+    return args
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional CPU kernel at every start
+
+if __name__ == "__main__":  # before the slow imports: --help and a mistyped flag answer at once
+    parse_flags()
+
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # trl 1.12 uses names of before v6
 
 import datasets
@@ -305,1099 +299,634 @@ import psutil
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import reduce
 from huggingface_hub import HfApi
-from huggingface_hub.utils import validate_repo_id
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, TrainerState
+from peft import LoraConfig, PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft.helpers import disable_input_dtype_casting
+from safetensors import safe_open
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations import get_available_reporting_integrations
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
-from trl.trainer.utils import disable_dropout_in_model
+
+COLUMNS = ["row", "chosen_ids", "rejected_ids", "size", "longest"]
+# What the configs of transformers call the tokens that a layer sees
+WINDOWS = (
+    "sliding_window sliding_window_size attention_chunk_size window_size attention_window_size local_attention".split()
+)
+SCHEMAS = [("prompt", "chosen", "rejected"), ("question", "response_j", "response_k")]
 
 
-# >>> block text: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_blocks.py)
-class PromptFormat:
-    """How a conversation becomes token ids: `chat`, the tokenizer's template, or `qa`, the text
-    `Question: {question}\\n\\nAnswer: {answer}`.
-
-    Two promises, whatever the tokenizer. The ids of a prompt are a prefix of the ids of prompt + answer: the text is
-    cut where an answer starts (in `qa` before the space that precedes it), and no token lies across the cut. Text
-    from data stays text: a literal `</s>` or `<|im_end|>` in it never becomes that special token.
-
-    An assistant turn is trained on, with the token that ends it, where the text up to its end is what the model would
-    have seen and written at that point. A template that rewrites earlier turns (reasoning templates drop thoughts)
-    leaves those as context; one that rewrites only the token that ends them (gpt-oss) leaves that token. The last
-    turn is always trained on, and a template that leaves a part of the text out is refused.
-    """
-
-    def __init__(self, tokenizer, name):
-        self.tokenizer, self.name = tokenizer, name
-        if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no EOS token, so no answer could ever end")
-        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-        full = tokenizer("a")["input_ids"]
-        start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
-        self.bos = full[:start]  # what this tokenizer puts before a text: BOS, [CLS] or nothing
-        if name == "chat":
-            self._learn_template()
-
-    def _learn_template(self):
-        """Find out what the template writes around the contents of a conversation."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        special = {*self.tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
-        special -= {"<think>", "</think>"}  # where data has these, thoughts are meant
-        longest_first = sorted(special, key=lambda token: (-len(token), token))  # in one order: it is hashed for caches
-        self.special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-        marks = (("system", "\ue002"), ("user", "\ue003"), ("assistant", "\ue004"))
-        system, question, answer = ({"role": role, "content": mark} for role, mark in marks)
-        self.parts, self.thought = False, ""
-        if not self._shows([question, answer]):
-            self.parts = True  # templates of multimodal models want a list of parts as content
-            if not self._shows([question, answer]):
-                raise UserError("the chat template does not write the texts of a question and its answer")
-        self.has_system = self._shows([system, question, answer])
-        prompt, turn = self._render([question], generation=True), self._render([question, answer])
-        if not turn.startswith(prompt):  # the prompt opens a thought, but answers have none (DeepSeek-R1)
-            self.thought = re.search(r"(<think>\s*)?$", prompt)[0]
-        self.after = turn.partition("\ue004")[2]
-        # What ends a turn: the special tokens after it, or else (GLM) the one that opens the next turn.
-        ends = re.compile(rf"\s*(?:{'|'.join(re.escape(token) for token in special.union(map(str, added)))})+")
-        follow = self._render([question, answer, question]).partition("\ue004")[2]
-        self.end = next((match[0] for match in map(ends.match, (self.after, follow)) if match), "")
-
-    def _render(self, messages, generation=False):
-        if self.parts:
-            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-        except Exception as error:  # templates refuse roles and orders with exceptions of their own
-            raise UserError(f"the chat template refuses this conversation: {error}") from error
-        return text.removesuffix(self.thought) if generation else text
-
-    def _shows(self, messages):
-        try:
-            text = self._render(messages)
-        except UserError:
-            return False
-        return all(message["content"] in text for message in messages)
-
-    def _guard(self, text):
-        """Break up what looks like a special token with U+E000 after each character (and double U+E000 itself)."""
-        text = text.replace("\ue000", "\ue000\ue000")
-        return self.special.sub(lambda match: "".join(f"{character}\ue000" for character in match[0]), text)
-
-    def _ids(self, text):
-        """Ids of `text`: all plain in `qa`; in `chat` special tokens are special, except guarded ones."""
-        guarded, ids = self.name == "chat" and "\ue000" in text, []
-        for i, piece in enumerate(self.special.split(text) if guarded else [text]):
-            piece = re.sub("\ue000(\ue000?)", r"\1", piece) if guarded else piece
-            plain = self.name == "qa" or guarded and i % 2 == 0
-            ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
-        return ids
-
-    def _cut(self, messages, open_end):
-        """The whole text and the spans (start, end) in it that the assistant writes.
-
-        With `open_end` the text goes up to where the next assistant turn starts."""
-        if self.name == "qa":
-            question, answer = question_and_answer(messages, open_end)
-            prompt = f"Question: {question}\n\nAnswer:"
-            return (prompt, []) if open_end else (f"{prompt} {answer}", [(len(prompt), len(prompt) + 1 + len(answer))])
-        messages = [{"role": m["role"], "content": self._guard(m["content"])} for m in messages]
-        if messages[0]["role"] == "system" and not self.has_system:  # Gemma: it opens the first question
-            system, first, *rest = messages
-            messages = [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
-        whole, spans = self._render(messages, generation=open_end), []
-        for i, message in enumerate(messages):
-            content = "".join(message["content"].split())  # templates trim contents, and set thoughts in lines
-            if message["role"] != "assistant":
-                if content not in "".join(whole.split()):
-                    raise UserError(f"the chat template leaves out text of turn {i} ({message['role']})")
-                continue
-            prompt, turn = self._render(messages[:i], generation=True), self._render(messages[: i + 1])
-            body, last = turn.removesuffix(self.after), i == len(messages) - 1
-            whole = body + self.end if last else whole
-            intact = turn.startswith(prompt) and turn.endswith(self.after) and "".join(body.split()).endswith(content)
-            if intact and whole.startswith(body):
-                spans.append((len(prompt), len(body) + len(self.end) * whole.startswith(self.end, len(body))))
-            elif last:
-                raise UserError(
-                    f"the chat template does not write the whole answer after its generation prompt ({prompt[-40:]!r}); "
-                    "use another template, or --prompt_format qa"
-                )
-        return whole, spans
-
-    def encode(self, messages, open_end=False):
-        """Token ids and the mask of trained tokens (1 = the assistant wrote it), two lists of one length.
-
-        `messages`: dicts with `role` and `content`. With `open_end` the ids are a prompt that an answer follows."""
-        text, spans = self._cut(messages, open_end)
-        ids = list(self.bos) if self.name == "qa" else []  # a chat template writes its own BOS
-        mask, done = [0] * len(ids), 0
-        for cut, trained in [piece for begin, end in spans for piece in ((begin, 0), (end, 1))] + [(len(text), 0)]:
-            # A piece reads as it does after the text before it (from the last special token on), unless a token of
-            # that reading lies across the cut; then as after a line break or a letter (alone, SentencePiece would
-            # begin it with a space).
-            special = () if self.name == "qa" else self.special.finditer(text, 0, done)
-            start = max((match.start() for match in special), default=0)
-            for before in (text[start:done], "\n", "a", ""):
-                known, both = self._ids(before), self._ids(before + text[done:cut])
-                if both[: len(known)] == known:
-                    break
-            ids, mask, done = ids + both[len(known) :], mask + [trained] * (len(both) - len(known)), cut
-        if not open_end and (self.name == "qa" or not self.end):
-            ids, mask = ids + [self.tokenizer.eos_token_id], mask + [1]
-        return ids, mask
-
-    def stop_ids(self, generation_config=None):
-        """Every id that ends an answer: the tokenizer's EOS, the model's, and the one that ends a chat turn."""
-        eos = getattr(generation_config, "eos_token_id", None)
-        eos = eos if isinstance(eos, list) else [eos]
-        turn = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[0][-1]
-        return sorted({self.tokenizer.eos_token_id, turn, *(i for i in eos if i is not None)})
+def read_json(path):
+    """The JSON object in a file; {} where there is none that can be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
-def question_and_answer(messages, open_end=False):
-    """(question, answer) of a conversation without a template: earlier turns join the question; no answer if open."""
-    turns = [message["content"] for message in messages if message["content"]]  # a system turn may be empty
-    return ("\n\n".join(turns), "") if open_end else ("\n\n".join(turns[:-1]), turns[-1])
+def write_json(path, value):
+    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
-def check_messages(value, last):
-    """What is wrong with a `messages` value that should end with the role `last`, or None."""
-    if not isinstance(value, list) or not value:
-        return "should be a list of {role, content}, not " + ("an empty one" if value == [] else type(value).__name__)
-    for i, message in enumerate(value):
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            return f"turn {i} should have the keys role and content"
-        role, content = message["role"], message["content"]
-        if not isinstance(content, str) or not (content.strip() or role == "system"):
-            return f"turn {i} ({role}) has {'no' if content is None else 'an empty'} content; it should be text"
-        system = value[0].get("role") == "system"
-        expected = "system" if system and i == 0 else "user" if (i - system) % 2 == 0 else "assistant"
-        if role != expected:
-            return f"turn {i} has the role {role!r} where {expected!r} should be (system first, then user and assistant in turn)"
-    return (
-        None if value[-1]["role"] == last else f"ends with the role {value[-1]['role']!r}; it should end with {last!r}"
-    )
-
-
-def check_text(value):
-    """What is wrong with a text cell, or None."""
-    if not isinstance(value, str):
-        return f"is {'null' if value is None else type(value).__name__}; it should be text"
-    return None if value.strip() else "is empty; it should be text"
-
-
-def pick_format(requested, natural, recorded, tokenizer):
-    """`chat` or `qa`: what was requested, else what the earlier stage recorded, else what the data calls for."""
-    name = requested if requested != "auto" else recorded or natural
-    if name == "chat" and not tokenizer.chat_template:
-        if requested == "chat":
-            raise UserError("--prompt_format chat: this tokenizer has no chat template; use --prompt_format qa")
-        name = "qa"
-    return PromptFormat(tokenizer, name)
-
-
-# <<< block text
-
-
-# >>> block run: the same in training_sft.py, training_reward_model.py, training_rl.py
-def check_shared(args, config_class):
-    """The checks on flags that all three training scripts share; nothing slow happens before them."""
-    check_trl()
-    set_fields(args.set, config_class, ())
-    for name in set(args.report_to) - {"none", "all", *get_available_reporting_integrations()}:
-        raise UserError(f"--report_to {name}: not installed; pip install {name}")
-    if args.bf16 and args.fp16:
-        raise UserError("--bf16 and --fp16 exclude each other")
-    if args.fp16 and not torch.cuda.is_available():
-        raise UserError("--fp16 needs a GPU; on a CPU use --bf16, or neither")
-    if args.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"--bf16: {torch.cuda.get_device_name()} cannot compute in bfloat16; use --fp16")
-    if args.load_in_4bit and args.load_in_8bit:
-        raise UserError("--load_in_4bit and --load_in_8bit exclude each other")
-    quantized = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit" if args.load_in_8bit else None
-    if quantized and not args.use_lora:
-        raise UserError(f"{quantized} needs --use_lora: quantized weights cannot be trained themselves")
-    if os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
-        raise UserError(
-            "FSDP and ZeRO-3 cut the model in pieces, which this script cannot check or save; use DDP (the default of "
-            "accelerate launch) or ZeRO-2"
-        )
-    if args.skip_nonfinite and os.environ.get("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError("--skip_nonfinite: DeepSpeed takes its step before anything could be left out")
-    if args.push_to_hub:
-        with reading("--push_to_hub: the name of --output_dir"):
-            validate_repo_id(Path(args.output_dir).resolve().name)
-        with reading("--push_to_hub: the login at the hub (hf auth login)"):
-            HfApi().whoami()
-    if args.lr_scheduler_type not in {kind.value for kind in transformers.SchedulerType}:
-        raise UserError(f"--lr_scheduler_type {args.lr_scheduler_type} is not one of the schedulers of transformers")
-
-
-def find_checkpoints(output_dir):
-    """{checkpoint-N directory: N, or None if it was never completed}, the newest first.
-
-    One counts as complete when its trainer_state.json can be read: Trainer writes that file last."""
-    found = {}
-    for path in sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: path.name[11:].zfill(20), reverse=True):
-        if path.name[11:].isdigit():
-            found[path] = int(path.name[11:])
-            try:
-                read_json(path / "trainer_state.json")["global_step"]
-            except (UserError, KeyError):
-                found[path] = None
-    return found
-
-
-def pick_checkpoint(args, stage):
-    """The checkpoint of this stage to resume from, or None. Refuses to write into a directory that holds something
-    else, and checkpoints that are damaged."""
-    output_dir = Path(args.output_dir)
-    if output_dir.is_file():
-        raise UserError(f"--output_dir {output_dir} is a file; it should be a directory")
-    if not args.resume_from_checkpoint:
-        if output_dir.is_dir() and any(output_dir.iterdir()) and not args.overwrite_output_dir:
-            raise UserError(
-                f"--output_dir {output_dir} is not empty; name another, or pass --resume_from_checkpoint to go on with "
-                "that run, or --overwrite_output_dir to replace its checkpoints and metrics"
-            )
+def digest_base(base):
+    """Hash of a part of one weight matrix of a local base model, which training it in place would change; else None."""
+    files = sorted(Path(base).glob("*.safetensors"))
+    if not files:
         return None
-    checkpoints = find_checkpoints(output_dir)
-    complete = [path for path in checkpoints if checkpoints[path] is not None]
-    if args.resume_from_checkpoint is True:
-        for broken in checkpoints.keys() - complete:
-            print(f"{broken} was never completed: passed over")
-        if not complete:
-            print(f"no complete checkpoint in {output_dir}: starting from the beginning")
+    with safe_open(files[0], framework="pt") as file:
+        matrices = sorted(name for name in file.keys() if len(file.get_slice(name).get_shape()) == 2)
+        rows = file.get_slice(matrices[len(matrices) // 2])[:64]
+    return hashlib.sha256(rows.float().numpy().tobytes()).hexdigest()[:16]
+
+
+def read_adapter(args):
+    """The LoraConfig of the adapter at --model_path, for a classifier; flags that contradict it are refused."""
+    config = PeftConfig.from_pretrained(args.adapter)
+    if config.peft_type != "LORA":
+        fail(f"--model_path {args.adapter} is a {config.peft_type} adapter; only LoRA adapters can be trained on")
+    has = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    for name, found in has.items():
+        if getattr(args, name) not in (None, found):
+            fail(f"--{name} {getattr(args, name)}: the adapter {args.adapter} has {found}; leave the flag out")
+    targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+    if args.lora_target_modules and set(args.lora_target_modules) != set(targets):
+        fail(f"--lora_target_modules: the adapter {args.adapter} has its own; leave the flag out")
+    # PEFT adds the names of the head each time that it makes a classifier of the config.
+    config.modules_to_save = sorted({*(config.modules_to_save or ())} - {"score", "classifier"}) or None
+    config.inference_mode = False
+    config.task_type = "SEQ_CLS"
+    return config
+
+
+def locate_model(args):
+    """(base, run): the hub id or absolute directory of the full model that --model_path is or is an adapter for, and
+    the run.json beside it, or {}. No weight is loaded."""
+    path, base = Path(args.model_path), args.model_path
+    run = read_json(path / "run.json")
+    stage = run.get("parent_stage") if run.get("stage") == "merge" else run.get("stage")
+    if args.eval_only and stage not in (None, "reward"):
+        fail(f"--model_path {path} is of the stage {stage!r}, not a reward model")
+    if args.adapter:
+        base = read_adapter(args).base_model_name_or_path or ""
+    elif path.is_dir() and not (path / "config.json").is_file():
+        inside = [child.parent for child in sorted(path.glob("*/*config.json"))]
+        fail(f"--model_path {path} holds no model{f'; did you mean {inside[0]}?' if inside else ''}")
+    if Path(base).is_dir():
+        if args.adapter and run.get("base_digest") not in (None, digest_base(base)):
+            fail(f"the base model {base} has other weights than the one that the adapter {path} was trained on")
+        return str(Path(base).resolve()), run
+    if Path(base).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base):
+        what = "the base model (base_model_name_or_path) of the adapter " if args.adapter else ""
+        fail(f"--model_path {path}: {what}{base!r} is not there; it should be a model directory or a hub id")
+    return base, run
+
+
+def finished_steps(checkpoint):
+    """The optimizer steps of a checkpoint; 0 if it was never completed: Trainer writes trainer_state.json last."""
+    return read_json(Path(checkpoint, "trainer_state.json")).get("global_step", 0)
+
+
+def find_checkpoint(args):
+    """The checkpoint to resume from, or None; an --output_dir in use is refused, and a checkpoint of something else."""
+    folder, checkpoint = Path(args.output_dir), args.resume_from_checkpoint
+    newest = max(folder.glob("checkpoint-*"), key=finished_steps, default=folder)
+    if not checkpoint:
+        if folder.exists() and not args.overwrite_output_dir and (folder.is_file() or any(folder.iterdir())):
+            fail(f"--output_dir {folder} is not empty: pass --resume_from_checkpoint or --overwrite_output_dir")
+        return None
+    if checkpoint is True:
+        checkpoint = newest
+        if not finished_steps(newest):
+            print(f"no complete checkpoint in {folder}: starting from the beginning")
             return None
-        checkpoint = complete[0]
-    else:
-        checkpoint = Path(args.resume_from_checkpoint)
-        if not (checkpoint / "trainer_state.json").is_file():
-            raise UserError(
-                f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)"
-            )
-    step = read_json(checkpoint / "trainer_state.json").get("global_step")
-    if not isinstance(step, int):
-        raise UserError(f"{checkpoint / 'trainer_state.json'} has no global_step")
-    if complete and int(complete[0].name[11:]) > step and not args.overwrite_output_dir:
-        raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: {complete[0]} is later; --overwrite_output_dir drops it"
-        )
-    run = read_json(checkpoint / "run.json") if (checkpoint / "run.json").is_file() else {}
-    if run.get("stage", stage) != stage:
-        raise UserError(
-            f"--resume_from_checkpoint: {checkpoint} is of the stage {run['stage']!r}; this script goes on with {stage!r}"
-        )
-    for name in ("learning_rate", "weight_decay"):  # these are in the optimizer's state
-        kept = (run.get("arguments") or {}).get(name)
-        if isinstance(kept, float) and kept != getattr(args, name):
-            print(f"--{name} {getattr(args, name)}: not used, the checkpoint goes on with {kept}")
-            setattr(args, name, kept)
-    if not any(path.name.startswith(("optimizer", "global_step")) for path in checkpoint.iterdir()):
-        raise UserError(f"{checkpoint} holds no optimizer state: a run cannot go on from it as it would have")
-    for path in checkpoint.rglob("*.*"):
-        try:
-            if path.suffix == ".safetensors":
-                safe_open(path, framework="pt").__exit__(None, None, None)  # compares the header with the length
-            elif path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
-                raise SafetensorError("cut, or not written by torch.save")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged ({error}); resume from another checkpoint") from error
+    run = read_json(Path(checkpoint, "run.json"))
+    if not finished_steps(checkpoint):
+        fail(f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)")
+    if run.get("stage") != "reward" or run.get("versions", {}).get("scripts") != 2:
+        fail(f"--resume_from_checkpoint {checkpoint} is of the stage {run.get('stage')!r}, or of an earlier version")
+    if finished_steps(newest) > finished_steps(checkpoint) and not args.overwrite_output_dir:
+        fail(f"--resume_from_checkpoint {checkpoint}: {newest} is later; --overwrite_output_dir drops it")
     return checkpoint
 
 
-def open_output_dir(args, checkpoint):
-    """Make --output_dir ready: metrics.jsonl as the checkpoint knows it, no checkpoint that was never completed, and
-    with --overwrite_output_dir none that is later. The first process does it, before the others go on."""
-    output_dir, state = Path(args.output_dir), {}
-    with PartialState().main_process_first():
-        if not PartialState().is_main_process:
-            return
-        if checkpoint:
-            state = read_json(checkpoint / "trainer_state.json")
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for path, step in find_checkpoints(output_dir).items():
-            if step is None or args.overwrite_output_dir and step > state.get("global_step", -1):
-                shutil.rmtree(path)
-        lines = [json.dumps({"step": entry["step"], **entry}) + "\n" for entry in state.get("log_history", [])]
-        (output_dir / "metrics.jsonl").unlink(missing_ok=True)
-        if lines:
-            (output_dir / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-def load_split(args, name, subset, split, flag, streaming=False):
-    """One split of a data set, at most --max_samples rows of it; `name` as in `datasets.load_dataset`."""
-    kwargs = {"path": name, "data_dir": subset}
-    loaders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
-    if Path(name).is_file():
-        if Path(name).suffix not in loaders:
-            raise UserError(f"--dataset_name {name} is not a {', '.join(loaders)} file")
-        kwargs = {"path": loaders[Path(name).suffix], "data_files": name}
-    elif subset and name in loaders.values() and not Path(subset).is_dir():
-        raise UserError(f"--subset {subset} does not exist; with --dataset_name {name} it should be a folder of files")
-    where, place = f"{name} {subset}" if subset else name, Path(subset or name)
-    files = [place] if place.is_file() else [path for path in place.rglob("*.*") if path.suffix in loaders]
-    if files and not any(path.stat().st_size for path in files):
-        raise UserError(f"{where} is empty; it should have at least one row")
-    for path in (path for path in files if loaders[path.suffix] == "json"):
-        with open(path, "rb") as file:  # pyarrow crashes where it begins to read at a row that is null
-            bad = re.match(rb"(\xef\xbb\xbf)?[\s\[]*null\b", file.read(100))
-            file.seek(0)
-            lines = () if streaming or path.suffix == ".json" else file
-            if bad or any(line.strip() == b"null" for line in lines):
-                raise UserError(f"{path} has a row that is null; it should be an object")
+def load_split(args, subset, split, flag):
+    """(data, where): one split of the data set, at most --max_samples rows of it, and its name for messages."""
+    place = Path(args.dataset_name)
+    source, files = args.dataset_name, {"data_dir": subset}
+    if place.is_file():
+        source, files = {"jsonl": "json"}.get(place.suffix[1:], place.suffix[1:]), {"data_files": str(place)}
+    elif (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():  # of save_to_disk
+        folders = {name: name for name in read_json(place / "dataset_dict.json").get("splits", [])} or {"train": "."}
+        files = {"data_files": {name: f"{place}/{folder}/*.arrow" for name, folder in folders.items()}}
+        source = "arrow"
+    name, bracket, part = split.partition("[")
+    where = f"{args.dataset_name} {subset or ''}".strip()
     try:
-        there = datasets.get_dataset_split_names(**kwargs)
-        wanted = split.split("[")[0]
-        if wanted not in there and len(there) == 1:
-            print(f"{where} has one split, {there[0]!r}: used for {flag} {split}")
-            split = there[0] + split[len(wanted) :]
-        elif wanted not in there:
-            raise UserError(f"{flag} {split}: {where} has the splits {', '.join(there)}")
-        data = datasets.load_dataset(**kwargs, split=split, streaming=streaming)
-        if streaming:
-            return data.take(args.max_samples) if args.max_samples else data
-    except UserError:
-        raise
-    except Exception as error:  # datasets raises dozens of types; the innermost one says what was wrong with which file
-        cause = error
-        while cause.__cause__ or cause.__context__:
-            cause = cause.__cause__ or cause.__context__
-        detail = f" ({cause})" if str(cause) not in str(error) else ""
-        if "corresponds to no data" in str(error):
-            raise UserError(f"the split {split} of {where} is empty; it should have at least one row") from error
-        raise UserError(f"the data set {where} cannot be read: {error}{detail}") from error
-    if len(data) == 0:
-        raise UserError(f"the split {split} of {where} is empty; it should have at least one row")
-    return data.select(range(min(len(data), args.max_samples or len(data))))
+        names = datasets.get_dataset_split_names(source, args.dataset_config, **files)
+        if name not in names and len(names) == 1:  # data/evaluation loads as `test`, whatever one asks for
+            print(f"{where} has one split, {names[0]!r}: used for {flag} {split}")
+            name = names[0]
+        if name not in names:
+            fail(f"{flag} {split}: {where} has the splits {', '.join(names)}")
+        data = datasets.load_dataset(source, args.dataset_config, split=name + bracket + part, **files)
+    except Exception as error:  # datasets raises dozens of types
+        fail(f"{flag} {split}: {where} cannot be read: {type(error).__name__} {error} {error.__cause__ or ''}")
+    if not len(data):
+        fail(f"{flag} {split}: {where} is empty; it should have at least one row")
+    return data.select(range(min(len(data), args.max_samples or len(data)))), f"{where} [{name}{bracket}{part}]"
 
 
-def pick_schema(data, schemas, where):
-    """The first of `schemas` (tuples of column names) that the data has; columns named twice in a row hold text."""
-    names = data.column_names or list(next(iter(data), {}))  # a stream may know them from its first row only
-    for schema in schemas:
-        if set(schema) <= set(names):
-            return schema
-    fitting = "; ".join(" + ".join(schema) for schema in schemas)
-    raise UserError(f"{where} has the columns {', '.join(names)}; one of these is needed: {fitting}")
+def read_pair(row, schema):
+    """(chosen, rejected): the row as two conversations. Raises ValueError with what is wrong with it."""
+    prompt, *sides = schema
+    pair = [row[side] for side in sides]
+    if not any(isinstance(value, list) for value in pair):  # else each is a conversation, `prompt` repeats its question
+        question = {"role": "user", "content": row[prompt]}
+        pair = [[question, {"role": "assistant", "content": answer}] for answer in pair]
+    for side, messages in zip(sides, pair):
+        try:
+            check_messages(messages, last="assistant")
+        except ValueError as error:  # without the text, so that rows with one mistake are counted together
+            raise ValueError(f"column {side} {str(error).partition(', not ')[0]}") from error
+    chosen, rejected = ([{"role": turn["role"], "content": turn["content"]} for turn in turns] for turns in pair)
+    if chosen[:-1] != rejected[:-1]:
+        raise ValueError(f"columns {sides[0]} and {sides[1]} differ before the last turn")
+    if not isinstance(row.get("margin", 0), int | float) or not math.isfinite(row.get("margin", 0)):
+        raise ValueError("column margin is no number")
+    return chosen, rejected
 
 
-def encode_rows(data, function, where, description):
-    """Map `function(row) -> dict of columns` over the data; its `problem` column, if set, stops the run.
+def encode_pairs(data, where, prompt_format, args):
+    """The pairs of `data` as `chosen_ids` and `rejected_ids`, and `margin` if the data have it; with the columns `row`,
+    its number; `size`, tokens, those that both texts begin with counted once; `longest`, tokens of the longer text.
 
-    The row's number stays in the column `row`."""
+    Left out and counted: pairs with a text over --max_length tokens (a cut answer is not the one that was judged),
+    pairs of two equal texts, and rows that are no pair, unless these are more than a tenth: then the run stops."""
+    schema = next((schema for schema in SCHEMAS if set(schema) <= set(data.column_names)), None)
+    if not schema:
+        needed = "; ".join(" + ".join(schema) for schema in SCHEMAS)
+        fail(f"{where} has the columns {', '.join(data.column_names)}; one of these is needed: {needed}")
+    too_long, equal = f"longer than --max_length {args.max_length}", "of two equal texts"
 
-    def encode(row, index):
-        return {"row": index, "problem": "", **function(row)}
+    def encode(row, number):
+        try:
+            chosen, rejected = (prompt_format.encode(messages)[0] for messages in read_pair(row, schema))
+            problem = equal if chosen == rejected else ""
+        except ValueError as error:
+            chosen, rejected, problem = [], [], str(error)
+        longest = max(len(chosen), len(rejected))
+        return {
+            "row": number,
+            "chosen_ids": chosen,
+            "rejected_ids": rejected,
+            "size": len(chosen) + len(rejected) - len(os.path.commonprefix([chosen, rejected])),
+            "longest": longest,
+            "problem": too_long if longest > args.max_length else problem,
+        }
 
-    if isinstance(data, datasets.IterableDataset):
-
-        def refuse(row):
-            if row["problem"]:
-                raise UserError(f"{where}, row {row['row']} of its file: {row['problem']}")
-            return True
-
-        return data.map(encode, with_indices=True).filter(refuse)
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = max(1, min(cores, 1 + len(data) // 2000))
-    try:
-        rows = data.map(
-            encode,
-            with_indices=True,
-            remove_columns=data.column_names,
-            num_proc=workers if workers > 1 else None,
-            desc=description,
-        )
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} holds text that is not UTF-8 ({error}); save its file as UTF-8") from error
-    bad = [(row["row"], row["problem"]) for row in rows.select_columns(["row", "problem"]) if row["problem"]]
-    if bad:
-        more = f" ({len(bad)} such rows)" if len(bad) > 1 else ""
-        raise UserError(f"{where}, row {bad[0][0]}: {bad[0][1]}{more}")
-    return rows.remove_columns(["problem"])
-
-
-def load_config(source, args):
-    """The configuration of a base model."""
-    with reading(f"the configuration of {source.base}"):
-        return AutoConfig.from_pretrained(source.base, trust_remote_code=args.trust_remote_code)
-
-
-def load_tokenizer(source, args):
-    """The tokenizer of a checkpoint; a missing pad token is an id it already has, so that no embedding is added."""
-    place = source.base
-    if source.adapter and (source.adapter / "tokenizer_config.json").is_file():
-        place = source.adapter
-    with reading(f"the tokenizer of {place}"):
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
-        names = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ()
-        if not all(re.fullmatch(r"[\w-]+", name) for name in names):  # they become file names when they are saved
-            raise ValueError(f"not every chat template has a plain name: {', '.join(names)}")
-        if tokenizer.pad_token_id is None:
-            reserved = "<|finetune_right_pad_id|>"  # Llama 3.x keeps this one free for padding
-            tokenizer.pad_token = reserved if reserved in tokenizer.get_vocab() else tokenizer.eos_token
-    return tokenizer
+    others = [name for name in data.column_names if name != "margin"]
+    workers = min((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(data) // 2000)
+    rows = data.map(encode, with_indices=True, remove_columns=others, num_proc=workers or None, desc="Tokenizing")
+    numbers = {}
+    for number, problem in enumerate(rows["problem"]):
+        numbers.setdefault(problem, []).append(number)
+    kept = rows.select(numbers.pop("", [])).remove_columns("problem")
+    reasons = [f"{len(found)} {problem} (rows {str(found[:3])[1:-1]})" for problem, found in numbers.items()]
+    left_out = "; ".join(reasons) or "none"
+    broken = sum(len(found) for problem, found in numbers.items() if problem not in (too_long, equal))
+    if broken > len(rows) / 10 or not len(kept):
+        fail(f"{where}: {broken} of {len(rows)} rows are no pairs, {len(kept)} are left to use: {left_out}")
+    print(f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; {len(kept)} of {len(rows)} pairs kept")
+    print(f"  left out: {left_out}{'; the column margin is used' if 'margin' in rows.column_names else ''}")
+    return kept
 
 
-def load_model(cls, source, args, trainable, **kwargs):
-    """The base model of `source`.
+def lay_out(texts):
+    """Several texts in one row: what all begin with once, then the end of each, at least a token.
 
-    Weights that are trained are float32 (under autocast a bfloat16 AdamW step of 3e-6 would round to nothing);
-    frozen ones have the precision the model computes in."""
-    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    if args.load_in_4bit or args.load_in_8bit:
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=args.load_in_4bit,
-            load_in_8bit=args.load_in_8bit,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute,
-        )
-    if torch.cuda.is_available():  # straight to this process's GPU, not by way of the machine's memory
-        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
-    with reading(f"the model {source.base}"):
-        loaded = cls.from_pretrained(
-            source.base,
-            dtype=torch.float32 if trainable else compute,
-            attn_implementation=args.attn_implementation,
-            trust_remote_code=args.trust_remote_code,
-            use_safetensors=True,  # no pickle
-            **kwargs,
-        )
-    for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # after a pass in eval mode there would be no gradients
-            module.support_avx512bf16_for_cpu = False
-    return loaded
+    Returns four lists: token ids; positions, which go on after the beginning in each end; segments, 0 for the beginning
+    and n for the end of text n; and where the last token of each text stands."""
+    shared = min(len(os.path.commonprefix(texts)), min(map(len, texts)) - 1)
+    ids, positions, segments, lasts = texts[0][:shared], [*range(shared)], [0] * shared, []
+    for n, text in enumerate(texts, 1):
+        ids = ids + text[shared:]
+        positions += range(shared, len(text))
+        segments += [n] * (len(text) - shared)
+        lasts.append(len(ids) - 1)
+    return ids, positions, segments, lasts
 
 
-def lora_config(args, source, task_type):
-    """A new adapter's config from the flags; that of `source.adapter` where the run goes on from an adapter."""
-    if not source.adapter:
-        targets = args.lora_target_modules or ["all-linear"]
-        return LoraConfig(
-            r=args.lora_r or 16,
-            lora_alpha=32 if args.lora_alpha is None else args.lora_alpha,
-            lora_dropout=args.lora_dropout or 0.0,
-            target_modules=targets[0] if len(targets) == 1 and not targets[0].isidentifier() else targets,
-            task_type=task_type,
-        )
-    found = read_json(source.adapter / "adapter_config.json")
-    with reading(source.adapter / "adapter_config.json"):
-        config = LoraConfig.from_pretrained(source.adapter)
-        found = {**config.to_dict(), **found}
-    if found.get("peft_type") != "LORA":
-        raise UserError(f"{source.adapter} is a {found.get('peft_type')} adapter; only LoRA adapters can be trained on")
-    if found.get("alora_invocation_tokens"):
-        raise UserError(
-            f"{source.adapter} is an activated LoRA (alora_invocation_tokens); only plain LoRA is trained on"
-        )
-    for flag in ("r", "lora_alpha", "lora_dropout"):
-        asked = getattr(args, flag if flag.startswith("lora") else f"lora_{flag}")
-        if asked is not None and asked != found[flag]:
-            raise UserError(
-                f"--lora_{flag.removeprefix('lora_')} {asked}: the adapter {source.adapter} has {found[flag]}; leave the flag out"
-            )
-    if args.lora_target_modules and set(args.lora_target_modules) != set(found["target_modules"]):
-        raise UserError(f"--lora_target_modules: the adapter {source.adapter} has its own; leave the flag out")
-    config.inference_mode, config.task_type = False, task_type
-    return config
+def collate_shared(rows):
+    """A batch in which each row is a pair, padded to the longest row."""
+
+    def stack(lists, padding):
+        return pad_sequence([torch.tensor(values) for values in lists], batch_first=True, padding_value=padding)
+
+    ids, positions, segments, lasts = zip(*(lay_out([row["chosen_ids"], row["rejected_ids"]]) for row in rows))
+    batch = {"input_ids": stack(ids, 0), "position_ids": stack(positions, 0), "segments": stack(segments, -1)}
+    batch["attention_mask"] = (batch["segments"] >= 0).long()  # RewardTrainer counts tokens by it
+    if "margin" in rows[0]:
+        batch["margin"] = torch.tensor([row["margin"] for row in rows])
+    return {**batch, "lasts": torch.tensor(lasts)}
 
 
-def keep_input_dtype(model):
-    """Let LoRA layers take their input as it is: PEFT makes it float32, which autocast turns back into 16 bit, and every
-    layer keeps a copy of its own for the backward pass."""
-    for module in model.modules():
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False
+def run_rows(model, input_ids, position_ids, segments):
+    """Last hidden states (rows, length, width) of rows by `lay_out`, padded with segment -1: a token sees what comes
+    before it in the beginning and in its own text."""
+    kind, length = input_ids.device.type, input_ids.shape[1]
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+    seen &= torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+    output = model.base_model(input_ids, attention_mask=mask[:, None], position_ids=position_ids, use_cache=False)
+    return output.last_hidden_state
 
 
-def make_config(config_class, args, **own):
-    """A trainer's config from the shared flags, the script's own fields and --set."""
-    fields = {
-        "output_dir": args.output_dir,
-        "bf16": args.bf16,
-        "fp16": args.fp16,
-        "use_cpu": not torch.accelerator.is_available(),
-        "learning_rate": args.learning_rate,
-        "lr_scheduler_type": args.lr_scheduler_type,
-        "warmup_steps": args.warmup_ratio if args.warmup_ratio < 1 else 0.999999,  # below 1: a fraction of the steps
-        "weight_decay": args.weight_decay,
-        "max_grad_norm": args.max_grad_norm,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "gradient_checkpointing": args.gradient_checkpointing,
-        "seed": args.seed,
-        "logging_steps": args.logging_steps,
-        "save_steps": args.save_steps,
-        "save_total_limit": args.save_total_limit,
-        "eval_steps": args.eval_steps,
-        "report_to": args.report_to,
-        "logging_nan_inf_filter": False,  # a NaN is to be seen
-        "accelerator_config": {"dispatch_batches": False},  # with --streaming every process reads for itself
-        **own,
-    }
-    for name in ("accelerator_config", "use_liger_kernel"):  # --set may change these
-        if any(pair.startswith(f"{name}=") for pair in args.set):
-            fields.pop(name, None)
-    try:
-        config = config_class(**fields, **set_fields(args.set, config_class, fields))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{config_class.__name__}: {error}") from error
-    config._n_gpu = min(config.n_gpu, 1)  # one process drives one GPU (no DataParallel); several: accelerate launch
-    return config
+def score_texts(self, input_ids, attention_mask, position_ids=None, segments=None, lasts=None, **kwargs):
+    """In place of the classifier's forward: scores (texts, 1) at the last token, all chosen before all rejected texts.
 
-
-def estimate_memory(
-    args, auto, config, peft_config, tokens, logits, trained_roles=1, frozen_roles=0, models=(), cached=0
-):
-    """(bytes by part at the peak of training, bytes of a checkpoint), from shapes alone.
-
-    `tokens`: in one forward pass; `logits`: rows of them kept at a time; each role is an adapter on one base, or without
-    LoRA a model; `models`: configs of further frozen models; `cached`: tokens whose keys and values generation keeps. Weights are
-    counted. Activations are those of a Llama layer, whose autograd graph keeps of each token 4 hidden, 4 intermediate and
-    2 key/value vectors, and the inputs of its two norms in float32. benchmarks/memory.py compares with real runs."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        others = sum(p.numel() for other in models for p in auto.from_config(other).parameters())
-        model = auto.from_config(config, trust_remote_code=args.trust_remote_code)
-        linear = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, transformers.pytorch_utils.Conv1D))]
-        linear = sum(m.weight.numel() for m in linear if m is not model.get_output_embeddings())
-        weights = sum(weight.numel() for weight in model.parameters())
-        if args.use_lora:
-            with reading("--lora_target_modules"):
-                model = get_peft_model(model, copy.deepcopy(peft_config), low_cpu_mem_usage=True)
-        trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    config, width = config.get_text_config(), 2 if args.bf16 or args.fp16 else 4
-    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, getattr(config, "num_attention_heads", 1)
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
-    head_size = getattr(config, "head_dim", None) or hidden // heads
-    kv = 2 * head_size * (getattr(config, "num_key_value_heads", None) or heads)
-    layer = tokens * (width * (4 * hidden + 4 * inner + kv) + (8 if args.use_lora else 20) * hidden)
-    # NF4 with double quantization: 4 bits, 8 per 64 weights, 32 per 64 * 256 (Dettmers et al. 2023, arXiv:2305.14314)
-    packed = (4 + 8 / 64 + 32 / (64 * 256)) / 8 if args.load_in_4bit else 1 if args.load_in_8bit else width
-    frozen = linear * packed + (weights - linear) * width
-    roles = 4 * (trained_roles + frozen_roles) * trained
-    activations = layer + layers * tokens * hidden * width if args.gradient_checkpointing else layers * layer
-    logits *= config.vocab_size * (2 * width + 12)
-    return {
-        "base weights": (frozen if args.use_lora else roles) + others * width,
-        "adapters": roles if args.use_lora else 0,
-        "copies of autocast": 0 if args.use_lora or width == 4 else weights * width,
-        "gradients": 4 * trained_roles * trained,
-        "AdamW's moments": 8 * trained_roles * trained,
-        "activations": activations,
-        "logits": logits,
-        "more for generation": max(0, cached * layers * kv * width - activations - logits),
-    }, 12 * trained_roles * trained
-
-
-def foresee(args, auto, source, steps, *sizes, **roles):
-    """Compare the memory and the disk space that a run will need with what is free, before any weight is loaded.
-
-    Refuses what does not fit; where gradient checkpointing makes it fit, turns that on."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") or os.environ.get("ACCELERATE_USE_FSDP"):
-        return  # they share one model out
-    try:
-        parts, size = estimate_memory(args, auto, load_config(source, args), *sizes, **roles)
-        less = argparse.Namespace(**{**vars(args), "gradient_checkpointing": True})
-        least = sum(estimate_memory(less, auto, load_config(source, args), *sizes, **roles)[0].values())
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, ImportError, AssertionError) as error:
-        print(f"memory: not foreseen, {source.base} cannot be built without its weights ({error})")
-        return
-    if torch.cuda.is_available():
-        device, used, free = "the GPU", 0, torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0]
+    The classifier's own looks for the last token that is not padding, and passes over an EOS that serves as padding.
+    The head works in float32: in bfloat16, scores near 2 would come in steps of 0.016."""
+    if segments is None:  # each text has a row of its own
+        hidden = self.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        lasts = attention_mask.sum(1, keepdim=True) - 1
     else:
-        device, used, free = "this machine", psutil.Process().memory_info().rss, psutil.virtual_memory().available
-    needed = sum(parts.values())
-    if 1.1 * needed > free and not args.gradient_checkpointing:  # the estimate is good to about a tenth
-        print(f"gradient checkpointing is on: without it {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free")
-        args.gradient_checkpointing, needed = True, least
-    print(f"memory: about {(used + needed) / 1e9:.2f} GB at the peak, {(used + free) / 1e9:.2f} GB for it on {device}")
-    if needed > free and not args.force:
-        names = ("use_lora", "gradient_checkpointing", "bf16", "load_in_4bit")
-        helps = ", ".join([f"--{name}" for name in names if not getattr(args, name)])
-        raise UserError(
-            f"the run needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; what helps: {helps}, "
-            "shorter texts, smaller batches; --force goes on all the same"
-        )
-    saves = min(args.save_total_limit, steps // args.save_steps) + 1  # a new one comes before an old one goes
-    saves = max(1, saves - len(find_checkpoints(args.output_dir)))
-    size = saves * size + size / 3
-    folder = next(path for path in Path(args.output_dir, "x").resolve().parents if path.is_dir())
-    free = shutil.disk_usage(folder).free
-    if size > free and not args.force:
-        raise UserError(
-            f"{saves} checkpoints and the final one take {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {folder}; "
-            "see --save_total_limit, --save_steps and --use_lora; --force goes on all the same"
-        )
+        hidden = run_rows(self, input_ids, position_ids, segments)
+    rows = torch.arange(len(hidden), device=hidden.device)[:, None]
+    with torch.autocast(hidden.device.type, enabled=False):
+        return SequenceClassifierOutput(logits=self.score(hidden[rows, lasts].transpose(0, 1).flatten(0, 1).float()))
 
 
-class RunCallback(TrainerCallback):
-    """Writes metrics.jsonl, puts run.json into checkpoints, and turns Ctrl-C and SIGTERM into a saved checkpoint."""
+def tell_apart(model, rows, args):
+    """Why two texts of `rows` cannot share a row in this classifier; "" where that computes the same.
+
+    The mask of such a row stands in for all of the model's own, so no layer may have a narrower one, or carry a state
+    from one end to the next. Tried on the pair with the longest row, between two short texts."""
+    config = model.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or ())
+    if model._is_stateful or layers - {"full_attention", "sliding_attention", "chunked_attention"}:
+        return "its layers carry a state from token to token"
+    windows = [getattr(config, name, None) for name in WINDOWS]
+    if "local" not in getattr(config, "attention_layers", ["local"]):  # GPT-Neo without windows
+        windows = []
+    longest = max(rows["longest"])
+    if any(isinstance(window, int) and 0 < window < longest for window in windows):
+        return f"its attention has a window that the longest text, {longest} tokens, exceeds"
+    row = rows[int(np.argmax(rows["size"]))]
+    pair = [row["chosen_ids"], row["rejected_ids"]]
+    short = pair[0][: lay_out(pair)[2].count(0) + 1]
+    texts = [short, *pair, short]
+    ids, positions, segments, _ = (torch.tensor([values], device=model.device) for values in lay_out(texts))
+    dtype, mixed = precision(args, model.device)
+    with torch.no_grad(), mixed:
+        try:
+            hidden = run_rows(model, ids, positions, segments)[0]
+        except Exception as error:
+            return f"it takes no such mask ({type(error).__name__})"
+        for n, text in enumerate(texts, 1):
+            alone = model.base_model(torch.tensor([text], device=model.device), use_cache=False).last_hidden_state[0]
+            error = (hidden[(segments[0] == 0) | (segments[0] == n)] - alone).abs().max() / alone.abs().max()
+            if not error < (1e-3 if dtype == torch.float32 else 0.05):
+                return f"tried on the longest pair, hidden states differ by {error:.0%}"
+    return ""
+
+
+def precision(args, device="cpu"):
+    """(type of activations and frozen weights, the context of mixed precision in which training runs)."""
+    kind = torch.float16 if args.fp16 else torch.bfloat16
+    mixed = args.fp16 or args.bf16
+    return kind if mixed else torch.float32, torch.autocast(torch.device(device).type, kind, mixed)
+
+
+def check_model(base, args, rows):
+    """Refuse a model that can be no reward model or is too short for `rows`; warn where its weights do not fit."""
+    config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+    model = None
+    with torch.device("meta"), contextlib.suppress(ValueError):  # of a list of all classes that transformers has
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=args.trust_remote_code)
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        name = (config.architectures or [config.model_type])[0]
+        fail(f"{name} has no sequence classifier in transformers; training_rl.py rewards it by --reward_function")
+    positions, longest = getattr(config.get_text_config(), "max_position_embeddings", math.inf), max(rows["longest"])
+    if longest > positions:
+        fail(f"--max_length {args.max_length}: the model has {positions} positions, a text {longest} tokens")
+    frozen = 0.55 if args.load_in_4bit else precision(args)[0].itemsize  # bytes; NF4 with its scales
+    each = frozen if args.use_lora or args.eval_only else 16  # weight, gradient, two moments of AdamW
+    needed = each * sum(parameter.numel() for parameter in model.parameters()) / 1e9
+    free = (torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available) / 1e9
+    if needed > free:
+        print(f"warning: weights and optimizer take {needed:.1f} GB, {free:.1f} GB are free", file=sys.stderr)
+
+
+def load_tokenizer(base, run, args):
+    """The format with its tokenizer, whose padding ends no text, where there is a token to spare.
+
+    Libraries that score a padded batch read the last token that is not padding; where EOS is that, it gets lost."""
+    place = args.adapter if args.adapter and Path(args.adapter, "tokenizer_config.json").is_file() else base
+    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
+    try:
+        prompt_format = pick_format(args.prompt_format, "chat", run.get("prompt_format"), tokenizer)
+    except ValueError as error:
+        fail(f"--model_path {place}: {error}")
+    ends = prompt_format.stop_ids()
+    special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+    spare = [number for number in (tokenizer.unk_token_id, *special) if number not in (None, *ends)]
+    if tokenizer.pad_token_id in (None, *ends):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens((spare or [tokenizer.eos_token_id])[0])
+    return prompt_format
+
+
+def switch_off(model):
+    """No dropout, and no router logits for an auxiliary loss; the config that is saved, the top module's, keeps both.
+
+    (RewardTrainer's disable_dropout would take --lora_dropout too, and leaves rates that are plain numbers.)"""
+    copies = {}
+    for module in list(model.modules())[1:]:
+        owners = [module]
+        if isinstance(getattr(module, "config", None), transformers.PreTrainedConfig):
+            module.config = copy.deepcopy(module.config, copies)  # modules that share a config share its copy
+            module.config.output_router_logits = False
+            owners.append(module.config)
+        for owner in owners:
+            rates = [name for name, value in vars(owner).items() if "drop" in name and isinstance(value, float)]
+            vars(owner).update(dict.fromkeys(rates, 0.0))
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # 4 bit, packed in a pass in eval mode: no gradients
+            module.support_avx512bf16_for_cpu = False
+
+
+def load_classifier(base, args):
+    """(model, whether its head is new): the base model with a score head, without dropout.
+
+    Weights that are trained are float32 (under autocast a bfloat16 AdamW step of 1e-5 would round to nothing); frozen
+    ones have the precision the model computes in, the head is always float32."""
+    dtype, _ = precision(args)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=args.load_in_4bit,
+        load_in_8bit=args.load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    transformers.set_seed(args.seed)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        base,
+        num_labels=1,
+        dtype=dtype if args.use_lora or args.eval_only else torch.float32,
+        attn_implementation=args.attn_implementation,
+        quantization_config=quantization if args.load_in_4bit or args.load_in_8bit else None,
+        device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else None,
+        trust_remote_code=args.trust_remote_code,
+        use_safetensors=True,  # no pickle
+        output_loading_info=True,
+    )
+    model.score.float()
+    if "score.weight" in info["missing_keys"]:
+        # Scores start near 0, as the last layer of a policy does in Andrychowicz et al. 2021 (arXiv:2006.05990, 3.2).
+        std = 0.01 * getattr(model.config.get_text_config(), "initializer_range", 0.02)  # OPT names it otherwise
+        torch.nn.init.normal_(model.score.weight, std=std)
+    switch_off(model)
+    model.forward = types.MethodType(score_texts, model)
+    return model, "score.weight" in info["missing_keys"]
+
+
+def new_lora(model, args):
+    """The LoraConfig of a new adapter. all-linear: the linear layers, but for the head and for routers, those of PhiMoE
+    and Llama 4 return tuples."""
+    targets = args.lora_target_modules or ["all-linear"]
+    if targets == ["all-linear"]:
+        kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+        linear = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+        targets = [name for name, module in linear.items() if "Router" not in type(module).__name__]
+        targets.remove("score")
+    return LoraConfig(
+        r=args.lora_r or 16,
+        lora_alpha=32 if args.lora_alpha is None else args.lora_alpha,
+        lora_dropout=args.lora_dropout or 0.0,
+        target_modules=targets if len(targets) > 1 or targets[0].isidentifier() else targets[0],
+        task_type="SEQ_CLS",
+    )
+
+
+def load_model(base, args):
+    """(model, classifier): the reward model, and the same without its adapter, if it has one."""
+    classifier, new_head = load_classifier(base, args)
+    model = classifier
+    transformers.set_seed(args.seed)  # an adapter starts the same, whether the head is new or not
+    if args.use_lora:
+        try:
+            model = get_peft_model(classifier, read_adapter(args) if args.adapter else new_lora(classifier, args))
+        except ValueError as error:
+            fail(f"--lora_target_modules: {error}")
+    if args.adapter:
+        weights, name = load_peft_weights(args.adapter, "cpu"), "base_model.model.score.weight"
+        new_head = new_head and name not in weights
+        head = model.get_parameter("base_model.model.score.original_module.weight")  # PEFT wants one, SFT's has none
+        for left in set_peft_model_state_dict(model, {name: head, **weights}).unexpected_keys:
+            fail(f"the adapter {args.adapter} does not fit {base}: there is no place for {left}")
+    if new_head and args.eval_only:
+        fail(f"--eval_only: {args.model_path} has no score head; it should be a trained reward model")
+    print(f"score head: {'new' if new_head else 'that of ' + args.model_path}")
+    return model, classifier
+
+
+class RunCallback(transformers.TrainerCallback):
+    """Writes metrics.jsonl, puts run.json into checkpoints, stops before a gradient that is not finite reaches the
+    weights, and turns Ctrl-C and SIGTERM into a saved checkpoint."""
 
     def __init__(self, output_dir, run):
-        self.output_dir, self.run, self.interrupted, self.handlers = Path(output_dir), run, False, {}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        state.compute_steps(args, state.max_steps)  # a resumed run would log and save as often as before
-        for name in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[name] = signal.signal(name, self.interrupt)
+        self.output_dir = Path(output_dir)
+        self.run = run
+        self.interrupted = False
 
     def interrupt(self, signum, frame):
         self.interrupted = True
-        self.restore()  # the second one leaves at once
+        signal.signal(signum, signal.default_int_handler)
         print("\nstopping after this step and saving a checkpoint; once more to leave at once", file=sys.stderr)
 
-    def restore(self):
-        for name, handler in self.handlers.items():
-            signal.signal(name, handler)
-        self.handlers = {}
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if args.world_size > 1:  # all stop after the same step
-            flag = torch.tensor(float(self.interrupted), device=args.device)
-            self.interrupted = reduce(flag, "sum").item() > 0
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)  # a resumed run logs and saves by its own flags
+        if state.is_world_process_zero:
+            lines = [json.dumps({"step": entry["step"], **entry}) + "\n" for entry in state.log_history]
+            (self.output_dir / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
             with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            write_json(self.output_dir / f"checkpoint-{state.global_step}" / "run.json", self.run)
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if not args.fp16 and not torch.nn.utils.get_total_norm(gradients).isfinite():  # float16 scales by overflows
+            newest = max(self.output_dir.glob("checkpoint-*"), key=finished_steps, default="none was saved")
+            fail(f"the gradient of step {state.global_step + 1} is NaN or infinite; the last good checkpoint: {newest}")
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.restore()
-
-
-class NonfiniteGuard:
-    """For a Trainer: the first loss or gradient that is NaN or infinite stops the run before it reaches the weights.
-
-    With `skips` > 0 so many such steps are left out instead. `rows`, the training data with a column `row`, and
-    `text_column`, its token ids, serve to find the rows that were at fault."""
-
-    skips, skipped, rows, text_column, fault = 0, 0, None, "input_ids", None
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.step_batches = [*getattr(self, "step_batches", []), (loss, inputs["input_ids"])]
-        return loss.nan_to_num(0, 0, 0)  # Trainer adds the losses up until it logs them
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        """Trainer asks for this norm right before each optimizer step."""
-        norm, batches = super()._get_grad_norm(model, grad_norm), getattr(self, "step_batches", [])
-        self.step_batches, fault, self.fault = [], self.fault, None
-        finite = torch.stack([loss for loss, _ in batches]).isfinite().tolist() if batches else []
-        bad = torch.tensor(float(not all(finite)), device=self.accelerator.device)
-        anywhere = self.accelerator.reduce(bad, "sum").item()  # processes leave a step out together
-        if not all(finite):
-            fault = "the loss" + self.find_rows(ids for (_, ids), fine in zip(batches, finite) if not fine)
-        elif anywhere:
-            fault = "the loss of another process"
-        elif norm is not None and not math.isfinite(norm) and not self.args.fp16:  # float16 scales by overflows
-            fault = fault or "the gradient" + self.find_rows(ids for _, ids in batches)
-        if not fault:
-            return norm
-        self.skipped += 1
-        text = f"{fault} is not finite, in step {self.state.global_step + 1}"
-        if self.skipped > self.skips:
-            raise UserError(f"{text}; the last checkpoint is good; --skip_nonfinite N leaves out up to N such steps")
-        print(f"{text}: left out ({self.skipped} of --skip_nonfinite {self.skips})", file=sys.stderr)
-        model.zero_grad()  # without gradients the optimizer changes nothing, its moments neither
-        return 0.0
-
-    def find_rows(self, batches):
-        batches = [f" {' '.join(map(str, ids.flatten().tolist()))} " for ids in batches]
-        pairs = zip(self.rows["row"], self.rows[self.text_column]) if self.rows is not None else ()
-        texts = ((row, f" {' '.join(map(str, ids))} ") for row, ids in pairs)
-        found = [str(row) for row, text in texts if any(text in batch for batch in batches)]
-        return f" of the data rows {', '.join(found)}" if found else ""
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # all stop after the same step
+            self.interrupted = bool(reduce(torch.tensor(float(self.interrupted), device=args.device), "sum"))
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+        if control.should_save and state.is_world_process_zero:  # before trainer_state.json, which says: complete
+            folder = self.output_dir / f"checkpoint-{state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "run.json", self.run)
 
 
-def hash_base(base, names=None):
-    """{name: hash} of a few tensors (first, middle and last by name, or `names`) of a local base model; {} for others.
+def make_config(args):
+    """RewardConfig from the flags that have its fields' names, and --set."""
+    # On a CPU a batch runs pair by pair: the same gradient, the memory of one pair, about a tenth slower.
+    at_once = args.per_device_train_batch_size if torch.accelerator.is_available() else 1
+    fields = {field.name for field in dataclasses.fields(RewardConfig) if field.init}
+    values = {name: value for name, value in vars(args).items() if name in fields}
+    values |= {
+        "per_device_train_batch_size": at_once,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps * args.per_device_train_batch_size // at_once,
+        "per_device_eval_batch_size": at_once,
+        "max_steps": args.max_steps or -1,
+        "max_length": None,  # longer pairs are left out already
+        "disable_dropout": False,  # see switch_off
+        "train_sampling_strategy": "sequential",  # see order_pairs
+        "warmup_steps": min(args.warmup_ratio, 0.999999),  # below 1: a fraction of the steps
+        "eval_strategy": "steps" if args.eval_steps else "no",
+        "save_strategy": "steps",
+        "use_cpu": not torch.accelerator.is_available(),
+        "logging_nan_inf_filter": False,  # a NaN is to be seen
+        "push_to_hub": False,  # at the end, see publish
+    }
+    for pair in args.set:
+        name, equals, text = pair.partition("=")
+        if not equals or name not in fields or name in values:
+            near = sorted(fields, key=lambda field: -len(os.path.commonprefix([field, name])))[:3]
+            fail(f"--set {pair} should be FIELD=VALUE, a field of RewardConfig without a flag; near it: {near}")
+        try:
+            values[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+        except ValueError:
+            values[name] = text
+    for name in set(args.report_to) - {"none", "all", *get_available_reporting_integrations()}:
+        fail(f"--report_to {name}: not installed; pip install {name}")
+    try:
+        config = RewardConfig(**values)
+    except (ValueError, TypeError) as error:
+        fail(f"RewardConfig: {error}")
+    config._n_gpu = min(config.n_gpu, 1)  # one process drives one GPU (no DataParallel); several: accelerate launch
+    return config
 
-    Of each the type, the shape and the first 64 KiB; the layout is that of https://huggingface.co/docs/safetensors."""
-    places = {}
-    for path in sorted(Path(base).glob("model*.safetensors")):
-        with reading(path), safe_open(path, framework="pt"), open(path, "rb") as file:  # safetensors checks the header
-            data = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(data - 8))
-        places |= {name: (path, data, info) for name, info in header.items() if name != "__metadata__"}
-    found = sorted(places)
-    hashes = {}
-    for name in names or (sorted({found[0], found[len(found) // 2], found[-1]}) if found else ()):
-        if name in places:
-            path, data, info = places[name]
-            with open(path, "rb") as file:
-                start, end = info["data_offsets"]
-                file.seek(data + start)
-                text = f"{info['dtype']} {info['shape']} ".encode() + file.read(min(2**16, end - start))
-            hashes[name] = hashlib.sha256(text).hexdigest()[:16]
-    return hashes
+
+def order_pairs(pairs, config, args):
+    """The pairs in the order of the run, shuffled, the longest before all others: too little memory shows in the first
+    step. Sets the number of steps."""
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * config.world_size
+    if args.per_device_train_batch_size > len(pairs):
+        fail(f"--per_device_train_batch_size {args.per_device_train_batch_size} is larger than the {len(pairs)} pairs")
+    config.max_steps = args.max_steps or math.ceil(args.num_train_epochs * math.ceil(len(pairs) / batch))
+    tokens = sum(map(len, pairs["chosen_ids"])) + sum(map(len, pairs["rejected_ids"]))
+    print(
+        f"{config.max_steps} steps of {batch} pairs; an epoch has {len(pairs)} pairs, {tokens} tokens, "
+        f"{sum(pairs['size'])} with what the two texts of a pair begin with counted once"
+    )
+    order = np.random.default_rng(args.seed).permutation(len(pairs))
+    longest = np.argsort(pairs["size"], kind="stable")[-config.per_device_train_batch_size * config.world_size :]
+    return pairs.select(np.concatenate([longest[::-1], order[~np.isin(order, longest)]]))
 
 
-def check_source(source, args, flag, reward_model=None):
-    """Refuse an adapter whose base model is no longer the one that it was trained on, and with `reward_model` True or
-    False a checkpoint that is none or is one; as far as run.json tells."""
-    recorded, problem = source.run.get("base_hash") if source.adapter else None, None
-    stage = source.run.get("parent_stage") or source.run.get("stage")
-    if recorded and Path(source.base).is_dir() and hash_base(source.base, recorded) != recorded:
-        problem = f"the base model {source.base} is not the one that the adapter {source.adapter} was trained on"
-    elif stage and reward_model is not None and (stage == "reward") != reward_model:
-        problem = f"{flag} {source.adapter or source.base} comes from the stage {stage!r}: it is {'not ' * reward_model}a reward model"
-    if problem and not args.force:
-        raise UserError(f"{problem}; use the right one, or --force")
-    if problem:
-        print(problem)
-
-
-def describe_run(stage, args, source, prompt_format, tokenizer, rows):
+def describe_run(base, run, args, prompt_format, counts):
     """run.json: what the next stage, and whoever finds the checkpoint, needs to know."""
 
     def digest(value):
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
+    tokenizer = prompt_format.tokenizer
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
     return {
-        "stage": stage,
-        "base_model": source.base,
-        "base_hash": hash_base(source.base) if source.adapter or args.use_lora else {},
-        "parent": str(source.adapter or source.base),
+        "stage": "reward",
+        "base_model": base,
+        "base_digest": digest_base(base) if args.use_lora else None,
+        "parent": str(Path(args.model_path).resolve()) if args.adapter else base,
+        "parent_stage": run.get("stage"),
         "prompt_format": prompt_format.name,
         "chat_template_hash": digest(tokenizer.chat_template) if prompt_format.name == "chat" else None,
         "tokenizer_hash": digest(tokenizer.get_vocab()),
-        "dataset": {"name": args.dataset_name, "subset": args.subset, **rows},
+        "dataset": {"name": args.dataset_name, "subset": args.subset, **counts},
         "arguments": vars(args),
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
-        },
+        "versions": {"scripts": 2, **{name: importlib.metadata.version(name) for name in packages}},
     }
 
 
-def train_model(trainer, checkpoint):
-    """Trainer's train(), from the checkpoint if there is one; returns its metrics.
-
-    A run that was stopped after its last step takes no other; Trainer would take one, in the middle of a pass over the
-    data."""
-    if checkpoint:
-        for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state"):
-            setattr(trainer, name, reading(f"the checkpoint {checkpoint}")(getattr(trainer, name)))
-        with reading(checkpoint / "trainer_state.json"):
-            state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
-        steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
-        if state.global_step >= steps:
-            trainer._load_from_checkpoint(str(checkpoint))
-            trainer.state = state
-            lines = [line for line in state.log_history if line["step"] == state.global_step]
-            return {name: value for line in lines for name, value in line.items()}
-    return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
-
-
-def finish_run(args, trainer, callback, run, metrics, save):
-    """After training: publish final_checkpoint/ and metrics.json, or say how to go on after an interruption.
-
-    `save(directory)` writes the model."""
-    if callback.interrupted:
-        print(f"saved; go on with the same command and --resume_from_checkpoint ({args.output_dir})", file=sys.stderr)
-        raise KeyboardInterrupt
-    output_dir = Path(args.output_dir)
-    if trainer.is_world_process_zero():
-        run["metrics"] = metrics
-        with publish(output_dir / "final_checkpoint") as directory:
-            save(directory)
-            trainer.processing_class.save_pretrained(directory)
-            write_json(directory / "run.json", run)
-        write_json(output_dir / "metrics.json", metrics)
-        print(f"saved {output_dir / 'final_checkpoint'}")
-        if args.push_to_hub:
-            repo = HfApi().create_repo(output_dir.resolve().name, exist_ok=True).repo_id
-            print(f"uploaded {HfApi().upload_folder(repo_id=repo, folder_path=output_dir / 'final_checkpoint')}")
-    trainer.accelerator.wait_for_everyone()
-
-
-# <<< block run
-
-SCHEMAS = [("prompt", "chosen", "rejected"), ("question", "response_j", "response_k")]
-
-
-def row_pair(row, schema):
-    """(chosen, rejected, margin): the row as two lists of messages, and how far apart the data grade them.
-
-    Raises UserError with what is wrong with the row."""
-    prompt, *sides = schema[:3]
-    grades = [row[column] for column in schema[3:]] or [0, 0]
-    is_chat = any(isinstance(row[side], list) for side in sides)
-    for column in sides if is_chat else schema[:3]:
-        problem = check_messages(row[column], last="assistant") if is_chat else check_text(row[column])
-        if problem:
-            raise UserError(f"column {column} {problem}")
-    if is_chat:  # a conversation stands in both columns as a whole; `prompt` repeats its first question
-        chosen, rejected = ([{key: turn[key] for key in ("role", "content")} for turn in row[side]] for side in sides)
-    else:
-        question = {"role": "user", "content": row[prompt]}
-        chosen, rejected = ([question, {"role": "assistant", "content": row[side]}] for side in sides)
-    if chosen[:-1] != rejected[:-1]:
-        raise UserError(f"columns {sides[0]} and {sides[1]} differ before the last turn; only the answers may differ")
-    if not all(isinstance(grade, (int, float)) and math.isfinite(grade) for grade in grades):
-        raise UserError(f"columns score_chosen and score_rejected should be numbers for --use_margin: {grades}")
-    return chosen, rejected, float(grades[0] - grades[1])
-
-
-def encode_split(data, prompt_format, args, where, use_margin=False):
-    """(rows, counts): pairs as `chosen_ids` and `rejected_ids`, their `margin`, and their tokens: `length`, of both
-    texts; `size`, with what they share counted once; `longest`, of the longer text; `prompt_length`.
-
-    Left out and counted: pairs with a text over --max_length tokens (a cut answer is not the one that was judged),
-    pairs of two equal texts, and pairs that came before."""
-    schemas = [(*schema, "score_chosen", "score_rejected") for schema in SCHEMAS] if use_margin else SCHEMAS
-    schema = pick_schema(data, schemas, f"--use_margin: {where}" if use_margin else where)
-
-    def digest(ids):
-        return hashlib.sha256(repr(ids).encode()).hexdigest()
-
-    def encode(row):
-        chosen_ids, rejected_ids, mask, margin, problem = [], [], [], 0.0, ""
-        try:
-            chosen, rejected, margin = row_pair(row, schema)
-            (chosen_ids, mask), (rejected_ids, _) = prompt_format.encode(chosen), prompt_format.encode(rejected)
-        except UserError as error:  # of row_pair, or of the template
-            problem = str(error)
-        length, prompt_length = len(chosen_ids) + len(rejected_ids), len(mask) - (mask[::-1] + [0]).index(0)
-        return {
-            "problem": problem,
-            "chosen_ids": chosen_ids,
-            "rejected_ids": rejected_ids,
-            "margin": margin,
-            "length": length,
-            "size": length - len(os.path.commonprefix([chosen_ids, rejected_ids])),
-            "longest": max(len(chosen_ids), len(rejected_ids)),
-            "prompt_length": prompt_length,
-            "prompt": digest(chosen_ids[:prompt_length]),
-            "pair": digest([chosen_ids, rejected_ids]),
-        }
-
-    first = {}  # where a pair came first; the same in every pass over a stream
-
-    def left_out(row):
-        if row["chosen_ids"] == row["rejected_ids"]:
-            return "identical"
-        if first.setdefault(row["pair"], row["row"]) != row["row"]:
-            return "duplicates"
-        return "too_long" if row["longest"] > args.max_length else None
-
-    rows = encode_rows(data, encode, where, "Tokenizing")
-    note = f"{where}: schema {' + '.join(schema)}, format {prompt_format.name};"
-    if isinstance(rows, datasets.IterableDataset):
-        print(note, "read as it is needed")
-        columns = ["row", "chosen_ids", "rejected_ids", "margin", "length", "size", "longest", "prompt_length"]
-        rows = rows.filter(lambda row: not left_out(row)).select_columns(columns)
-        return rows.shuffle(args.seed, buffer_size=1000), {}
-    reasons = [left_out(row) for row in rows]
-    keep = [i for i, reason in enumerate(reasons) if not reason]
-    counts = {"rows": len(keep), **{name: reasons.count(name) for name in ("too_long", "identical", "duplicates")}}
-    print(
-        f"{note} {len(keep)} of {len(rows)} pairs kept; left out: {counts['too_long']} longer than {args.max_length} "
-        f"tokens, {counts['identical']} of two equal texts, {counts['duplicates']} repeated"
+def train(model, args, config, rows, prompt_format, collate, callback, checkpoint):
+    """Train from the checkpoint, if there is one, to the last step; returns (trainer, its metrics)."""
+    adapter = [parameter for parameter in model.parameters() if args.use_lora and parameter.requires_grad]
+    weights = [parameter.data for parameter in adapter]
+    trainer = RewardTrainer(
+        model=model,
+        args=config,
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("eval"),
+        processing_class=prompt_format.tokenizer,
+        data_collator=collate,
+        callbacks=[callback],
     )
-    if not keep:
-        raise UserError(f"{where}: no pair is left to use; see --max_length {args.max_length}")
-    return rows.select(keep), counts
-
-
-def hold_out(rows, fraction, seed):
-    """(training rows, held-out rows): `fraction` of the prompts, with all their pairs, is held out."""
-    prompts = sorted(set(rows["prompt"]))
-    random.Random(seed).shuffle(prompts)
-    held = prompts[: max(1, round(fraction * len(prompts)))]
-    if len(held) == len(prompts):
-        raise UserError(f"--eval_fraction {fraction} of {len(prompts)} prompts leaves none to train on")
-    is_held = np.isin(rows["prompt"][:], held)
-    print(f"held out for evaluation: {is_held.sum()} pairs, all those of {len(held)} prompts")
-    return rows.select(np.flatnonzero(~is_held)), rows.select(np.flatnonzero(is_held))
-
-
-def show_rows(rows, tokenizer):
-    """A histogram of lengths, and two pairs as text: the chosen answer in green, the rejected one in red, or marked."""
-    counts, edges = np.histogram(rows["longest"][:], bins=8)
-    for count, low, high in zip(counts, edges, edges[1:]):
-        print(f"{low:>7.0f} to {high:<6.0f} tokens {count:>8} pairs {'#' * math.ceil(40 * count / max(counts))}")
-    marks = ("\033[32m", "\033[31m", "\033[0m") if sys.stdout.isatty() else ("[[chosen: ", "[[rejected: ", "]]")
-    for row in (rows[i] for i in sorted({0, len(rows) // 2})):
-        start = row["prompt_length"]
-        pieces = row["chosen_ids"][:start], row["chosen_ids"][start:], row["rejected_ids"][start:]
-        print(f"--- row {row['row']}: prompt {start} tokens, chosen {len(pieces[1])}, rejected {len(pieces[2])}")
-        prompt, chosen, rejected = (
-            text if len(text) <= 1000 else f"{text[:480]} (...) {text[-480:]}" for text in map(tokenizer.decode, pieces)
-        )
-        print(f"{prompt}\n{marks[0]}{chosen}{marks[2]}\n{marks[1]}{rejected}{marks[2]}")
-
-
-def collate_shared(rows):
-    """A batch as one row without padding: of each pair the common beginning, then the two ends.
-
-    `pairs` (pairs, 4) holds where each one starts, where its common beginning ends, and where its two texts end."""
-    ids, position_ids, pairs = [], [], []
-    for row in rows:
-        chosen, rejected, start = row["chosen_ids"], row["rejected_ids"], len(ids)
-        common = min(len(os.path.commonprefix([chosen, rejected])), len(rejected) - 1)
-        ids += chosen + rejected[common:]
-        position_ids += [*range(len(chosen)), *range(common, len(rejected))]
-        pairs.append((start, start + common, start + len(chosen), len(ids)))
-    batch = {
-        "pairs": torch.tensor(pairs),  # first: Trainer takes the length of the first tensor for the batch size
-        "input_ids": torch.tensor([ids]),
-        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),  # RewardTrainer counts tokens by it
-        "position_ids": torch.tensor([position_ids]),
-    }
-    if "margin" in rows[0]:
-        batch["margin"] = torch.tensor([row["margin"] for row in rows])
-    return batch
-
-
-def attend_pairs(module, query, key, value, attention_mask, pairs, **kwargs):
-    """Attention within each pair of `collate_shared`: the rejected end sees the common beginning, not the chosen end.
-
-    One call a text costs less than one masked call over the batch, whose size grows with its square."""
-    outputs = []
-    for start, common, middle, end in pairs:
-        text, rest = slice(start, middle), slice(middle, end)
-        chosen = [x[:, :, text] for x in (query, key, value)]
-        outputs.append(sdpa_attention_forward(module, *chosen, None, **kwargs)[0])
-        seen = [torch.cat([x[:, :, start:common], x[:, :, rest]], dim=2) for x in (key, value)]
-        mask = torch.ones(end - middle, seen[0].shape[2], dtype=torch.bool, device=key.device).tril(common - start)
-        outputs.append(sdpa_attention_forward(module, query[:, :, rest], *seen, mask[None, None], **kwargs)[0])
-    return torch.cat(outputs, dim=1), None
-
-
-transformers.AttentionInterface.register("pairs", attend_pairs)
-
-
-def score_texts(self, input_ids, attention_mask=None, position_ids=None, pairs=None, **kwargs):
-    """In place of the classifier's forward: scores (texts, 1) at the last token, all chosen before all rejected texts.
-
-    The classifier's own looks for the last token that is not padding, and passes over an EOS that serves as padding.
-    The head works in float32: in bfloat16, scores near 2 would come in steps of 0.016."""
-    if pairs is None:
-        layout = {"attention_mask": attention_mask}
-        last = torch.arange(len(input_ids), device=input_ids.device), attention_mask.sum(1) - 1
-    else:
-        layout = {"position_ids": position_ids, "pairs": pairs.tolist()}
-        last = 0, pairs[:, 2:].T.flatten() - 1
-    hidden = self.base_model(input_ids, use_cache=False, **layout).last_hidden_state
-    with torch.autocast(hidden.device.type, enabled=False):
-        return SequenceClassifierOutput(logits=self.score(hidden[last].float()))
-
-
-def load_reward_model(source, args):
-    """The model of `source` with its score head, or a new one, and with --use_lora its adapter."""
-    transformers.set_seed(args.seed)
-    trainable, verbosity = not (args.use_lora or args.eval_only), transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # else a table says that the head is new; a line below does
-    model, info = load_model(
-        transformers.AutoModelForSequenceClassification, source, args, trainable, num_labels=1, output_loading_info=True
-    )
-    transformers.logging.set_verbosity(verbosity)
-    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
-        raise UserError(f"{source.base} loads as {type(model).__name__} without `score` head; it should be a decoder")
-    head, new_head = model.score.float(), "score.weight" in info["missing_keys"]
-    if new_head:
-        # Scores start near 0, as the last layer of a policy does in Andrychowicz et al. 2021 (arXiv:2006.05990, 3.2).
-        torch.nn.init.normal_(head.weight, std=0.01 * model.config.get_text_config().initializer_range)
-    disable_dropout_in_model(model)  # RewardTrainer would do it after PEFT, and turn --lora_dropout off with it
-    model.forward = types.MethodType(score_texts, model)
-    if args.use_lora:
-        transformers.set_seed(args.seed)
-        config = lora_config(args, source, "SEQ_CLS")
-        # PEFT adds the names of the head each time that it makes a model of the config.
-        config.modules_to_save = sorted({*(config.modules_to_save or [])} - {"score", "classifier"}) or None
-        with reading("--lora_target_modules"):
-            model = get_peft_model(model, config)
-        if source.adapter:
-            with reading(f"the adapter {source.adapter}"):
-                found, name = load_file(source.adapter / "adapter_model.safetensors"), "base_model.model.score.weight"
-                new_head = new_head and name not in found  # PEFT wants one all the same
-                missed = set_peft_model_state_dict(model, {name: head.weight, **found}).unexpected_keys
-            if missed:
-                raise UserError(f"the adapter {source.adapter} does not fit {source.base}: no place for {missed[0]}")
-        keep_input_dtype(model)
-    if new_head and args.eval_only:
-        raise UserError(f"--eval_only: {args.model_path} has no score head; it should be a trained reward model")
-    print(f"score head: {'new' if new_head else 'that of ' + args.model_path}")
-    return model
-
-
-def score_batch(model, batch, args):
-    """The scores (texts, 1) of a batch, without gradients, in the precision of the training."""
-    model.eval()
-    dtype = torch.float16 if args.fp16 else torch.bfloat16
-    with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=args.fp16 or args.bf16):
-        return model(**{name: value.to(model.device) for name, value in batch.items()}).logits
-
-
-def pick_collator(model, rows, tokenizer, args):
-    """`collate_shared` where the model computes with it what it computes with padding, else TRL's collator.
-
-    Tried on the longest pair: a model may not hand `pairs` down to its attention, or attend in a way of its own."""
-    padded = DataCollatorForPreference(tokenizer.pad_token_id)
-    if args.attn_implementation:
-        return padded
-    own, hidden = model.config._attn_implementation, []
-    hook = model.score.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
-    longest = rows[int(np.argmax(rows["length"]))]
-    score_batch(model, padded([longest]), args)
+    for parameter, data in zip(adapter, weights):  # RewardTrainer rounds them to bfloat16 on a quantized base
+        parameter.data = data.to(parameter.device)
+    if prompt_format.tokenizer.pad_token_id in prompt_format.stop_ids():  # RewardTrainer writes it into the config
+        model.config.pad_token_id = None
+    if checkpoint and finished_steps(checkpoint) >= config.max_steps:  # Trainer would take one more step
+        trainer._load_from_checkpoint(str(checkpoint))
+        return trainer, {}
+    handlers = {name: signal.signal(name, callback.interrupt) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
-        model.set_attn_implementation("pairs")
-        score_batch(model, collate_shared([longest]), args)
-        error = ((hidden[1] - hidden[0]).norm(dim=-1) / hidden[0].norm(dim=-1)).max().item()
-    except (TypeError, ValueError, RuntimeError, LookupError) as reason:
-        error = reason
-    hook.remove()
-    if isinstance(error, float) and error < 0.1:  # rounding: 1e-5 in float32, a few percent in bfloat16
-        return collate_shared
-    model.set_attn_implementation(own)
-    print(f"{model.config.model_type}: batches are padded, attention within flattened pairs does not work ({error})")
-    return padded
+        with disable_input_dtype_casting(model, active=bool(adapter)):  # else LoRA keeps float32 copies of inputs
+            return trainer, trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
 
 
-class GuardedTrainer(NonfiniteGuard, RewardTrainer):
-    """RewardTrainer that stops before NaN or infinity reaches the weights, and writes no model card without facts."""
+def publish(trainer, args, run, metrics):
+    """metrics.json and final_checkpoint/, which appears when it is complete; with --push_to_hub it is uploaded."""
+    output_dir, name = Path(args.output_dir), Path(args.output_dir).resolve().name
+    final, draft, old = (output_dir / f"final_checkpoint{ending}" for ending in ("", ".partial", ".old"))
+    for leftover in (draft, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    trainer.model.save_pretrained(draft)
+    trainer.processing_class.save_pretrained(draft)
+    write_json(draft / "run.json", {**run, "metrics": metrics})
+    trainer.hub_model_id = name
+    trainer.create_model_card(model_name=name)  # TRL puts it beside the checkpoints
+    card = (output_dir / "README.md").read_text(encoding="utf-8")
+    card = card.replace("[None](https://huggingface.co/None)", f"`{run['base_model']}`")  # a base model on disk
+    figures = [f"| {name} | {value:.4g} |" for name, value in metrics.items() if isinstance(value, int | float)]
+    figures = "\n".join(["", "| figure | |", "| --- | --- |", *figures, "", "### Framework versions"])
+    (draft / "README.md").write_text(card.replace("### Framework versions", figures), encoding="utf-8")
+    (output_dir / "README.md").unlink()
+    if final.exists():
+        os.replace(final, old)
+    os.replace(draft, final)
+    shutil.rmtree(old, ignore_errors=True)
+    write_json(output_dir / "metrics.json", metrics)
+    print(f"saved {final}")
+    if args.push_to_hub:
+        repo = HfApi().create_repo(name, exist_ok=True).repo_id
+        print(f"uploaded {HfApi().upload_folder(repo_id=repo, folder_path=final)}")
 
-    def create_model_card(self, *args, **kwargs):
-        pass
 
-
-def score_pairs(model, rows, collate, args, tokens=4096):
-    """(score_chosen, score_rejected), arrays in the order of `rows`, from batches of similar lengths; the processes
-    share the rows out."""
-    lengths, state = [len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows], PartialState()
-    mine = range(state.process_index, len(rows), state.num_processes)
-    scores, order = np.zeros((2, len(rows))), sorted(mine, key=lambda i: -lengths[i])
+def score_pairs(model, rows, collate, args):
+    """Scores (2, pairs), chosen and rejected, in the order of `rows`; batches hold up to 4096 tokens."""
+    longest, scores = rows["longest"][:], np.zeros((2, len(rows)))
+    order = sorted(range(len(rows)), key=lambda row: -longest[row])
+    model.eval()
     while order:
-        size = max(1, tokens // lengths[order[0]])
+        size = max(1, 2048 // longest[order[0]])
         batch, order = order[:size], order[size:]
-        scores[:, batch] = score_batch(model, collate([rows[i] for i in batch]), args).view(2, -1).cpu().numpy()
-    if state.num_processes > 1:
-        scores = sum(gather_object([scores]))
-    bad = np.flatnonzero(~np.isfinite(scores).all(axis=0))
-    if len(bad):
-        row = rows[int(bad[0])]["row"]
-        raise UserError(f"{len(bad)} pairs have scores that are NaN or infinite, the first in row {row}")
+        inputs = {name: value.to(model.device) for name, value in collate([rows[row] for row in batch]).items()}
+        with torch.no_grad(), precision(args, model.device)[1]:
+            scores[:, batch] = model(**inputs).logits.view(2, -1).cpu().numpy()
+    if not np.isfinite(scores).all():
+        fail(f"the scores of row {rows[int(np.isfinite(scores).all(axis=0).argmin())]['row']} are NaN or infinite")
     return scores
-
-
-def mean(values):
-    return float(np.mean(values)) if len(values) else None
 
 
 def make_report(scores, length_difference):
@@ -1406,33 +935,38 @@ def make_report(scores, length_difference):
     Calibration is that of the model's confidence in the side that it prefers, sigmoid(|margin|), in ten bins from 0.5
     to 1; a tie is half right there, and wrong in the accuracy. The interval is Wilson's (1927), the calibration error
     that of Guo et al. 2017 (arXiv:1706.04599)."""
-    margin, length_difference = scores[0] - scores[1], np.asarray(length_difference)
-    n, right, z = len(margin), margin > 0, 1.96
-    p = mean(right)
-    center, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    margin, difference = scores[0] - scores[1], np.asarray(length_difference)
+    right, pairs, z = margin > 0, len(margin), 1.96
+    accuracy = float(right.mean())
+    center = accuracy + z * z / (2 * pairs)
+    spread = z * math.sqrt(accuracy * (1 - accuracy) / pairs + z * z / (4 * pairs * pairs))
+
+    def describe(which):
+        """Pairs and accuracy of some of the pairs; None of none."""
+        return {"pairs": int(which.sum()), "accuracy": float(right[which].mean()) if which.any() else None}
+
     confidence, hit = 1 / (1 + np.exp(-np.abs(margin))), right + 0.5 * (margin == 0)
     bins, reliability = np.minimum((confidence - 0.5) * 20, 9).astype(int), []
-    for i in range(10):
-        inside = bins == i
-        row = {"from": (10 + i) / 20, "to": (11 + i) / 20, "pairs": int(inside.sum())}
-        reliability.append({**row, "confidence": mean(confidence[inside]), "accuracy": mean(hit[inside])})
-    gaps = [row["pairs"] / n * abs(row["confidence"] - row["accuracy"]) for row in reliability if row["pairs"]]
-    longer, shorter = length_difference > 0, length_difference < 0
-    varied = margin.std() > 0 and length_difference.std() > 0
+    for number in np.unique(bins).tolist():
+        inside = bins == number
+        figures = {"confidence": float(confidence[inside].mean()), "accuracy": float(hit[inside].mean())}
+        reliability.append({"from": 0.5 + number / 20, "pairs": int(inside.sum()), **figures})
+    error = sum(row["pairs"] / pairs * abs(row["confidence"] - row["accuracy"]) for row in reliability)
+    varied = margin.std() > 0 and difference.std() > 0
     return {
-        "pairs": n,
-        "accuracy": p,
-        "accuracy_interval": [(center - spread) / (1 + z * z / n), (center + spread) / (1 + z * z / n)],
+        "pairs": pairs,
+        "accuracy": accuracy,
+        "accuracy_interval": [(center - spread) / (1 + z * z / pairs), (center + spread) / (1 + z * z / pairs)],
         "ties": int((margin == 0).sum()),
-        "loss": mean(np.logaddexp(0, -margin)),
-        "mean_margin": mean(margin),
-        "mean_score": mean(scores),
-        "calibration_error": sum(gaps),
+        "loss": float(np.logaddexp(0, -margin).mean()),
+        "mean_margin": float(margin.mean()),
+        "mean_score": float(scores.mean()),
+        "calibration_error": error,
         "reliability": reliability,
         "length_bias": {
-            "chosen_longer": {"pairs": int(longer.sum()), "accuracy": mean(right[longer])},
-            "chosen_shorter": {"pairs": int(shorter.sum()), "accuracy": mean(right[shorter])},
-            "correlation": float(np.corrcoef(margin, length_difference)[0, 1]) if varied else None,
+            "chosen_longer": describe(difference > 0),
+            "chosen_shorter": describe(difference < 0),
+            "correlation": float(np.corrcoef(margin, difference)[0, 1]) if varied else None,
         },
     }
 
@@ -1440,179 +974,123 @@ def make_report(scores, length_difference):
 def evaluate_pairs(model, rows, collate, args, where):
     """(report, scores) on the evaluation pairs; the report is printed.
 
-    Up to 64 pairs are scored again with their sides swapped and in other batches: the preference has to follow."""
+    Up to 64 pairs are scored again with their sides swapped: the preference has to follow."""
     scores = score_pairs(model, rows, collate, args)
     report = make_report(scores, [len(row["chosen_ids"]) - len(row["rejected_ids"]) for row in rows])
     some = rows.select(range(min(64, len(rows))))
-    swapped = [{**row, "chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in some]
-    again, first = score_pairs(model, swapped, collate, args, tokens=1024)[::-1], scores[:, : len(some)]
-    agreement = mean(np.sign(again[0] - again[1]) == np.sign(first[0] - first[1]))
+    swapped = some.rename_columns({"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"})
+    again, first = score_pairs(model, swapped, collate, args)[::-1], scores[:, : len(some)]
+    agreement = float((np.sign(again[0] - again[1]) == np.sign(first[0] - first[1])).mean())
     report["swapped"] = {"pairs": len(some), "agreement": agreement, "difference": float(np.abs(again - first).max())}
 
-    (low, high), bias, difference = report["accuracy_interval"], report["length_bias"], report["swapped"]["difference"]
+    (low, high), bias = report["accuracy_interval"], report["length_bias"]
     lines = [
         ("accuracy", report["accuracy"], f"95% interval {low:.3f} to {high:.3f}; {report['ties']} ties"),
         ("  chosen is longer", bias["chosen_longer"]["accuracy"], f"{bias['chosen_longer']['pairs']} pairs"),
         ("  chosen is shorter", bias["chosen_shorter"]["accuracy"], f"{bias['chosen_shorter']['pairs']} pairs"),
         ("margin and length", bias["correlation"], "correlation of the differences in score and in tokens"),
         ("mean margin", report["mean_margin"], f"score_chosen - score_rejected; loss {report['loss']:.3f}"),
-        ("sides swapped", agreement, f"agree, of {len(some)} pairs; scores within {difference:.0e}"),
-        ("calibration error", report["calibration_error"], "of confidence sigmoid(|margin|); accuracy by bins:"),
+        ("sides swapped", agreement, f"agree, of {len(some)} pairs"),
+        ("calibration error", report["calibration_error"], "of confidence sigmoid(|margin|); accuracy from"),
+        *((f"  {row['from']:.2f}", row["accuracy"], f"{row['pairs']} pairs") for row in report["reliability"]),
     ]
-    bins = [row for row in report["reliability"] if row["pairs"]]
-    lines += [(f"  {row['from']:.2f} to {row['to']:.2f}", row["accuracy"], f"{row['pairs']} pairs") for row in bins]
-    if PartialState().is_main_process:
-        print(f"report on {len(rows)} pairs of {where}")
-        for name, value, note in lines:
-            print(f"  {name:20} {'    -' if value is None else format(value, '6.3f')}  {note}")
+    print(f"report on {len(rows)} pairs of {where}")
+    for name, value, note in lines:
+        print(f"  {name:20} {'    -' if value is None else format(value, '6.3f')}  {note}")
+    if low <= 0.5:
+        print(f"warning: accuracy {report['accuracy']:.3f} ({low:.3f} to {high:.3f}) may be chance", file=sys.stderr)
     return report, scores
 
 
-def main(argv=None):
-    args = build_parser().parse_args(argv)
-    check_shared(args, RewardConfig)
-    eval_split = args.eval_split or ("test" if args.eval_subset else None)
-    if args.eval_fraction and eval_split:
-        raise UserError("--eval_fraction holds out rows of --train_split; it excludes --eval_split and --eval_subset")
-    if args.eval_steps and not (eval_split or args.eval_fraction):
-        raise UserError("--eval_steps needs pairs to evaluate on: --eval_split, --eval_subset or --eval_fraction")
-    if args.streaming and (args.eval_fraction or args.eval_only or not args.max_steps):
-        raise UserError("--streaming needs --max_steps, and excludes --eval_fraction and --eval_only")
-    if args.eval_only and not (eval_split or args.eval_fraction):
-        raise UserError("--eval_only needs pairs to evaluate on: --eval_split, --eval_subset or --eval_fraction")
-    if args.eval_only and args.resume_from_checkpoint:
-        raise UserError("--eval_only trains nothing, so there is nothing to resume: leave --resume_from_checkpoint out")
-    source = locate_model(args.model_path, "--model_path")
-    check_source(source, args, "--model_path", reward_model=True if args.eval_only else None)
-    args.use_lora = args.use_lora or source.adapter is not None
-    if args.learning_rate is None:
-        args.learning_rate = 1e-4 if args.use_lora else 1e-5
-    checkpoint = pick_checkpoint(args, "reward")
-    tokenizer = load_tokenizer(source, args)
-    prompt_format = pick_format(args.prompt_format, "chat", source.run.get("prompt_format"), tokenizer)
-    # Libraries that score a padded batch read the last token that is not padding; where EOS is that, it gets lost.
-    ends = prompt_format.stop_ids()
-    spare = [tokenizer.unk_token_id, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)]
-    spare = [i for i in spare if i not in (None, *ends)]
-    if tokenizer.pad_token_id in ends and spare:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(spare[0])
+def run_stage(args):
+    base, parent = locate_model(args)
+    checkpoint = find_checkpoint(args)
+    config = make_config(args)
+    if args.push_to_hub:
+        HfApi().whoami()
+    prompt_format = load_tokenizer(base, parent, args)
 
-    splits = {}
-    if not (args.eval_only and eval_split):
-        splits["train"] = args.subset, args.train_split
-    if eval_split:
-        splits["eval"] = args.eval_subset or args.subset, eval_split
-    rows, counts, where = {}, {"train": {}, "eval": None}, {}
-    for name, (subset, split) in splits.items():
-        where[name] = f"{args.dataset_name}{f' {subset}' if subset else ''} [{split}]"
-        streaming, use_margin = (flag and name == "train" for flag in (args.streaming, args.use_margin))
-        data = load_split(args, args.dataset_name, subset, split, f"--{name}_split", streaming)
-        rows[name], counts[name] = encode_split(data, prompt_format, args, where[name], use_margin)
-    if args.eval_fraction:
-        rows["train"], rows["eval"] = hold_out(rows["train"], args.eval_fraction, args.seed)
-        counts["train"]["rows"], counts["eval"] = len(rows["train"]), {"rows": len(rows["eval"])}
-        where["eval"] = f"{where['train']}, held out"
-    batch_size = args.per_device_train_batch_size
-    known = {**rows}
-    if args.streaming:  # the first pairs stand for all
-        known["train"] = datasets.Dataset.from_list(list(rows["train"].take(256)))
-        if not len(known["train"]):
-            raise UserError(f"{where['train']}: no pair is left to train on")
-    elif not args.eval_only and batch_size > len(rows["train"]):
-        raise UserError(
-            f"--per_device_train_batch_size {batch_size} is larger than the data set ({len(rows['train'])} pairs)"
-        )
-    longest = args.max_length if args.streaming else max(max(split["longest"]) for split in known.values())
-    positions = getattr(load_config(source, args).get_text_config(), "max_position_embeddings", longest)
-    if longest > positions:
-        raise UserError(
-            f"--max_length {args.max_length}: the model has {positions} positions, a text {longest} tokens; use --max_length "
-            f"{positions}"
-        )
-
-    # On a CPU a batch runs pair by pair: the same gradient, the memory of one pair, about a tenth slower. A GPU gets
-    # the batch as one row without padding.
-    pairs_at_once = batch_size if torch.accelerator.is_available() else 1
+    wanted = {} if args.eval_only else {"train": (args.subset, args.train_split)}
+    if args.eval_split:
+        wanted["eval"] = (args.eval_subset or args.subset, args.eval_split)
+    rows, counts = {}, {}
+    with PartialState().main_process_first():
+        for name, (subset, split) in wanted.items():
+            data, where = load_split(args, subset, split, f"--{name}_split")
+            rows[name] = encode_pairs(data, where, prompt_format, args)
+            counts[name] = {"where": where, "rows": len(rows[name])}
+    every_row = datasets.concatenate_datasets([split.select_columns(COLUMNS) for split in rows.values()])
+    check_model(base, args, every_row)
     if not args.eval_only:
-        pairs = known["train"]
-        batch = batch_size * args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
-        steps = args.max_steps or math.ceil(args.num_train_epochs * math.ceil(len(pairs) / batch))
-        print(
-            f"{steps} steps of {batch} pairs; {'the first' if args.streaming else 'an epoch has'} {len(pairs)} pairs, "
-            f"{sum(pairs['length'])} tokens, {sum(pairs['size'])} with what the two texts of a pair share counted once"
-        )
-        peft_config = lora_config(args, source, "SEQ_CLS") if args.use_lora else None
-        tokens = pairs_at_once * (2 * args.max_length if args.streaming else max(pairs["size"]))
-        foresee(args, transformers.AutoModelForSequenceClassification, source, steps, peft_config, tokens, 0)
-    config = make_config(
-        RewardConfig,
-        args,
-        per_device_train_batch_size=pairs_at_once,
-        gradient_accumulation_steps=args.gradient_accumulation_steps * batch_size // pairs_at_once,
-        per_device_eval_batch_size=batch_size,
-        max_steps=args.max_steps or -1,
-        num_train_epochs=args.num_train_epochs,
-        max_length=None,  # longer pairs are left out already
-        center_rewards_coefficient=args.center_rewards_coefficient,
-        disable_dropout=False,  # done in load_reward_model
-        eval_strategy="steps" if "eval" in rows and args.eval_steps else "no",
-        save_strategy="steps",
-    )
-    dataset = {**counts["train"], "eval": counts["eval"]}
-    run = describe_run("reward", args, source, prompt_format, tokenizer, dataset)
+        rows["train"] = order_pairs(rows["train"], config, args)
     if args.dry_run:
-        show_rows(known["eval" if args.eval_only else "train"], tokenizer)
+        for row in (every_row[number] for number in sorted({0, len(every_row) // 2})):
+            shared = len(os.path.commonprefix([row["chosen_ids"], row["rejected_ids"]]))
+            pieces = row["chosen_ids"][:shared], row["chosen_ids"][shared:], row["rejected_ids"][shared:]
+            begin, chosen, rejected = map(prompt_format.tokenizer.decode, pieces)
+            print(f"--- row {row['row']}\n{begin}\n[[chosen: {chosen}]]\n[[rejected: {rejected}]]")
         print("dry run: everything fits; nothing was loaded or written")
         return
 
-    model = load_reward_model(source, args)
+    model, classifier = load_model(base, args)
+    if not (args.load_in_4bit or args.load_in_8bit):
+        model.to(config.device)
+    reason, collate = tell_apart(classifier.eval(), every_row, args), collate_shared
+    if reason:
+        print(f"{classifier.config.model_type}: each text of a pair has a row of its own: {reason}")
+        collate = DataCollatorForPreference(prompt_format.tokenizer.pad_token_id)
+    output_dir, is_first = Path(args.output_dir), PartialState().is_main_process
+    output_dir.mkdir(parents=True, exist_ok=True)
     if args.eval_only:
-        if not (args.load_in_4bit or args.load_in_8bit):
-            model.to(config.device)
-        collate = pick_collator(model, rows["eval"], tokenizer, args)
-        report, scores = evaluate_pairs(model, rows["eval"], collate, args, where["eval"])
-        if not PartialState().is_main_process:
-            return
-        output_dir = Path(args.output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with open(output_dir / "scores.jsonl", "w", encoding="utf-8") as file:
-            for row, chosen, rejected in zip(rows["eval"]["row"], *scores.tolist()):
-                print(json.dumps({"row": row, "score_chosen": chosen, "score_rejected": rejected}), file=file)
-        write_json(output_dir / "metrics.json", {"accuracy": report["accuracy"], "report": report})
-        print(f"saved {output_dir / 'scores.jsonl'}")
+        report, scores = evaluate_pairs(model, rows["eval"], collate, args, counts["eval"]["where"])
+        if is_first:
+            lines = {"row": rows["eval"]["row"][:], "score_chosen": scores[0], "score_rejected": scores[1]}
+            datasets.Dataset.from_dict(lines).to_json(output_dir / "scores.jsonl")
+            write_json(output_dir / "metrics.json", {"accuracy": report["accuracy"], "report": report})
         return
 
-    open_output_dir(args, checkpoint)
-    callback = RunCallback(args.output_dir, run)
-    columns = ["chosen_ids", "rejected_ids", "margin"]
-    adapters = model.parameters() if args.load_in_4bit or args.load_in_8bit else ()
-    weights = [(parameter, parameter.data) for parameter in adapters if parameter.requires_grad]
-    trainer = GuardedTrainer(
-        model=model,
-        args=config,
-        train_dataset=rows["train"].select_columns(columns),
-        eval_dataset=rows["eval"].select_columns(columns[:2]) if "eval" in rows else None,
-        processing_class=tokenizer,
-        callbacks=[callback],
-    )
-    for parameter, data in weights:  # RewardTrainer makes them bfloat16 on a quantized base, see load_model
-        parameter.data = data.to(parameter.device)
-    if tokenizer.pad_token_id in ends:  # RewardTrainer writes it into the config, which is saved
-        model.config.pad_token_id = None
-    trainer.data_collator = collate = pick_collator(model, known["train"], tokenizer, args)
-    trainer.skips, trainer.text_column = args.skip_nonfinite, "chosen_ids"
-    trainer.rows = None if args.streaming else rows["train"]
+    for path in output_dir.glob("checkpoint-*"):  # never completed, or dropped with --overwrite_output_dir
+        start = finished_steps(checkpoint) if checkpoint else 0
+        if is_first and (not finished_steps(path) or args.overwrite_output_dir and finished_steps(path) > start):
+            shutil.rmtree(path)
+    run = describe_run(base, parent, args, prompt_format, counts)
+    callback = RunCallback(output_dir, run)
     metrics = {}
     if "eval" in rows:
         scores = score_pairs(model, rows["eval"], collate, args)
-        metrics["accuracy_before"] = mean(scores[0] > scores[1])
+        metrics["accuracy_before"] = float((scores[0] > scores[1]).mean())
         print(f"accuracy before training {metrics['accuracy_before']:.3f}")
-    metrics.update(train_model(trainer, checkpoint))
-    if "eval" in rows and not callback.interrupted:
-        report, _ = evaluate_pairs(model, rows["eval"], collate, args, where["eval"])
-        metrics.update(accuracy=report["accuracy"], report=report)
-    finish_run(args, trainer, callback, run, metrics, save=trainer.model.save_pretrained)
+    trainer, figures = train(model, args, config, rows, prompt_format, collate, callback, checkpoint)
+    if callback.interrupted:
+        print(f"saved; go on with the same command and --resume_from_checkpoint ({output_dir})", file=sys.stderr)
+        raise SystemExit(130)
+    metrics |= figures
+    if "eval" in rows:
+        report, _ = evaluate_pairs(model, rows["eval"], collate, args, counts["eval"]["where"])
+        metrics |= {"accuracy": report["accuracy"], "report": report}
+    if is_first:
+        publish(trainer, args, run, metrics)
+    trainer.accelerator.wait_for_everyone()
+
+
+def main(argv=None):
+    args = parse_flags(argv)
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # of several processes the first one talks
+    try:
+        run_stage(args)
+    except torch.OutOfMemoryError as error:
+        helps = "--use_lora, --load_in_4bit, --gradient_checkpointing, a smaller --per_device_train_batch_size, --bf16"
+        fail(f"no memory left on the device; what helps, the most first: {helps} ({error})")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except OSError as error:  # a hub id that is not there, a full disk
+        fail(error)
+    except Exception as error:
+        if not re.search("No space left|os error 28|PytorchStreamWriter failed", str(error)):
+            raise
+        fail(f"no space left to save; what was saved before is complete ({error})")
 
 
 if __name__ == "__main__":
-    run_as_script(main)
+    main()

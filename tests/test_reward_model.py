@@ -1,28 +1,23 @@
-"""The reward model script: pairs, the head, the adapter and its base, the report, and that no token is wasted wrongly."""
+"""The reward model script: pairs, scores and gradients against the plain classifier, what is saved, and the report."""
 
 import json
 import math
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED, make_model, write_rows
+import transformers
+from conftest import ROOT, SHARED, make_model, make_tokenizer, run, write_rows
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import (
-    AttentionInterface,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 from trl import RewardConfig, RewardTrainer
 
 PLACES = ["Paris", "France", "the sea", "red light", "the sky", "blue air", "a capital", "z", "the wind", "Answer"]
@@ -30,6 +25,8 @@ PAIRS = [
     {"question": f"Where is {a} of {b}?", "response_j": f"It is in {b}.", "response_k": "I do not know, who would ask?" * (1 + i % 3)}
     for i, (a, b) in enumerate((a, b) for a in PLACES for b in PLACES[:3])
 ]  # fmt: skip
+torch.storage._dtype_to_storage_type_map()  # made once, and not under the float64 fixture
+SGD = ["--set", "optim=sgd", "--max_steps", 1, "--lr_scheduler_type", "constant", "--max_grad_norm", 0]
 
 
 @pytest.fixture(scope="module")
@@ -37,215 +34,209 @@ def pairs(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", PAIRS)
 
 
-def run(reward, model, data, output, *flags):
-    reward.main(
-        ["--model_path", str(model), "--dataset_name", str(data), "--output_dir", str(output), *map(str, flags)]
-    )
+def flags(model, data, output):
+    return ["--model_path", model, "--dataset_name", data, "--output_dir", output]
+
+
+def train(reward, model, data, output, *more):
+    """Run the script; its final checkpoint."""
+    run(reward, *flags(model, data, output), *more)
     return Path(output) / "final_checkpoint"
 
 
-def metrics_of(output):
-    return json.loads((Path(output) / "metrics.json").read_text(encoding="utf-8"))
+def evaluate(reward, model, data, output):
+    """Scores (2, pairs) that --eval_only leaves, and its metrics.json."""
+    run(reward, *flags(model, data, output), "--eval_only", "--eval_split", "train")
+    lines = lines_of(Path(output) / "scores.jsonl")
+    assert [line["row"] for line in lines] == list(range(len(lines)))
+    scores = np.array([[line["score_chosen"], line["score_rejected"]] for line in lines]).T
+    return scores, json.loads((Path(output) / "metrics.json").read_text(encoding="utf-8"))
 
 
 def lines_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def encode(reward, model, rows, name="chat", **args):
-    """Rows encoded as the script does it, and their format."""
+def weights_of(folder):
+    (file,) = folder.glob("*model.safetensors")
+    return load_file(file)
+
+
+def encode(reward, model, rows, name="chat"):
+    """Ids (chosen, rejected) of each row."""
     prompt_format = reward.PromptFormat(AutoTokenizer.from_pretrained(model), name)
-    data = datasets.Dataset.from_list(rows)
-    args = SimpleNamespace(**{"max_length": 512, **args})
-    return *reward.encode_split(data, prompt_format, args, "rows"), prompt_format
-
-
-def score_alone(model, rows, side):
-    """Scores by the model's own forward, one text at a time."""
-    with torch.no_grad():
-        return [model(torch.tensor([row[f"{side}_ids"]])).logits.item() for row in rows]
+    return [
+        [prompt_format.encode(chat(row["question"], row[side]))[0] for side in ("response_j", "response_k")]
+        for row in rows
+    ]
 
 
 def chat(*turns):
     return [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * len(turns), turns)]
 
 
+def score_alone(model, texts):
+    """Scores by the model's own forward, one text at a time."""
+    return torch.stack([model(torch.tensor([ids])).logits[0, 0] for ids in texts])
+
+
 # Rows
 
 
-@pytest.mark.parametrize("name", ["chat", "qa"])
-def test_both_texts_start_with_the_ids_of_the_prompt_and_end_with_eos_once(reward, llama, plain_llama, name):
-    model = llama if name == "chat" else plain_llama
-    rows, _, prompt_format = encode(reward, model, PAIRS[:3], name)
-    tokenizer = prompt_format.tokenizer
-    for row, pair in zip(rows, PAIRS):
-        prompt, _ = prompt_format.encode([{"role": "user", "content": pair["question"]}], open_end=True)
-        assert row["prompt_length"] == len(prompt)
-        for side, column in (("chosen", "response_j"), ("rejected", "response_k")):
-            ids = row[f"{side}_ids"]
-            assert ids[: len(prompt)] == prompt
-            space = "" if name == "chat" else " "
-            assert tokenizer.decode(ids[len(prompt) :]) == space + pair[column] + tokenizer.eos_token
-            assert ids[len(prompt) :].count(tokenizer.eos_token_id) == 1
-    if name == "qa":
-        assert (
-            tokenizer.decode(rows[0]["chosen_ids"][:-1])
-            == "Question: Where is Paris of Paris?\n\nAnswer: It is in Paris."
-        )
-
-
-def test_the_schemas_make_the_same_pairs(reward, llama):
+def test_all_schemas_make_the_same_pairs(reward, llama, tmp_path):
     question, good, bad = "Where is it?", "In Paris.", "No idea"
-    texts = {"prompt": question, "chosen": good, "rejected": bad}
-    lists = {"prompt": question, "chosen": chat(question, good), "rejected": chat(question, bad)}
-    letters = {"question": question, "response_j": good, "response_k": bad}
-    first, *others = [encode(reward, llama, [row])[0][0] for row in (texts, lists, letters)]
-    for other in others:
-        assert (other["chosen_ids"], other["rejected_ids"]) == (first["chosen_ids"], first["rejected_ids"])
+    rows = [
+        {"prompt": question, "chosen": good, "rejected": bad},
+        {"prompt": question, "chosen": chat(question, good), "rejected": chat(question, bad)},
+        {"question": question, "response_j": good, "response_k": bad},
+    ]
+    shown = set()
+    for i, row in enumerate(rows):
+        out, _ = run(reward, *flags(llama, write_rows(tmp_path / f"{i}.jsonl", [row]), tmp_path / "out"), "--dry_run")
+        shown.add(out[out.index("--- row 0") :])
+    (text,) = shown
+    assert "<|im_start|>user\nWhere is it?<|im_end|>\n<|im_start|>assistant\n" in text
+    assert "[[chosen: In Paris.<|im_end|>]]\n[[rejected: No idea<|im_end|>]]" in text
 
 
-def test_the_context_of_a_chat_is_all_turns_before_the_last(reward, llama):
+def test_a_chat_is_given_whole_and_without_a_template_as_question_and_answer(reward, llama, plain_llama, tmp_path):
     turns = ("Where is it?", "In France.", "Where in France?")
     row = {"prompt": turns[0], "chosen": chat(*turns, "Paris."), "rejected": chat(*turns, "No idea")}
-    rows, _, prompt_format = encode(reward, llama, [row])
-    prompt = prompt_format.encode(chat(*turns), open_end=True)[0]
-    assert rows[0]["chosen_ids"][: len(prompt)] == rows[0]["rejected_ids"][: len(prompt)] == prompt
+    data = write_rows(tmp_path / "chat.jsonl", [row])
+    out, _ = run(reward, *flags(llama, data, tmp_path / "out"), "--dry_run")
+    assert "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in row["chosen"][:3]) in out
+    out, _ = run(reward, *flags(plain_llama, data, tmp_path / "out"), "--dry_run")
+    assert "Question: Where is it?\n\nIn France.\n\nWhere in France?\n\nAnswer:\n[[chosen:  Paris.<|endoftext|>]]" in out
 
 
-def test_long_identical_and_repeated_pairs_are_left_out_and_counted(reward, llama, capsys):
-    long = {"question": "q", "response_j": "short", "response_k": "word " * 400}
-    same = {"question": "q", "response_j": "same", "response_k": "same"}
-    rows, counts, _ = encode(reward, llama, [PAIRS[0], long, same, PAIRS[1], PAIRS[0]], max_length=100)
-    assert rows["row"] == [0, 3]
-    assert counts == {"rows": 2, "too_long": 1, "identical": 1, "duplicates": 1}
-    assert (
-        "2 of 5 pairs kept; left out: 1 longer than 100 tokens, 1 of two equal texts, 1 repeated"
-        in capsys.readouterr().out
+def test_rows_that_are_left_out_are_counted_with_their_numbers(reward, llama, tmp_path):
+    rows = [{**PAIRS[0], "question": f"Question {i}"} for i in range(20)]
+    rows[3]["response_k"] = "word " * 400
+    rows[5]["response_k"] = rows[5]["response_j"]
+    rows[7]["question"] = None
+    rows[8]["response_j"] = "  "
+    out, _ = run(reward, *flags(llama, write_rows(tmp_path / "a.jsonl", rows), tmp_path / "out"), "--dry_run", "--max_length", 100)  # fmt: skip
+    assert "16 of 20 pairs kept" in out
+    for reason in ("1 longer than --max_length 100 (rows 3)", "1 of two equal texts (rows 5)", "1 column response_j should have text of the role 'user' in turn 0 (rows 7)"):  # fmt: skip
+        assert reason in out
+    rows[9]["response_j"] = 5
+    _, error = run(reward, *flags(llama, write_rows(tmp_path / "b.jsonl", [{key: str(value) if value == 5 else value for key, value in row.items()} | {"response_j": None if i in (8, 9) else "x"} for i, row in enumerate(rows)]), tmp_path / "out"), code=2)  # fmt: skip
+    assert "3 of 20 rows are no pairs" in error and "2 column response_j should have text of the role 'assistant' in turn 1 (rows 8, 9)" in error
+
+
+# Scores and gradients
+
+
+TINY = {
+    "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2, "pad_token_id": None,
+}  # fmt: skip
+FAMILIES = {  # class, its own settings, whether the two texts of a pair share a row
+    "llama": ("Llama", {"attention_dropout": 0.5}, True),
+    "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4}, True),
+    "qwen3": ("Qwen3", {}, True),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "output_router_logits": True, "sliding_window": None}, True),
+    "mistral": ("Mistral", {"sliding_window": 16}, False),
+    "mistral, a wide window": ("Mistral", {"sliding_window": 512}, True),
+    "gemma2": ("Gemma2", {"sliding_window": 16, "query_pre_attn_scalar": 8}, False),
+    "opt": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32, "layerdrop": 0.5}, None),
+    "qwen3.5": ("Qwen3_5Text", {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}, False),
+}  # fmt: skip
+
+
+def make_classifier(directory, family):
+    """A random classifier of that family, with a head that is no small one."""
+    name, settings, _ = FAMILIES[family]
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**TINY, **settings, "num_labels": 1})
+    model = AutoModelForSequenceClassification.from_config(config)
+    torch.nn.init.normal_(model.score.weight, std=0.5)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_and_gradients_are_those_of_each_text_alone(reward, float64, pairs, tmp_path, family):
+    """Through the plain classifier, without dropout: in float64, to 1e-9 of the largest."""
+    base = make_classifier(tmp_path / "base", family)
+    scores, _ = evaluate(reward, base, pairs, tmp_path / "eval")
+    out, _ = run(
+        reward, *flags(base, pairs, tmp_path / "out"), *SGD, "--learning_rate", 1, "--per_device_train_batch_size", 30
     )
+    if FAMILIES[family][2] is not None:
+        assert ("each text of a pair has a row of its own" not in out) == FAMILIES[family][2]
+    model = AutoModelForSequenceClassification.from_pretrained(base, dtype=torch.float64).eval()
+    chosen, rejected = (score_alone(model, texts) for texts in zip(*encode(reward, base, PAIRS)))
+    assert chosen.std() > 0.01
+    assert scores == pytest.approx(torch.stack([chosen, rejected]).detach().numpy(), abs=1e-9)
+    torch.nn.functional.logsigmoid(chosen - rejected).mean().backward()
+    trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "final_checkpoint", dtype=torch.float64)  # fmt: skip
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    largest = max(gradient.abs().max() for gradient in gradients.values())
+    for name, weight in trained.named_parameters():
+        if name in gradients:
+            step = weight - dict(model.named_parameters())[name]
+            assert (step - gradients[name]).abs().max() < 1e-9 * largest, name
+    before, after = (json.loads((tmp_path / path / "config.json").read_text()) for path in ("base", "out/final_checkpoint"))  # fmt: skip
+    kept = [name for name in before if "drop" in name or "router" in name]
+    assert {name: before[name] for name in kept} == {name: after[name] for name in kept}
 
 
-def test_held_out_prompts_are_not_trained_on(reward, llama):
-    rows, _, _ = encode(
-        reward, llama, [{**pair, "response_k": f"{pair['response_k']}{i}"} for pair in PAIRS for i in range(2)]
-    )
-    train, held = reward.hold_out(rows, 0.2, seed=1)
-    assert len(held) == 12 and len(train) == 48
-    assert not set(train["prompt"]) & set(held["prompt"])
-    assert held["row"] == reward.hold_out(rows, 0.2, seed=1)[1]["row"] != reward.hold_out(rows, 0.2, seed=2)[1]["row"]
-
-
-# Batches without padding
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("lora", [True, False])
-def test_shared_and_padded_batches_give_the_scores_and_gradients_of_the_stock_model(reward, tmp_path, kind, lora):
-    path = make_model(tmp_path / "model", kind, chat=False)
-    rows, _, prompt_format = encode(reward, path, PAIRS[:5], "qa")
-    args = reward.build_parser().parse_args(
-        ["--model_path", path, "--dataset_name", "x", "--output_dir", "x"] + ["--use_lora"] * lora
-    )
-    model = reward.load_reward_model(reward.locate_model(path, "--model_path"), args)
-    for name, weight in model.named_parameters():  # a new adapter and head would change next to nothing
-        if "lora_B" in name or "score" in name:
-            torch.nn.init.normal_(weight, std=0.5)
-    classifier = model.get_base_model() if lora else model
-    rows = list(rows)
-    results = []
-    for name, collate in (
-        ("sdpa", reward.DataCollatorForPreference(pad_token_id=0)),
-        ("pairs", reward.collate_shared),
-    ):
-        classifier.set_attn_implementation(name)
-        chosen, rejected = model(**collate(rows)).logits.squeeze(-1).chunk(2)
-        model.zero_grad()
-        torch.nn.functional.logsigmoid(chosen - rejected).mean().backward()
-        gradients = torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
-        results.append((torch.cat([chosen, rejected]).detach(), gradients))
-    (padded, padded_gradients), (shared, shared_gradients) = results
-    classifier.set_attn_implementation("sdpa")
-    del classifier.forward  # the stock one; without a pad token it reads the last token of a single text
-    classifier.config.pad_token_id = None
-    alone = torch.tensor(score_alone(model, rows, "chosen") + score_alone(model, rows, "rejected"))
-    assert padded.std() > 0.1
-    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(shared, alone, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(shared_gradients, padded_gradients, atol=1e-5, rtol=1e-4)
-
-
-def test_no_text_of_a_shared_batch_sees_another(reward, llama):
-    rows = list(encode(reward, llama, PAIRS[:2])[0])
-    model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1, attn_implementation="pairs")
-    model.forward = reward.types.MethodType(reward.score_texts, model)
-
-    def scores(rows):
-        with torch.no_grad():
-            return model(**reward.collate_shared(rows)).logits.squeeze(-1)
-
-    before = scores(rows)
-    other = {**rows[0], "chosen_ids": rows[0]["chosen_ids"][:-3] + [9, 8, 7, 6, 5]}
-    after = scores([other, rows[1]])
-    assert abs(after[0] - before[0]) > 1e-3
-    torch.testing.assert_close(after[1:], before[1:], atol=1e-6, rtol=0)
-
-
-def test_a_model_with_another_attention_gets_padded_batches(reward, llama, capsys):
-    rows, _, prompt_format = encode(reward, llama, PAIRS[:4])
-    args = reward.build_parser().parse_args(["--model_path", llama, "--dataset_name", "x", "--output_dir", "x"])
-    model = reward.load_reward_model(reward.locate_model(llama, "--model_path"), args)
-    try:  # as in a model that does not hand `pairs` down: all texts see each other
-        AttentionInterface.register(
-            "pairs", lambda *inputs, pairs, **kwargs: reward.sdpa_attention_forward(*inputs, **kwargs)
-        )
-        collate = reward.pick_collator(model, rows, prompt_format.tokenizer, args)
-    finally:
-        AttentionInterface.register("pairs", reward.attend_pairs)
-    assert "input_ids" in collate(list(rows)) and "pairs" not in collate(list(rows))
-    assert model.config._attn_implementation == "sdpa"
-    assert "batches are padded" in capsys.readouterr().out
-    assert reward.pick_collator(model, rows, prompt_format.tokenizer, args) is reward.collate_shared
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_losses_are_those_of_the_stock_trainer(reward, llama, pairs, tmp_path, checkpointing):
-    """Same rows, order and start; learning rate and head large enough that the margins move."""
-    flags = [
-        "--use_lora",
-        "--per_device_train_batch_size",
-        4,
-        "--max_steps",
-        5,
-        "--logging_steps",
-        1,
-        "--learning_rate",
-        0.01,
-    ]
-    flags += ["--center_rewards_coefficient", 0.1] + ["--gradient_checkpointing"] * checkpointing
-    run(reward, llama, pairs, tmp_path / "ours", *flags)
+def test_losses_are_those_of_the_stock_trainer(reward, float64, pairs, tmp_path):
+    """Whole batches, so that the order of the pairs is none; a step size with which the margins move."""
+    llama = make_model(tmp_path / "base")
+    more = ["--max_steps", 3, "--logging_steps", 1, "--learning_rate", 0.01, "--center_rewards_coefficient", 0.1]
+    final = train(reward, llama, pairs, tmp_path / "ours", "--use_lora", "--per_device_train_batch_size", 30, *more)
     ours = [line for line in lines_of(tmp_path / "ours" / "metrics.jsonl") if "loss" in line]
-
-    rows = encode(reward, llama, PAIRS)[0].select_columns(["chosen_ids", "rejected_ids"])
+    rows = [dict(zip(("chosen_ids", "rejected_ids"), texts)) for texts in encode(reward, llama, PAIRS)]
     set_seed(42)
-    model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1, dtype=torch.float64)
     torch.nn.init.normal_(model.score.weight, std=0.01 * model.config.initializer_range)
     config = RewardConfig(
-        output_dir=str(tmp_path / "stock"), per_device_train_batch_size=4, max_steps=5, logging_steps=1, learning_rate=0.01,
+        output_dir=str(tmp_path / "stock"), per_device_train_batch_size=30, max_steps=3, logging_steps=1, learning_rate=0.01,
         bf16=False, use_cpu=True, seed=42, report_to="none", save_strategy="no", center_rewards_coefficient=0.1,
     )  # fmt: skip
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
     trainer = RewardTrainer(
-        model, config, processing_class=AutoTokenizer.from_pretrained(tmp_path / "ours" / "final_checkpoint"),
-        train_dataset=rows, peft_config=lora,
-    )  # fmt: skip
+        model,
+        config,
+        processing_class=AutoTokenizer.from_pretrained(final),
+        train_dataset=reward.datasets.Dataset.from_list(rows),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS"),
+    )
     trainer.train()
     stock = [line for line in trainer.state.log_history if "loss" in line]
-    assert len(ours) == len(stock) == 5 and abs(stock[-1]["margin"]) > 0.1
+    assert len(ours) == len(stock) == 3 and abs(stock[-1]["margin"]) > 0.01
     for mine, theirs in zip(ours, stock):
-        assert mine["loss"] == pytest.approx(theirs["loss"], abs=2e-5)
-        assert mine["margin"] == pytest.approx(theirs["margin"], abs=2e-4)
+        assert (mine["loss"], mine["margin"]) == pytest.approx((theirs["loss"], theirs["margin"]), abs=1e-9)
 
 
-# Training, saving and loading
+def test_the_longest_pair_comes_first(reward, llama, pairs, tmp_path):
+    """So that too little memory shows in the first step."""
+    train(reward, llama, pairs, tmp_path / "out", "--max_steps", 2, "--logging_steps", 1)
+    first, second, *_ = lines_of(tmp_path / "out" / "metrics.jsonl")
+    sizes = [len(a) + len(b) - len(os.path.commonprefix([a, b])) for a, b in encode(reward, llama, PAIRS)]
+    assert first["num_tokens"] == max(sizes) and second["num_tokens"] - first["num_tokens"] in sizes
+
+
+def test_dropout_is_that_of_the_adapter_alone(reward, llama, pairs, tmp_path):
+    losses = []
+    for rate in (0, 0.9, 0.9):
+        out = tmp_path / f"{rate}_{len(losses)}"
+        train(reward, llama, pairs, out, "--use_lora", "--lora_dropout", rate, "--max_steps", 4, "--logging_steps", 1, "--learning_rate", 0.1)  # fmt: skip
+        losses.append([line["loss"] for line in lines_of(out / "metrics.jsonl") if "loss" in line])
+    assert losses[1] == losses[2] != losses[0]
+
+
+def test_a_margin_in_the_data_enters_the_loss(reward, llama, tmp_path):
+    data = write_rows(tmp_path / "graded.jsonl", [{**row, "margin": 3} for row in PAIRS])
+    out, _ = run(reward, *flags(llama, data, tmp_path / "out"), "--max_steps", 1, "--logging_steps", 1, "--learning_rate", 0)  # fmt: skip
+    assert "the column margin is used" in out
+    assert lines_of(tmp_path / "out" / "metrics.jsonl")[0]["loss"] == pytest.approx(math.log(1 + math.exp(3)), abs=0.05)
+
+
+# What is saved
 
 
 @pytest.fixture(scope="module")
@@ -253,403 +244,313 @@ def trained(reward, llama, pairs, tmp_path_factory):
     """A LoRA reward model trained on the pairs, with the report on them."""
     output = tmp_path_factory.mktemp("trained") / "reward"
     before = (Path(llama) / "model.safetensors").read_bytes()
-    run(
-        reward, llama, pairs, output, "--use_lora", "--per_device_train_batch_size", 6, "--num_train_epochs", 6,
-        "--learning_rate", 0.01, "--eval_split", "train",
-    )  # fmt: skip
+    train(reward, llama, pairs, output, "--use_lora", "--per_device_train_batch_size", 6, "--num_train_epochs", 6, "--learning_rate", 0.01, "--eval_split", "train", "--save_steps", 10)  # fmt: skip
     assert (Path(llama) / "model.safetensors").read_bytes() == before
     return output
 
 
-def test_chosen_outscores_rejected_after_training(trained):
-    metrics = metrics_of(trained)
-    assert metrics["accuracy_before"] <= 0.8
-    assert metrics["accuracy"] == metrics["report"]["accuracy"] >= 0.95
-    assert metrics["report"]["mean_margin"] > 1
-    assert metrics["report"]["swapped"]["agreement"] == 1 and metrics["report"]["swapped"]["difference"] < 1e-4
+def test_chosen_outscores_rejected_after_training_and_the_figures_are_kept(trained, llama):
+    metrics = json.loads((trained / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["accuracy_before"] <= 0.8 and metrics["accuracy"] == metrics["report"]["accuracy"] >= 0.95
+    assert metrics["report"]["mean_margin"] > 1 and metrics["report"]["swapped"]["agreement"] == 1
     recorded = json.loads((trained / "final_checkpoint" / "run.json").read_text(encoding="utf-8"))
-    assert recorded["stage"] == "reward" and recorded["metrics"]["accuracy"] == metrics["accuracy"]
-    assert recorded["dataset"]["rows"] == recorded["dataset"]["eval"]["rows"] == len(PAIRS)
+    assert (recorded["stage"], recorded["base_model"], recorded["versions"]["scripts"]) == ("reward", llama, 2)
+    assert recorded["metrics"]["accuracy"] == metrics["accuracy"] and recorded["dataset"]["train"]["rows"] == len(PAIRS)
+    card = (trained / "final_checkpoint" / "README.md").read_text(encoding="utf-8")
+    assert f"`{llama}`" in card and "| accuracy | 1 |" in card and "reward-trainer" in card and "None" not in card
+    assert sorted(path.name for path in trained.iterdir()) == ["checkpoint-20", "checkpoint-30", "final_checkpoint", "metrics.json", "metrics.jsonl"]  # fmt: skip
 
 
-def test_the_adapter_is_relative_to_its_base_and_holds_the_head(trained, llama):
-    config = json.loads((trained / "final_checkpoint" / "adapter_config.json").read_text(encoding="utf-8"))
+def test_an_adapter_is_relative_to_its_base_and_loads_again_with_its_head(reward, trained, llama, pairs, tmp_path):
+    final = trained / "final_checkpoint"
+    config = json.loads((final / "adapter_config.json").read_text(encoding="utf-8"))
     assert (config["base_model_name_or_path"], config["task_type"]) == (llama, "SEQ_CLS")
-    weights = load_file(trained / "final_checkpoint" / "adapter_model.safetensors")
-    assert [name for name in weights if "lora_" not in name] == ["base_model.model.score.weight"]
-    assert not any("lora" in name and "score" in name for name in weights)
-
-
-def test_an_adapter_loads_again_with_one_call(reward, trained, pairs, llama, tmp_path):
-    run(reward, trained / "final_checkpoint", pairs, tmp_path / "eval", "--eval_only", "--eval_split", "train")
-    scores = lines_of(tmp_path / "eval" / "scores.jsonl")
-    assert [line["row"] for line in scores] == list(range(len(PAIRS)))
-    reports = [metrics_of(path)["report"] for path in (tmp_path / "eval", trained)]
-    for name in ("accuracy", "loss", "mean_margin", "calibration_error"):
-        assert reports[0][name] == pytest.approx(reports[1][name], abs=1e-4)
-    assert not (tmp_path / "eval" / "final_checkpoint").exists()
-
-    rows = list(encode(reward, llama, PAIRS)[0])
-    model = AutoPeftModelForSequenceClassification.from_pretrained(trained / "final_checkpoint", num_labels=1).eval()
-    assert score_alone(model, rows, "chosen") == pytest.approx([line["score_chosen"] for line in scores], abs=1e-4)
-    # A padded batch, with the pad token that the checkpoint's tokenizer has: it is not the EOS that ends a text.
-    tokenizer = AutoTokenizer.from_pretrained(trained / "final_checkpoint")
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    model.config.pad_token_id = tokenizer.pad_token_id
-    batch = tokenizer.pad({"input_ids": [row["rejected_ids"] for row in rows]}, return_tensors="pt")
-    with torch.no_grad():
-        padded = model(**batch).logits.squeeze(-1).tolist()
-    assert padded == pytest.approx([line["score_rejected"] for line in scores], abs=1e-4)
-
-
-def test_a_base_that_pads_with_eos_scores_the_eos_with_the_saved_pad_token(reward, pairs, tmp_path):
-    """As SmolLM2: its config says that EOS is padding, so that transformers would read the token before it."""
-    base = make_model(tmp_path / "base", pad_token_id=2)
-    final = run(reward, base, pairs, tmp_path / "out", "--use_lora", "--max_steps", 2, "--learning_rate", 0.01)
-    run(reward, final, pairs, tmp_path / "eval", "--eval_only", "--eval_split", "train")
-    scores = [line["score_chosen"] for line in lines_of(tmp_path / "eval" / "scores.jsonl")]
-    rows = list(encode(reward, final, PAIRS)[0])
-    assert rows[0]["chosen_ids"][-1] == 2
-    pad = AutoTokenizer.from_pretrained(final).pad_token_id
-    load = AutoPeftModelForSequenceClassification.from_pretrained
-    assert score_alone(load(final, num_labels=1, pad_token_id=pad), rows, "chosen") == pytest.approx(scores, abs=1e-4)
-    assert score_alone(load(final, num_labels=1), rows, "chosen") != pytest.approx(scores, abs=1e-3)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_full_model_loads_again_with_one_call(reward, request, pairs, tmp_path, kind):
-    flags = ["--max_steps", 3, "--per_device_train_batch_size", 4, "--learning_rate", 0.001]
-    final = run(reward, request.getfixturevalue(kind), pairs, tmp_path / "full", *flags)
-    run(reward, final, pairs, tmp_path / "eval", "--eval_only", "--eval_split", "train")
-    scores = lines_of(tmp_path / "eval" / "scores.jsonl")
-    model = AutoModelForSequenceClassification.from_pretrained(final).eval()
-    rows = list(encode(reward, final, PAIRS, "chat" if kind == "llama" else "qa")[0])
-    assert score_alone(model, rows, "chosen") == pytest.approx([line["score_chosen"] for line in scores], abs=1e-4)
+    assert [name for name in weights_of(final) if "lora_" not in name] == ["base_model.model.score.weight"]
+    scores, metrics = evaluate(reward, final, pairs, tmp_path / "eval")
+    room = 1000 * torch.finfo(torch.float32).eps * abs(scores).max()
     tokenizer = AutoTokenizer.from_pretrained(final)
-    batch = tokenizer.pad({"input_ids": [row["rejected_ids"] for row in rows]}, return_tensors="pt")
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id  # else a padded batch loses the EOS that ends a text
+    model = AutoPeftModelForSequenceClassification.from_pretrained(
+        final, num_labels=1, pad_token_id=tokenizer.pad_token_id
+    ).eval()
     with torch.no_grad():
-        padded = model(**batch).logits.squeeze(-1).tolist()
-    assert padded == pytest.approx([line["score_rejected"] for line in scores], abs=1e-4)
+        for side, texts in zip(scores, zip(*encode(reward, final, PAIRS))):
+            assert score_alone(model, texts).tolist() == pytest.approx(side, abs=room)
+            batch = tokenizer.pad({"input_ids": list(texts)}, return_tensors="pt")
+            assert model(**batch).logits.squeeze(-1).tolist() == pytest.approx(side, abs=room)
+    assert not (tmp_path / "eval" / "final_checkpoint").exists() and metrics["accuracy"] >= 0.95
+
+
+@pytest.mark.parametrize(("kind", "pad"), [("llama", None), ("llama", 2), ("gpt2", None)])
+def test_a_full_model_scores_its_last_token_when_it_is_loaded_again(reward, pairs, tmp_path, kind, pad):
+    """Also where the config of the base says that its EOS is padding, as SmolLM2's does."""
+    base = make_model(tmp_path / "base", kind, chat=kind == "llama", **({"pad_token_id": pad} if pad else {}))
+    more = ["--max_steps", 3, "--per_device_train_batch_size", 4, "--learning_rate", 0.001]
+    final = train(reward, base, pairs, tmp_path / "out", *more)
+    scores, _ = evaluate(reward, final, pairs, tmp_path / "eval")
+    model = AutoModelForSequenceClassification.from_pretrained(final).eval()
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    room = 1000 * torch.finfo(torch.float32).eps * abs(scores).max()
+    with torch.no_grad():
+        for side, texts in zip(scores, zip(*encode(reward, final, PAIRS, "chat" if kind == "llama" else "qa"))):
+            assert score_alone(model, texts).tolist() == pytest.approx(side, abs=room)
+            if kind == "llama":
+                batch = tokenizer.pad({"input_ids": list(texts)}, return_tensors="pt")
+                assert model(**batch).logits.squeeze(-1).tolist() == pytest.approx(side, abs=room)
 
 
 @pytest.fixture(scope="module")
 def sft_adapter(llama, tmp_path_factory):
     """What an SFT run leaves: a LoRA adapter that changes the model, its tokenizer, and run.json."""
     folder = tmp_path_factory.mktemp("sft") / "final_checkpoint"
-    config = LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False
-    )
-    get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config).save_pretrained(folder)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)  # fmt: skip
+    get_peft_model(AutoModelForCausalLM.from_pretrained(llama), lora).save_pretrained(folder)
     AutoTokenizer.from_pretrained(llama).save_pretrained(folder)
     (folder / "run.json").write_text('{"stage": "sft", "prompt_format": "qa"}', encoding="utf-8")
     return folder
 
 
 def test_an_sft_adapter_is_continued_on_its_base_in_its_format(reward, sft_adapter, llama, pairs, tmp_path):
-    start = load_file(sft_adapter / "adapter_model.safetensors")
-    flags = ["--max_steps", 1, "--per_device_train_batch_size", 4]
-    still = run(reward, sft_adapter, pairs, tmp_path / "still", *flags, "--learning_rate", 0)
-    moved = run(reward, sft_adapter, pairs, tmp_path / "moved", *flags, "--learning_rate", 0.01)
+    start = weights_of(sft_adapter)
+    still = train(reward, sft_adapter, pairs, tmp_path / "still", "--max_steps", 1, "--learning_rate", 0)
+    moved = train(reward, sft_adapter, pairs, tmp_path / "moved", "--max_steps", 1, "--learning_rate", 0.01)
     config = json.loads((still / "adapter_config.json").read_text(encoding="utf-8"))
-    assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == (llama, 4, 8)
-    assert set(config["target_modules"]) == {"q_proj", "v_proj"} and config["task_type"] == "SEQ_CLS"
-    weights, trained = (load_file(folder / "adapter_model.safetensors") for folder in (still, moved))
-    assert set(weights) == set(start) | {"base_model.model.score.weight"}
-    assert all(torch.equal(weights[name], start[name]) for name in start)
-    assert all(not torch.equal(trained[name], start[name]) for name in start)
+    assert (config["base_model_name_or_path"], config["r"], config["task_type"]) == (llama, 4, "SEQ_CLS")
+    assert set(weights_of(still)) == set(start) | {"base_model.model.score.weight"}
+    assert all(torch.equal(weights_of(still)[name], start[name]) for name in start)
+    assert all(not torch.equal(weights_of(moved)[name], start[name]) for name in start)
     recorded = json.loads((still / "run.json").read_text(encoding="utf-8"))
-    assert recorded["prompt_format"] == "qa" and recorded["parent"] == str(sft_adapter)
+    assert (recorded["prompt_format"], recorded["parent"]) == ("qa", str(sft_adapter))
+    for more, message in ((["--lora_r", 8], "--lora_r 8: the adapter"), (["--eval_only", "--eval_split", "train"], "'sft'")):  # fmt: skip
+        _, error = run(reward, *flags(sft_adapter, pairs, tmp_path / "no"), *more, code=2)
+        assert message in error
 
 
-def test_a_reward_adapter_is_continued_with_its_head(reward, trained, pairs, tmp_path):
-    flags = ["--max_steps", 1, "--per_device_train_batch_size", 4, "--learning_rate", 0]
-    again = run(reward, trained / "final_checkpoint", pairs, tmp_path / "again", *flags)
-    before, after = (load_file(path / "adapter_model.safetensors") for path in (trained / "final_checkpoint", again))
+def test_a_reward_adapter_is_continued_with_its_head_on_its_own_base_alone(reward, trained, pairs, tmp_path):
+    final = trained / "final_checkpoint"
+    again = train(reward, final, pairs, tmp_path / "again", "--max_steps", 1, "--learning_rate", 0)
+    before, after = weights_of(final), weights_of(again)
     assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
-    configs = [
-        json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        for path in (trained / "final_checkpoint", again)
-    ]
+    configs = [json.loads((path / "adapter_config.json").read_text(encoding="utf-8")) for path in (final, again)]
     assert configs[0]["modules_to_save"] == configs[1]["modules_to_save"]
+    other = make_model(tmp_path / "other", seed=1)
+    for base, message in ((other, "has other weights"), (tmp_path / "gone", "is not there")):
+        copied = shutil.copytree(final, tmp_path / f"copy of {Path(base).name}")
+        config = {**configs[0], "base_model_name_or_path": str(base)}
+        (copied / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+        _, error = run(reward, *flags(copied, pairs, tmp_path / "no"), code=2)
+        assert message in error
 
 
-def test_a_new_head_starts_near_zero_and_the_same_from_the_same_seed(reward, llama):
-    def load(seed):
-        flags = ["--model_path", llama, "--dataset_name", "x", "--output_dir", "x", "--seed", str(seed)]
-        return reward.load_reward_model(
-            reward.locate_model(llama, "--model_path"), reward.build_parser().parse_args(flags)
-        )
+def test_a_new_head_starts_near_zero_and_the_same_from_the_same_seed(reward, llama, pairs, tmp_path):
+    def head(seed, name):
+        more = ["--max_steps", 1, "--learning_rate", 0, "--seed", seed, "--use_lora"]
+        return weights_of(train(reward, llama, pairs, tmp_path / name, *more))["base_model.model.score.weight"]
 
-    first, same, other = (load(seed).score.weight for seed in (1, 1, 2))
+    first, same, other = head(1, "first"), head(1, "same"), head(2, "other")
     assert torch.equal(first, same) and not torch.equal(first, other)
     assert 0 < first.abs().max() < 0.01
 
 
-def test_dropout_is_that_of_the_adapter_alone(reward, gpt2):
-    flags = ["--model_path", gpt2, "--dataset_name", "x", "--output_dir", "x", "--use_lora", "--lora_dropout", "0.3"]
-    model = reward.load_reward_model(reward.locate_model(gpt2, "--model_path"), reward.build_parser().parse_args(flags))
-    rates = {
-        ("lora" in name, module.p) for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)
-    }
-    assert rates == {(True, 0.3), (False, 0.0)}
-
-
-@pytest.mark.parametrize("flags", [["--use_lora", "--lora_dropout", "0.2"], ["--gradient_checkpointing"]])
-def test_a_resumed_run_equals_an_uninterrupted_one(reward, llama, pairs, tmp_path, flags):
-    flags = [
-        *flags,
-        "--per_device_train_batch_size",
-        4,
-        "--gradient_accumulation_steps",
-        2,
-        "--max_steps",
-        6,
-        "--save_steps",
-        3,
-        "--learning_rate",
-        0.003,
-    ]
-    whole = run(reward, llama, pairs, tmp_path / "whole", *flags)
-    (tmp_path / "resumed").mkdir()
-    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
-    resumed = run(reward, llama, pairs, tmp_path / "resumed", *flags, "--resume_from_checkpoint")
-    name = "adapter_model.safetensors" if "--use_lora" in flags else "model.safetensors"
-    first, second, third = (load_file(path / name) for path in (whole, resumed, tmp_path / "whole" / "checkpoint-3"))
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    assert not all(torch.equal(first[key], third[key]) for key in first)
-
-
-@pytest.mark.parametrize("flags", [["--bf16", "--use_lora"], ["--bf16"], ["--use_lora", "--gradient_checkpointing"]])
-def test_trained_weights_are_float32_and_move(reward, llama, pairs, tmp_path, flags):
-    final = run(reward, llama, pairs, tmp_path / "out", *flags, "--max_steps", 2, "--per_device_train_batch_size", 4)
-    weights = load_file(final / ("adapter_model.safetensors" if "--use_lora" in flags else "model.safetensors"))
+@pytest.mark.parametrize("more", [["--bf16", "--use_lora"], ["--bf16"], ["--load_in_4bit", "--use_lora"]])
+def test_trained_weights_are_float32_and_move(reward, pairs, tmp_path, more):
+    if "--load_in_4bit" in more:
+        pytest.importorskip("bitsandbytes")
+    base = make_model(tmp_path / "model", hidden_size=64, intermediate_size=128)
+    weights = weights_of(train(reward, base, pairs, tmp_path / "out", *more, "--max_steps", 2, "--eval_split", "train"))
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert all(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name)
 
 
-def test_a_4_bit_base_trains_a_float32_adapter(reward, pairs, tmp_path, monkeypatch):
-    bnb = pytest.importorskip("bitsandbytes").nn.modules  # packed weights have no backward pass
-    monkeypatch.setattr(bnb, "has_avx512bf16", lambda: True)
-    monkeypatch.setattr(bnb, "_convert_weight_packed_for_cpu", lambda *args: pytest.fail("the weights were packed"))
-    model = make_model(tmp_path / "model", hidden_size=64, intermediate_size=128)
-    final = run(reward, model, pairs, tmp_path / "out", "--use_lora", "--load_in_4bit", "--max_steps", 2)
-    weights = load_file(final / "adapter_model.safetensors")
-    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    assert weights["base_model.model.score.weight"].shape == (1, 64)
+# Stopping and going on
 
 
-def test_margins_of_the_data_enter_the_loss(reward, llama, tmp_path):
-    rows = [{"prompt": p["question"], "chosen": p["response_j"], "rejected": p["response_k"], "score_chosen": 7.0, "score_rejected": 4.0} for p in PAIRS]  # fmt: skip
-    data = write_rows(tmp_path / "graded.jsonl", rows)
-    flags = ["--max_steps", 1, "--logging_steps", 1, "--per_device_train_batch_size", 4, "--learning_rate", 0]
-    run(reward, llama, data, tmp_path / "out", *flags, "--use_margin")
-    run(reward, llama, data, tmp_path / "plain", *flags)
-    loss, plain = (lines_of(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in ("out", "plain"))
-    assert loss == pytest.approx(math.log(1 + math.exp(3)), abs=0.05)
-    assert plain == pytest.approx(math.log(2), abs=0.05)
+RESUMED = ["--use_lora", "--lora_dropout", 0.2, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--max_steps", 6, "--save_steps", 3, "--logging_steps", 1, "--learning_rate", 0.003]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(reward, llama, pairs, tmp_path_factory):
+    """A run that nothing has interrupted."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    train(reward, llama, pairs, output, *RESUMED)
+    return output
+
+
+def steps_of(folder):
+    return [(line["step"], line["loss"]) for line in lines_of(folder / "metrics.jsonl") if "loss" in line]
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_resumed_run_equals_an_uninterrupted_one(reward, llama, pairs, whole, tmp_path, step):
+    """From a checkpoint on the way, and from the last one; metrics.jsonl has no line twice."""
+    for name in (f"checkpoint-{step}", "metrics.jsonl"):
+        copy = shutil.copytree if name.startswith("checkpoint") else shutil.copy
+        tmp_path.joinpath("out").mkdir(exist_ok=True)
+        copy(whole / name, tmp_path / "out" / name)
+    (tmp_path / "out" / "checkpoint-9").mkdir()  # never completed
+    final = train(reward, llama, pairs, tmp_path / "out", *RESUMED, "--resume_from_checkpoint")
+    file = "adapter_model.safetensors"
+    assert (final / file).read_bytes() == (whole / "final_checkpoint" / file).read_bytes()
+    assert steps_of(tmp_path / "out") == steps_of(whole)
+
+
+def test_ctrl_c_saves_a_checkpoint_to_go_on_from(reward, llama, pairs, whole, tmp_path, monkeypatch):
+    step, calls = RewardTrainer.training_step, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 30:  # 8 pairs a step
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RewardTrainer, "training_step", interrupted)
+        _, error = run(reward, *flags(llama, pairs, tmp_path / "out"), *RESUMED, code=130)
+    assert "go on with" in error and not (tmp_path / "out" / "final_checkpoint").exists()
+    final = train(reward, llama, pairs, tmp_path / "out", *RESUMED, "--resume_from_checkpoint")
+    file = "adapter_model.safetensors"
+    assert (final / file).read_bytes() == (whole / "final_checkpoint" / file).read_bytes()
+    assert steps_of(tmp_path / "out") == steps_of(whole)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(reward, llama, pairs, tmp_path, monkeypatch):
+    compute, calls = RewardTrainer.compute_loss, []
+
+    def broken(self, *args, **kwargs):
+        calls.append(1)
+        return compute(self, *args, **kwargs) * (math.nan if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(RewardTrainer, "compute_loss", broken)
+    _, error = run(reward, *flags(llama, pairs, tmp_path / "out"), "--max_steps", 6, "--save_steps", 2, code=2)
+    assert "step 4 is NaN or infinite" in error and "checkpoint-2" in error
+    assert not (tmp_path / "out" / "final_checkpoint").exists()
 
 
 # The report
 
 
-def test_report_on_scores_worked_out_by_hand(reward):
-    margins = np.array([2.0, 2.0, 2.0, -2.0, 0.1, -0.1, 0.0, 3.0, 0.1, 0.1])
-    report = reward.make_report(np.array([margins + 1, np.ones(10)]), [5, 5, -5, 5, -5, 5, 0, 5, -5, 5])
-    assert report["accuracy"] == 0.7 and report["ties"] == 1
-    # Wilson's interval for 7 of 10: (0.397, 0.892), e.g. Newcombe 1998, method 3
-    assert report["accuracy_interval"] == pytest.approx([0.3968, 0.8922], abs=1e-4)
-    assert report["mean_margin"] == pytest.approx(margins.mean())
-    assert report["loss"] == pytest.approx(np.log1p(np.exp(-margins)).mean())
-    bias = report["length_bias"]
-    assert (bias["chosen_longer"]["pairs"], bias["chosen_shorter"]["pairs"]) == (6, 3)
-    assert bias["chosen_longer"]["accuracy"] == pytest.approx(4 / 6) and bias["chosen_shorter"]["accuracy"] == 1
-    table = {row["from"]: row for row in report["reliability"] if row["pairs"]}
-    confidence = {margin: 1 / (1 + math.exp(-margin)) for margin in (2.0, 0.1, 3.0)}
-    assert sorted(table) == pytest.approx([0.5, 0.85, 0.95])
-    low, middle, high = (table[key] for key in sorted(table))
-    assert (low["pairs"], low["accuracy"]) == (5, 0.7)  # three right, one wrong, one tie
-    assert (middle["pairs"], middle["accuracy"]) == (4, 0.75) and middle["confidence"] == pytest.approx(confidence[2.0])
-    expected = (
-        0.5 * abs((4 * confidence[0.1] + 0.5) / 5 - 0.7)
-        + 0.4 * abs(confidence[2.0] - 0.75)
-        + 0.1 * (1 - confidence[3.0])
-    )
-    assert report["calibration_error"] == pytest.approx(expected)
+def test_the_report_says_what_follows_from_the_scores(reward, llama, pairs, trained, tmp_path):
+    """An early checkpoint's scores, with rights and wrongs; the interval is Wilson's."""
+    final = train(reward, llama, pairs, tmp_path / "out", "--max_steps", 1, "--learning_rate", 0)
+    scores, metrics = evaluate(reward, final, pairs, tmp_path / "eval")
+    report, margin = metrics["report"], scores[0] - scores[1]
+    n, right = len(margin), margin > 0
+    p, z = right.mean(), 1.96
+    root = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert report["accuracy"] == pytest.approx(p) and 0 < p < 1
+    interval = [(p + z**2 / (2 * n) + side) / (1 + z**2 / n) for side in (-root, root)]
+    assert report["accuracy_interval"] == pytest.approx(interval)
+    assert report["mean_margin"] == pytest.approx(margin.mean())
+    assert report["loss"] == pytest.approx(np.log1p(np.exp(-margin)).mean())
+    lengths = np.array([len(chosen) - len(rejected) for chosen, rejected in encode(reward, llama, PAIRS)])
+    assert report["length_bias"]["chosen_shorter"] == pytest.approx({"pairs": (lengths < 0).sum(), "accuracy": right[lengths < 0].mean()})  # fmt: skip
+    assert report["length_bias"]["correlation"] == pytest.approx(np.corrcoef(margin, lengths)[0, 1])
+    confidence = 1 / (1 + np.exp(-abs(margin)))  # all in the first bin, so near is the new head to zero
+    assert [row["pairs"] for row in report["reliability"]] == [n]
+    assert report["calibration_error"] == pytest.approx(abs(confidence.mean() - p))
+    assert report["swapped"]["agreement"] == 1
 
 
-def test_report_without_spread_has_no_correlation_and_no_nan(reward):
-    report = reward.make_report(np.array([[1.0, 1.0], [0.0, 0.0]]), [3, 3])
-    assert report["length_bias"]["correlation"] is None and report["length_bias"]["chosen_shorter"]["accuracy"] is None
-    assert report["accuracy_interval"][1] == pytest.approx(1)
-    assert "NaN" not in json.dumps(report)
-
-
-def test_scores_follow_the_order_of_the_rows_whatever_the_batches(reward, trained, llama):
-    rows = list(encode(reward, llama, PAIRS)[0])
-    flags = [
-        "--model_path",
-        str(trained / "final_checkpoint"),
-        "--dataset_name",
-        "x",
-        "--output_dir",
-        "x",
-        "--use_lora",
-        "--eval_only",
-    ]
-    args = reward.build_parser().parse_args(flags)
-    model = reward.load_reward_model(reward.locate_model(args.model_path, "--model_path"), args)
-    model.get_base_model().set_attn_implementation("pairs")
-    many, few = (reward.score_pairs(model, rows, reward.collate_shared, args, tokens) for tokens in (4096, 1))
-    assert np.abs(many - few).max() < 1e-4 < many.std()
-    swapped = [{"chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in rows]
-    assert np.abs(reward.score_pairs(model, swapped, reward.collate_shared, args)[::-1] - many).max() < 1e-4
-
-
-def test_the_report_is_a_table_on_the_terminal(reward, trained, pairs, tmp_path, capsys):
-    run(reward, trained / "final_checkpoint", pairs, tmp_path / "eval", "--eval_only", "--eval_fraction", 0.5)
-    out = capsys.readouterr().out
-    assert "report on 15 pairs" in out and "held out" in out
-    for line in ("accuracy", "chosen is longer", "mean margin", "sides swapped", "calibration error"):
-        assert f"  {line}" in out
-    assert len(lines_of(tmp_path / "eval" / "scores.jsonl")) == 15
+def test_the_report_is_printed_and_says_where_the_accuracy_may_be_chance(reward, llama, pairs, tmp_path):
+    out, error = run(reward, *flags(llama, pairs, tmp_path / "out"), "--max_steps", 1, "--learning_rate", 0, "--eval_split", "train[:10]")  # fmt: skip
+    assert "report on 10 pairs" in out
+    for line in ("accuracy", "margin and length", "mean margin", "sides swapped", "calibration error"):
+        assert f"\n  {line}" in out
+    assert re.search(r"warning: accuracy 0\.\d+ \(0\.\d+ to 0\.\d+\) may be chance", error)
 
 
 # What is refused
 
 
-def test_dry_run_shows_the_data_and_loads_and_writes_nothing(reward, llama, pairs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(reward, "load_reward_model", lambda *args: pytest.fail("a model was loaded"))
-    run(reward, llama, pairs, tmp_path / "out", "--dry_run", "--per_device_train_batch_size", 4)
-    out = capsys.readouterr().out
-    assert "schema question + response_j + response_k, format chat; 30 of 30 pairs kept" in out
-    assert "8 steps of 4 pairs" in out
-    assert (
-        "<|im_start|>user\nWhere is Paris of Paris?<|im_end|>\n<|im_start|>assistant\n\n[[chosen: It is in Paris.<|im_end|>]]"
-        in out
-    )
-    assert "[[rejected: I do not know, who would ask?<|im_end|>]]" in out
+def test_dry_run_loads_and_writes_nothing(reward, llama, pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(reward, "load_model", lambda *args: pytest.fail("a model was loaded"))
+    out, _ = run(reward, *flags(llama, pairs, tmp_path / "out"), "--dry_run", "--per_device_train_batch_size", 4)
+    tokens = sum(len(ids) for texts in encode(reward, llama, PAIRS) for ids in texts)
+    assert "30 of 30 pairs kept" in out and f"8 steps of 4 pairs; an epoch has 30 pairs, {tokens} tokens" in out
     assert not (tmp_path / "out").exists()
-
-
-def test_token_counts_of_the_dry_run(reward, llama, pairs, tmp_path, capsys):
-    run(reward, llama, pairs, tmp_path / "out", "--dry_run")
-    rows = list(encode(reward, llama, PAIRS)[0])
-    tokens = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
-    common = sum(len(os.path.commonprefix([row["chosen_ids"], row["rejected_ids"]])) for row in rows)
-    assert f"an epoch has 30 pairs, {tokens} tokens, {tokens - common} with" in capsys.readouterr().out
 
 
 GOOD = PAIRS[0]
 BAD_DATA = {
-    "missing column": ([{"question": "q", "response_j": "a"}], "has the columns question, response_j; one of these is needed: prompt + chosen + rejected; question + response_j + response_k"),
-    "null": ([GOOD, {**GOOD, "response_k": None}], "row 1: column response_k is null"),
-    "empty text": ([GOOD, PAIRS[1], {**GOOD, "question": " "}], "row 2: column question is empty"),
-    "roles": ([{"prompt": "q", "chosen": chat("q", "a")[::-1], "rejected": chat("q", "b")}], "row 0: column chosen turn 0 has the role 'assistant'"),
-    "ends with a question": ([{"prompt": "q", "chosen": chat("q", "a"), "rejected": chat("q", "b", "c")}], "row 0: column rejected ends with the role 'user'"),
-    "another context": ([{"prompt": "q", "chosen": chat("q", "a"), "rejected": chat("x", "b")}], "row 0: columns chosen and rejected differ before the last turn"),
-    "all too long": ([{**GOOD, "response_j": "word " * 600}], "no pair is left to use"),
+    "missing column": ([{"question": "q", "response_j": "a"}], "one of these is needed: prompt + chosen + rejected; question + response_j + response_k"),
+    "roles": ([{"prompt": "q", "chosen": chat("q", "a")[::-1], "rejected": chat("q", "b")}], "column chosen should have text of the role 'user' in turn 0"),
+    "another context": ([{"prompt": "q", "chosen": chat("q", "a"), "rejected": chat("x", "b")}], "differ before the last turn"),
+    "all too long": ([{**GOOD, "response_j": "word " * 600}], "0 are left to use: 1 longer than --max_length"),
+    "margin": ([{**GOOD, "margin": None}], "column margin is no number"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_data_is_refused_before_anything_is_written(reward, llama, tmp_path, case):
+def test_bad_data_is_refused_in_one_line_before_anything_is_written(reward, llama, tmp_path, case):
     rows, message = BAD_DATA[case]
-    data = write_rows(tmp_path / "data.jsonl", rows)
-    with pytest.raises(reward.UserError) as error:
-        run(reward, llama, data, tmp_path / "out")
-    assert message in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_empty_data_set_is_refused(reward, llama, tmp_path):
-    columns = ("question", "response_j", "response_k")
-    features = datasets.Features({name: datasets.Value("string") for name in columns})
-    datasets.Dataset.from_dict({name: [] for name in columns}, features).to_parquet(tmp_path / "empty.parquet")
-    with pytest.raises(reward.UserError, match="is empty|no data"):
-        run(reward, llama, tmp_path / "empty.parquet", tmp_path / "out")
+    _, error = run(reward, *flags(llama, write_rows(tmp_path / "data.jsonl", rows), tmp_path / "out"), code=2)
+    assert message in error and error.count("error: ") == 1 and not (tmp_path / "out").exists()
 
 
 BAD_FLAGS = {
-    "batch": (["--per_device_train_batch_size", 31], "--per_device_train_batch_size 31 is larger than the data set (30 pairs)"),
-    "model": (["--model_path", "no/such/model"], "--model_path no/such/model does not exist"),
-    "split": (["--eval_split", "validation[:10%]", "--eval_fraction", 0.1], "--eval_fraction holds out rows"),
-    "margin": (["--use_margin"], "--use_margin: "),
+    "batch": (["--per_device_train_batch_size", 31], "--per_device_train_batch_size 31 is larger than the 30 pairs"),
+    "model": (["--model_path", "no/such/model"], "'no/such/model' is not there"),
+    "split": (["--eval_split", "validation[:10%]", "--train_split", "x"], "--eval_split"),
     "nothing to evaluate on": (["--eval_only"], "--eval_only needs pairs to evaluate on"),
-    "no head": (["--eval_only", "--eval_split", "train"], "has no score head; it should be a trained reward model"),
-    "field": (["--set", "centre_rewards=1"], "RewardConfig has no such field"),
-    "taken field": (["--set", "max_length=5"], "this field is set by a flag of its own"),
+    "no head": (["--eval_only", "--eval_split", "train"], "has no score head"),
+    "field": (["--set", "centre_rewards=1"], "a field of RewardConfig"),
+    "taken field": (["--set", "max_length=5"], "without a flag"),
+    "both precisions": (["--bf16", "--fp16"], "fp16"),
+    "4 bit": (["--load_in_4bit"], "needs --use_lora"),
+    "module": (["--use_lora", "--lora_target_modules", "nosuch"], "--lora_target_modules"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BAD_FLAGS)
-def test_bad_flags_are_refused_before_anything_is_written(reward, llama, pairs, tmp_path, case):
-    flags, message = BAD_FLAGS[case]
-    with pytest.raises(reward.UserError) as error:
-        run(reward, llama, pairs, tmp_path / "out", *flags)
-    assert message in str(error.value)
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("case", [case for case in BAD_FLAGS if case != "split"])
+def test_bad_flags_are_refused_in_one_line_before_anything_is_written(reward, llama, pairs, tmp_path, case):
+    more, message = BAD_FLAGS[case]
+    _, error = run(reward, *flags(llama, pairs, tmp_path / "out"), *more, code=2)
+    assert message in error and not (tmp_path / "out").exists()
 
 
-def test_an_sft_adapter_is_no_reward_model(reward, sft_adapter, pairs, tmp_path):
-    with pytest.raises(reward.UserError, match="stage 'sft': it is not a reward model"):
-        run(reward, sft_adapter, pairs, tmp_path / "out", "--eval_only", "--eval_split", "train")
+def test_a_model_without_a_classifier_or_with_too_few_positions_is_refused(reward, pairs, tmp_path):
+    mamba = transformers.Mamba2Config(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_heads=8, head_dim=8, state_size=8)  # fmt: skip
+    transformers.Mamba2ForCausalLM(mamba).save_pretrained(tmp_path / "mamba")
+    make_tokenizer().save_pretrained(tmp_path / "mamba")
+    _, error = run(reward, *flags(tmp_path / "mamba", pairs, tmp_path / "out"), code=2)
+    assert "Mamba2ForCausalLM" in error and "--reward_function" in error and len(error.splitlines()[-1]) < 200
+    _, error = run(reward, *flags(make_model(tmp_path / "short", max_position_embeddings=32), pairs, tmp_path / "out"), code=2)  # fmt: skip
+    assert "the model has 32 positions" in error
 
 
-def test_texts_longer_than_the_models_positions_are_refused(reward, pairs, tmp_path):
-    model = make_model(tmp_path / "short", max_position_embeddings=32)
-    with pytest.raises(reward.UserError, match="the model has 32 positions"):
-        run(reward, model, pairs, tmp_path / "out")
-
-
-def test_a_non_empty_output_dir_is_refused_and_kept(reward, llama, pairs, tmp_path):
-    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    for flags in ([], ["--eval_only", "--eval_split", "train"]):
-        with pytest.raises(reward.UserError, match="is not empty"):
-            run(reward, llama, pairs, tmp_path, *flags)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_an_evaluation_leaves_the_checkpoints_in_its_output_dir(reward, trained, pairs, tmp_path):
-    output = tmp_path / "copy"
-    shutil.copytree(trained, output)
-    run(
-        reward,
-        output / "final_checkpoint",
-        pairs,
-        output,
-        "--eval_only",
-        "--eval_split",
-        "train",
-        "--overwrite_output_dir",
-    )
-    assert list(output.glob("checkpoint-*")) and (output / "final_checkpoint" / "adapter_config.json").is_file()
+def test_an_output_dir_in_use_is_refused_and_of_an_older_run_only_its_own_files_go(reward, llama, pairs, trained, tmp_path):  # fmt: skip
+    output = shutil.copytree(trained, tmp_path / "copy")
+    (output / "notes.txt").write_text("mine", encoding="utf-8")
+    for more in ([], ["--eval_only", "--eval_split", "train"]):
+        _, error = run(reward, *flags(output / "final_checkpoint", pairs, output), *more, code=2)
+        assert "is not empty" in error
+    run(reward, *flags(output / "final_checkpoint", pairs, output), "--eval_only", "--eval_split", "train", "--overwrite_output_dir")  # fmt: skip
+    assert (output / "checkpoint-20").is_dir() and (output / "final_checkpoint" / "adapter_config.json").is_file()
+    train(reward, llama, pairs, output, "--max_steps", 1, "--overwrite_output_dir")
+    assert not (output / "checkpoint-20").exists() and (output / "notes.txt").is_file()
+    assert not (output / "final_checkpoint" / "adapter_config.json").exists()
+    run_json = output / "checkpoint-1" / "run.json"
+    recorded = json.loads(run_json.read_text(encoding="utf-8"))
+    run_json.write_text(json.dumps({**recorded, "versions": {"trl": "1.12.0"}}), encoding="utf-8")
+    _, error = run(reward, *flags(llama, pairs, output), "--resume_from_checkpoint", code=2)
+    assert "earlier version" in error
 
 
 def test_the_lone_file_runs_from_an_empty_directory(llama, pairs, tmp_path):
     shutil.copy(ROOT / "training_reward_model.py", tmp_path)
-    command = [
-        sys.executable, "training_reward_model.py", "--model_path", llama, "--dataset_name", pairs, "--output_dir", "out",
-        "--use_lora", "--max_steps", "2", "--eval_fraction", "0.2",
-    ]  # fmt: skip
+    more = ["--use_lora", "--max_steps", "2", "--train_split", "train[:80%]", "--eval_split", "train[80%:]"]
+    command = [sys.executable, "training_reward_model.py", *flags(llama, pairs, "out"), *more]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "final_checkpoint" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not here")
-@pytest.mark.parametrize(
-    ("name", "flags"),
-    [
-        ("chat_preferences", []),
-        (
-            "ultrafeedback_binarized_sample",
-            ["--train_split", "train_prefs", "--eval_split", "test_prefs", "--use_margin"],
-        ),
-    ],
-)
-def test_real_preferences_are_read_whole(reward, llama, tmp_path, capsys, name, flags):
+@pytest.mark.parametrize("name", ["chat_preferences", "ultrafeedback_binarized_sample"])
+def test_real_preferences_are_read_whole(reward, tmp_path, name):
     model = make_model(tmp_path / "model", max_position_embeddings=65536)
-    run(reward, model, SHARED / name, tmp_path / "out", "--dry_run", "--max_length", 65536, *flags)
-    kept = [line for line in capsys.readouterr().out.splitlines() if "pairs kept" in line]
-    assert len(kept) == (2 if "--eval_split" in flags else 1)
-    assert all("left out: 0 longer than" in line for line in kept)
+    splits = ["--train_split", "train_prefs", "--eval_split", "test_prefs"] if name.startswith("ultra") else []
+    out, _ = run(reward, *flags(model, SHARED / name, tmp_path / "out"), "--dry_run", "--max_length", 65536, *splits)
+    kept = re.findall(r"(\d+) of (\d+) pairs kept", out)
+    assert len(kept) == 1 + bool(splits) and "longer than" not in out
+    assert all(int(some) > 0.9 * int(every) for some, every in kept)
