@@ -117,11 +117,11 @@ def test_rows_that_are_left_out_are_counted_with_their_numbers(reward, llama, tm
     rows[8]["response_j"] = "  "
     out, _ = run(reward, *flags(llama, write_rows(tmp_path / "a.jsonl", rows), tmp_path / "out"), "--dry_run", "--max_length", 100)  # fmt: skip
     assert "16 of 20 pairs kept" in out
-    for reason in ("1 longer than --max_length 100 (rows 3)", "1 of two equal texts (rows 5)", "1 column response_j should have text of the role 'user' in turn 0 (rows 7)"):  # fmt: skip
+    for reason in ("1 longer than --max_length 100 (rows 3)", "1 of two equal texts (rows 5)", "1 column question is null (rows 7)"):  # fmt: skip
         assert reason in out
     rows[9]["response_j"] = 5
     _, error = run(reward, *flags(llama, write_rows(tmp_path / "b.jsonl", [{key: str(value) if value == 5 else value for key, value in row.items()} | {"response_j": None if i in (8, 9) else "x"} for i, row in enumerate(rows)]), tmp_path / "out"), code=2)  # fmt: skip
-    assert "3 of 20 rows are no pairs" in error and "2 column response_j should have text of the role 'assistant' in turn 1 (rows 8, 9)" in error
+    assert "3 of 20 rows are no pairs" in error and "2 column response_j is null (rows 8, 9)" in error
 
 
 # Scores and gradients
@@ -495,7 +495,7 @@ BAD_FLAGS = {
     "no head": (["--eval_only", "--eval_split", "train"], "has no score head"),
     "field": (["--set", "centre_rewards=1"], "a field of RewardConfig"),
     "taken field": (["--set", "max_length=5"], "without a flag"),
-    "both precisions": (["--bf16", "--fp16"], "fp16"),
+    "both precisions": (["--bf16", "--fp16"], "--fp16"),
     "4 bit": (["--load_in_4bit"], "needs --use_lora"),
     "module": (["--use_lora", "--lora_target_modules", "nosuch"], "--lora_target_modules"),
 }  # fmt: skip
