@@ -526,7 +526,10 @@ def lay_out(texts):
     Returns four lists: token ids; positions, which go on after the beginning in each end; segments, 0 for the beginning
     and n for the end of text n; and where the last token of each text stands."""
     shared = min(len(os.path.commonprefix(texts)), min(map(len, texts)) - 1)
-    ids, positions, segments, lasts = texts[0][:shared], [*range(shared)], [0] * shared, []
+    ids = texts[0][:shared]
+    positions = list(range(shared))
+    segments = [0] * shared
+    lasts = []
     for n, text in enumerate(texts, 1):
         ids = ids + text[shared:]
         positions += range(shared, len(text))
@@ -957,8 +960,8 @@ def make_report(scores, length_difference):
     to 1; a tie is half right there, and wrong in the accuracy. The interval is Wilson's (1927), the calibration error
     that of Guo et al. 2017 (arXiv:1706.04599)."""
     margin, difference = scores[0] - scores[1], np.asarray(length_difference)
-    right, pairs, z = margin > 0, len(margin), 1.96
-    accuracy = float(right.mean())
+    right, pairs = margin > 0, len(margin)
+    z, accuracy = 1.96, float(right.mean())
     center = accuracy + z * z / (2 * pairs)
     spread = z * math.sqrt(accuracy * (1 - accuracy) / pairs + z * z / (4 * pairs * pairs))
 
@@ -1024,6 +1027,7 @@ def evaluate_pairs(model, rows, collate, args, where):
 
 
 def run_stage(args):
+    """The run that `args` ask for, step by step."""
     base, parent = locate_model(args)
     checkpoint = find_checkpoint(args)
     config = make_config(args)
@@ -1098,6 +1102,8 @@ def main(argv=None):
     args = parse_flags(argv)
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # of several processes the first one talks
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
     try:
         run_stage(args)
     except torch.OutOfMemoryError as error:
