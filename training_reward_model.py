@@ -275,6 +275,7 @@ def parse_flags(argv=None):
     evaluates = "needs pairs to evaluate on: --eval_split or --eval_subset"
     shards = os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
     mistakes = {
+        "--bf16 and --fp16 exclude each other": args.bf16 and args.fp16,
         "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
         f"--load_in_{bits}bit needs --use_lora: quantized weights cannot be trained": quantized and not args.use_lora,
         f"--eval_steps {evaluates}": args.eval_steps and not args.eval_split,
@@ -406,10 +407,22 @@ def find_checkpoint(args):
     if not finished_steps(checkpoint):
         fail(f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)")
     if run.get("stage") != "reward" or run.get("versions", {}).get("scripts") != 2:
-        fail(f"--resume_from_checkpoint {checkpoint} is of the stage {run.get('stage')!r}, or of an earlier version")
+        fail(f"--resume_from_checkpoint {checkpoint} is of another stage or an earlier version ({run.get('stage')})")
     if finished_steps(newest) > finished_steps(checkpoint) and not args.overwrite_output_dir:
         fail(f"--resume_from_checkpoint {checkpoint}: {newest} is later; --overwrite_output_dir drops it")
-    return checkpoint
+    return Path(checkpoint)
+
+
+def clear_output_dir(args, checkpoint):
+    """Remove checkpoints that were never completed, with --overwrite_output_dir also those after `checkpoint`, and from
+    metrics.jsonl what the checkpoint does not know of."""
+    state = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
+    for path in Path(args.output_dir).glob("checkpoint-*"):
+        later = finished_steps(path) > state.get("global_step", 0)
+        if not finished_steps(path) or (later and args.overwrite_output_dir):
+            shutil.rmtree(path)
+    lines = [json.dumps({"step": entry["step"], **entry}) + "\n" for entry in state.get("log_history", [])]
+    Path(args.output_dir, "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def load_split(args, subset, split, flag):
@@ -444,6 +457,9 @@ def read_pair(row, schema):
     prompt, *sides = schema
     pair = [row[side] for side in sides]
     if not any(isinstance(value, list) for value in pair):  # else each is a conversation, `prompt` repeats its question
+        for column in schema:
+            if not isinstance(row[column], str) or not row[column].strip():
+                raise ValueError(f"column {column} is {'null' if row[column] is None else 'empty, or no text'}")
         question = {"role": "user", "content": row[prompt]}
         pair = [[question, {"role": "assistant", "content": answer}] for answer in pair]
     for side, messages in zip(sides, pair):
@@ -510,7 +526,10 @@ def lay_out(texts):
     Returns four lists: token ids; positions, which go on after the beginning in each end; segments, 0 for the beginning
     and n for the end of text n; and where the last token of each text stands."""
     shared = min(len(os.path.commonprefix(texts)), min(map(len, texts)) - 1)
-    ids, positions, segments, lasts = texts[0][:shared], [*range(shared)], [0] * shared, []
+    ids = texts[0][:shared]
+    positions = list(range(shared))
+    segments = [0] * shared
+    lasts = []
     for n, text in enumerate(texts, 1):
         ids = ids + text[shared:]
         positions += range(shared, len(text))
@@ -626,10 +645,10 @@ def load_tokenizer(base, run, args):
 
     Libraries that score a padded batch read the last token that is not padding; where EOS is that, it gets lost."""
     place = args.adapter if args.adapter and Path(args.adapter, "tokenizer_config.json").is_file() else base
-    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
     try:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
         prompt_format = pick_format(args.prompt_format, "chat", run.get("prompt_format"), tokenizer)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         fail(f"--model_path {place}: {error}")
     ends = prompt_format.stop_ids()
     special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
@@ -750,9 +769,6 @@ class RunCallback(transformers.TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)  # a resumed run logs and saves by its own flags
-        if state.is_world_process_zero:
-            lines = [json.dumps({"step": entry["step"], **entry}) + "\n" for entry in state.log_history]
-            (self.output_dir / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
@@ -763,7 +779,10 @@ class RunCallback(transformers.TrainerCallback):
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not args.fp16 and not torch.nn.utils.get_total_norm(gradients).isfinite():  # float16 scales by overflows
             newest = max(self.output_dir.glob("checkpoint-*"), key=finished_steps, default="none was saved")
-            fail(f"the gradient of step {state.global_step + 1} is NaN or infinite; the last good checkpoint: {newest}")
+            step = state.global_step + 1
+            raise FloatingPointError(
+                f"the gradient of step {step} is NaN or infinite; the last good checkpoint: {newest}"
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.world_size > 1:  # all stop after the same step
@@ -806,6 +825,8 @@ def make_config(args):
             values[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
         except ValueError:
             values[name] = text
+    if args.fp16 and not torch.cuda.is_available():
+        fail("--fp16 needs a GPU; on a CPU use --bf16, or neither")
     for name in set(args.report_to) - {"none", "all", *get_available_reporting_integrations()}:
         fail(f"--report_to {name}: not installed; pip install {name}")
     try:
@@ -880,6 +901,9 @@ def train(model, args, config, rows, prompt_format, collate, callback, checkpoin
     try:
         with disable_input_dtype_casting(model, active=bool(adapter)):  # else LoRA keeps float32 copies of inputs
             return trainer, trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
+    except BaseException:
+        print(file=sys.stderr)  # the progress bar's line ends here
+        raise
     finally:
         for name, handler in handlers.items():
             signal.signal(name, handler)
@@ -936,8 +960,8 @@ def make_report(scores, length_difference):
     to 1; a tie is half right there, and wrong in the accuracy. The interval is Wilson's (1927), the calibration error
     that of Guo et al. 2017 (arXiv:1706.04599)."""
     margin, difference = scores[0] - scores[1], np.asarray(length_difference)
-    right, pairs, z = margin > 0, len(margin), 1.96
-    accuracy = float(right.mean())
+    right, pairs = margin > 0, len(margin)
+    z, accuracy = 1.96, float(right.mean())
     center = accuracy + z * z / (2 * pairs)
     spread = z * math.sqrt(accuracy * (1 - accuracy) / pairs + z * z / (4 * pairs * pairs))
 
@@ -1003,6 +1027,7 @@ def evaluate_pairs(model, rows, collate, args, where):
 
 
 def run_stage(args):
+    """The run that `args` ask for, step by step."""
     base, parent = locate_model(args)
     checkpoint = find_checkpoint(args)
     config = make_config(args)
@@ -1044,15 +1069,15 @@ def run_stage(args):
     if args.eval_only:
         report, scores = evaluate_pairs(model, rows["eval"], collate, args, counts["eval"]["where"])
         if is_first:
-            lines = {"row": rows["eval"]["row"][:], "score_chosen": scores[0], "score_rejected": scores[1]}
-            datasets.Dataset.from_dict(lines).to_json(output_dir / "scores.jsonl")
+            lines = zip(rows["eval"]["row"], *scores.tolist())
+            lines = [{"row": row, "score_chosen": chosen, "score_rejected": other} for row, chosen, other in lines]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (output_dir / "scores.jsonl").write_text(text, encoding="utf-8")
             write_json(output_dir / "metrics.json", {"accuracy": report["accuracy"], "report": report})
         return
 
-    for path in output_dir.glob("checkpoint-*"):  # never completed, or dropped with --overwrite_output_dir
-        start = finished_steps(checkpoint) if checkpoint else 0
-        if is_first and (not finished_steps(path) or args.overwrite_output_dir and finished_steps(path) > start):
-            shutil.rmtree(path)
+    if is_first:
+        clear_output_dir(args, checkpoint)
     run = describe_run(base, parent, args, prompt_format, counts)
     callback = RunCallback(output_dir, run)
     metrics = {}
@@ -1077,6 +1102,8 @@ def main(argv=None):
     args = parse_flags(argv)
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # of several processes the first one talks
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
     try:
         run_stage(args)
     except torch.OutOfMemoryError as error:
@@ -1084,7 +1111,7 @@ def main(argv=None):
         fail(f"no memory left on the device; what helps, the most first: {helps} ({error})")
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except OSError as error:  # a hub id that is not there, a full disk
+    except (OSError, FloatingPointError) as error:
         fail(error)
     except Exception as error:
         if not re.search("No space left|os error 28|PytorchStreamWriter failed", str(error)):

@@ -6,15 +6,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SHARED, make_model, make_tokenizer, run, write_rows
+from conftest import make_model, make_tokenizer, run, write_rows
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
@@ -106,7 +104,9 @@ def test_a_chat_is_given_whole_and_without_a_template_as_question_and_answer(rew
     out, _ = run(reward, *flags(llama, data, tmp_path / "out"), "--dry_run")
     assert "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in row["chosen"][:3]) in out
     out, _ = run(reward, *flags(plain_llama, data, tmp_path / "out"), "--dry_run")
-    assert "Question: Where is it?\n\nIn France.\n\nWhere in France?\n\nAnswer:\n[[chosen:  Paris.<|endoftext|>]]" in out
+    assert (
+        "Question: Where is it?\n\nIn France.\n\nWhere in France?\n\nAnswer:\n[[chosen:  Paris.<|endoftext|>]]" in out
+    )
 
 
 def test_rows_that_are_left_out_are_counted_with_their_numbers(reward, llama, tmp_path):
@@ -117,11 +117,11 @@ def test_rows_that_are_left_out_are_counted_with_their_numbers(reward, llama, tm
     rows[8]["response_j"] = "  "
     out, _ = run(reward, *flags(llama, write_rows(tmp_path / "a.jsonl", rows), tmp_path / "out"), "--dry_run", "--max_length", 100)  # fmt: skip
     assert "16 of 20 pairs kept" in out
-    for reason in ("1 longer than --max_length 100 (rows 3)", "1 of two equal texts (rows 5)", "1 column response_j should have text of the role 'user' in turn 0 (rows 7)"):  # fmt: skip
+    for reason in ("1 longer than --max_length 100 (rows 3)", "1 of two equal texts (rows 5)", "1 column question is null (rows 7)"):  # fmt: skip
         assert reason in out
     rows[9]["response_j"] = 5
     _, error = run(reward, *flags(llama, write_rows(tmp_path / "b.jsonl", [{key: str(value) if value == 5 else value for key, value in row.items()} | {"response_j": None if i in (8, 9) else "x"} for i, row in enumerate(rows)]), tmp_path / "out"), code=2)  # fmt: skip
-    assert "3 of 20 rows are no pairs" in error and "2 column response_j should have text of the role 'assistant' in turn 1 (rows 8, 9)" in error
+    assert "3 of 20 rows are no pairs" in error and "2 column response_j is null (rows 8, 9)" in error
 
 
 # Scores and gradients
@@ -353,9 +353,12 @@ def test_a_new_head_starts_near_zero_and_the_same_from_the_same_seed(reward, lla
 
 
 @pytest.mark.parametrize("more", [["--bf16", "--use_lora"], ["--bf16"], ["--load_in_4bit", "--use_lora"]])
-def test_trained_weights_are_float32_and_move(reward, pairs, tmp_path, more):
+def test_trained_weights_are_float32_and_move(reward, pairs, tmp_path, monkeypatch, more):
+    """In 4 bit also on a processor where a pass in eval mode would pack the weights, which then have no gradients."""
     if "--load_in_4bit" in more:
-        pytest.importorskip("bitsandbytes")
+        modules = pytest.importorskip("bitsandbytes").nn.modules
+        monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+        monkeypatch.setattr(modules, "_convert_weight_packed_for_cpu", lambda *args: pytest.fail("weights were packed"))
     base = make_model(tmp_path / "model", hidden_size=64, intermediate_size=128)
     weights = weights_of(train(reward, base, pairs, tmp_path / "out", *more, "--max_steps", 2, "--eval_split", "train"))
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
@@ -380,20 +383,6 @@ def steps_of(folder):
     return [(line["step"], line["loss"]) for line in lines_of(folder / "metrics.jsonl") if "loss" in line]
 
 
-@pytest.mark.parametrize("step", [3, 6])
-def test_a_resumed_run_equals_an_uninterrupted_one(reward, llama, pairs, whole, tmp_path, step):
-    """From a checkpoint on the way, and from the last one; metrics.jsonl has no line twice."""
-    for name in (f"checkpoint-{step}", "metrics.jsonl"):
-        copy = shutil.copytree if name.startswith("checkpoint") else shutil.copy
-        tmp_path.joinpath("out").mkdir(exist_ok=True)
-        copy(whole / name, tmp_path / "out" / name)
-    (tmp_path / "out" / "checkpoint-9").mkdir()  # never completed
-    final = train(reward, llama, pairs, tmp_path / "out", *RESUMED, "--resume_from_checkpoint")
-    file = "adapter_model.safetensors"
-    assert (final / file).read_bytes() == (whole / "final_checkpoint" / file).read_bytes()
-    assert steps_of(tmp_path / "out") == steps_of(whole)
-
-
 def test_ctrl_c_saves_a_checkpoint_to_go_on_from(reward, llama, pairs, whole, tmp_path, monkeypatch):
     step, calls = RewardTrainer.training_step, []
 
@@ -411,19 +400,6 @@ def test_ctrl_c_saves_a_checkpoint_to_go_on_from(reward, llama, pairs, whole, tm
     file = "adapter_model.safetensors"
     assert (final / file).read_bytes() == (whole / "final_checkpoint" / file).read_bytes()
     assert steps_of(tmp_path / "out") == steps_of(whole)
-
-
-def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(reward, llama, pairs, tmp_path, monkeypatch):
-    compute, calls = RewardTrainer.compute_loss, []
-
-    def broken(self, *args, **kwargs):
-        calls.append(1)
-        return compute(self, *args, **kwargs) * (math.nan if len(calls) == 4 else 1)
-
-    monkeypatch.setattr(RewardTrainer, "compute_loss", broken)
-    _, error = run(reward, *flags(llama, pairs, tmp_path / "out"), "--max_steps", 6, "--save_steps", 2, code=2)
-    assert "step 4 is NaN or infinite" in error and "checkpoint-2" in error
-    assert not (tmp_path / "out" / "final_checkpoint").exists()
 
 
 # The report
@@ -489,19 +465,13 @@ def test_bad_data_is_refused_in_one_line_before_anything_is_written(reward, llam
 
 BAD_FLAGS = {
     "batch": (["--per_device_train_batch_size", 31], "--per_device_train_batch_size 31 is larger than the 30 pairs"),
-    "model": (["--model_path", "no/such/model"], "'no/such/model' is not there"),
-    "split": (["--eval_split", "validation[:10%]", "--train_split", "x"], "--eval_split"),
     "nothing to evaluate on": (["--eval_only"], "--eval_only needs pairs to evaluate on"),
     "no head": (["--eval_only", "--eval_split", "train"], "has no score head"),
-    "field": (["--set", "centre_rewards=1"], "a field of RewardConfig"),
-    "taken field": (["--set", "max_length=5"], "without a flag"),
-    "both precisions": (["--bf16", "--fp16"], "fp16"),
-    "4 bit": (["--load_in_4bit"], "needs --use_lora"),
     "module": (["--use_lora", "--lora_target_modules", "nosuch"], "--lora_target_modules"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [case for case in BAD_FLAGS if case != "split"])
+@pytest.mark.parametrize("case", BAD_FLAGS)
 def test_bad_flags_are_refused_in_one_line_before_anything_is_written(reward, llama, pairs, tmp_path, case):
     more, message = BAD_FLAGS[case]
     _, error = run(reward, *flags(llama, pairs, tmp_path / "out"), *more, code=2)
@@ -516,41 +486,3 @@ def test_a_model_without_a_classifier_or_with_too_few_positions_is_refused(rewar
     assert "Mamba2ForCausalLM" in error and "--reward_function" in error and len(error.splitlines()[-1]) < 200
     _, error = run(reward, *flags(make_model(tmp_path / "short", max_position_embeddings=32), pairs, tmp_path / "out"), code=2)  # fmt: skip
     assert "the model has 32 positions" in error
-
-
-def test_an_output_dir_in_use_is_refused_and_of_an_older_run_only_its_own_files_go(reward, llama, pairs, trained, tmp_path):  # fmt: skip
-    output = shutil.copytree(trained, tmp_path / "copy")
-    (output / "notes.txt").write_text("mine", encoding="utf-8")
-    for more in ([], ["--eval_only", "--eval_split", "train"]):
-        _, error = run(reward, *flags(output / "final_checkpoint", pairs, output), *more, code=2)
-        assert "is not empty" in error
-    run(reward, *flags(output / "final_checkpoint", pairs, output), "--eval_only", "--eval_split", "train", "--overwrite_output_dir")  # fmt: skip
-    assert (output / "checkpoint-20").is_dir() and (output / "final_checkpoint" / "adapter_config.json").is_file()
-    train(reward, llama, pairs, output, "--max_steps", 1, "--overwrite_output_dir")
-    assert not (output / "checkpoint-20").exists() and (output / "notes.txt").is_file()
-    assert not (output / "final_checkpoint" / "adapter_config.json").exists()
-    run_json = output / "checkpoint-1" / "run.json"
-    recorded = json.loads(run_json.read_text(encoding="utf-8"))
-    run_json.write_text(json.dumps({**recorded, "versions": {"trl": "1.12.0"}}), encoding="utf-8")
-    _, error = run(reward, *flags(llama, pairs, output), "--resume_from_checkpoint", code=2)
-    assert "earlier version" in error
-
-
-def test_the_lone_file_runs_from_an_empty_directory(llama, pairs, tmp_path):
-    shutil.copy(ROOT / "training_reward_model.py", tmp_path)
-    more = ["--use_lora", "--max_steps", "2", "--train_split", "train[:80%]", "--eval_split", "train[80%:]"]
-    command = [sys.executable, "training_reward_model.py", *flags(llama, pairs, "out"), *more]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "final_checkpoint" / "adapter_model.safetensors").is_file()
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not here")
-@pytest.mark.parametrize("name", ["chat_preferences", "ultrafeedback_binarized_sample"])
-def test_real_preferences_are_read_whole(reward, tmp_path, name):
-    model = make_model(tmp_path / "model", max_position_embeddings=65536)
-    splits = ["--train_split", "train_prefs", "--eval_split", "test_prefs"] if name.startswith("ultra") else []
-    out, _ = run(reward, *flags(model, SHARED / name, tmp_path / "out"), "--dry_run", "--max_length", 65536, *splits)
-    kept = re.findall(r"(\d+) of (\d+) pairs kept", out)
-    assert len(kept) == 1 + bool(splits) and "longer than" not in out
-    assert all(int(some) > 0.9 * int(every) for some, every in kept)
