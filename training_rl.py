@@ -349,7 +349,7 @@ from transformers import (
 )
 from transformers.integrations import get_available_reporting_integrations
 from trl.experimental import ppo as trl_ppo
-from trl.trainer.utils import disable_dropout_in_model, entropy_from_logits, selective_log_softmax
+from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 
 # >>> block text: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_blocks.py)
@@ -1214,6 +1214,70 @@ class Roles(torch.nn.Module):
             parameter.requires_grad_(True)
 
 
+def linear_layers(model):
+    """Names of the layers that `all-linear` means: all but the output head, routers (their forward returns a tuple), and
+    the out_proj of recurrent layers, which PEFT refuses."""
+    kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, kinds)
+        and module is not model.get_output_embeddings()
+        and name != "score"
+        and not type(module).__name__.endswith("Router")
+        and not (model._is_stateful and name.endswith("out_proj"))
+    ]
+
+
+def find_body(model):
+    """The part of a language model whose last hidden states its head reads."""
+    return getattr(model, model.base_model_prefix, None) or model.model  # Llama 4's base_model is the model itself
+
+
+@torch.no_grad()
+def state_width(model):
+    """Size of the last hidden states (OPT-350m projects them to another one than hidden_size)."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    return find_body(model)(input_ids=ids, use_cache=False).last_hidden_state.shape[-1]
+
+
+# what a layer may see less than the whole text by, as the configs of transformers name it
+WINDOWS = [
+    "sliding_window", "sliding_windows", "sliding_window_size", "attention_chunk_size", "window_size", "attention_window",
+    "attention_window_size", "local_attention", "index_topk",
+]  # fmt: skip
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def is_recurrent(model):
+    """Whether some layer carries a state from token to token, so that what lies before a text changes it."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    return model._is_stateful or not kinds <= ATTENTION
+
+
+def sees_whole_texts(model, longest):
+    """Whether no layer sees less than `longest` tokens."""
+    config = model.config.get_text_config()
+    names = set(WINDOWS) - ({"window_size"} if "local" not in getattr(config, "attention_layers", ["local"]) else set())
+    windows = [getattr(config, name, None) for name in names]
+    return all(window >= longest for window in windows if isinstance(window, int))
+
+
+def switch_off(model):
+    """No dropout, so that the first ratio is 1, and no auxiliary loss of a mixture of experts, which is SFT's alone.
+
+    `saved_config` keeps what the base has, for saving."""
+    model.saved_config = copy.deepcopy(model.config)
+    for holder in [model.config, model.config.get_text_config(), *model.modules()]:
+        for name, value in vars(holder).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(holder, name, 0.0)
+        if getattr(holder, "output_router_logits", False):
+            holder.output_router_logits = False
+        if isinstance(holder, torch.nn.Dropout):
+            holder.p = 0.0
+
+
 def scalar_head(weight):
     """A linear head without bias and with the given weight (1, hidden), in float32."""
     head = torch.nn.Linear(weight.shape[1], 1, bias=False)
@@ -1258,6 +1322,8 @@ def build_roles(args, policy_source, reward_source, value_source, same_tokens):
         config.modules_to_save = None
         if source.base not in bases:
             model = load_model(cls, source, args, trainable=False)
+            if config.target_modules == "all-linear":
+                config.target_modules = linear_layers(model)
             bases[source.base] = get_peft_model(model, config, adapter_name=name)
         else:
             bases[source.base].add_adapter(name, config)
@@ -1283,6 +1349,8 @@ def build_roles(args, policy_source, reward_source, value_source, same_tokens):
             head = reward.head if shared else load_classifier(source, False).score
             config = lora_config(args, source, None)
             config.exclude_modules = ["score"]
+            if config.target_modules == "all-linear" and shared:
+                config.target_modules = linear_layers(reward.model)
             if source.base not in bases and shared:
                 bases[source.base] = get_peft_model(reward.model, config, adapter_name=name)
                 reward.model = bases[source.base]
@@ -1309,21 +1377,21 @@ def build_roles(args, policy_source, reward_source, value_source, same_tokens):
             weights = load_file(policy_source.adapter / "adapter_model.safetensors") if policy_source.adapter else None
         model = add_adapter("default", policy_source, policy_config, weights, AutoModelForCausalLM)
         start = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
-        add_adapter("reference", policy_source, copy.deepcopy(policy_config), start, AutoModelForCausalLM)
-        policy, reference = Role(model, "default"), Role(model, "reference")
+        add_adapter("ppo_reference", policy_source, copy.deepcopy(policy_config), start, AutoModelForCausalLM)
+        policy, reference = Role(model, "default"), Role(model, "ppo_reference")
     else:
         policy, reference = (
             Role(load_model(AutoModelForCausalLM, policy_source, args, trainable=True)) for _ in range(2)
         )
 
-    reward = add_scorer("reward", reward_source, trainable=False) if reward_source else None
+    reward = add_scorer("ppo_reward", reward_source, trainable=False) if reward_source else None
     if value_source or (reward_source and same_tokens):
-        value = add_scorer("value", value_source or reward_source, trainable=True)
+        value = add_scorer("ppo_value", value_source or reward_source, trainable=True)
     elif args.use_lora:
-        model = add_adapter("value", policy_source, copy.deepcopy(policy_config), start, AutoModelForCausalLM)
-        value = Role(model, "value", scalar_head(torch.zeros(1, model.config.get_text_config().hidden_size)))
+        model = add_adapter("ppo_value", policy_source, copy.deepcopy(policy_config), start, AutoModelForCausalLM)
+        value = Role(model, "ppo_value", scalar_head(torch.zeros(1, state_width(model.get_base_model()))))
     else:
-        value = add_scorer("value", policy_source, trainable=True)
+        value = add_scorer("ppo_value", policy_source, trainable=True)
         value.head.weight.data.zero_()
     for model in bases.values():
         keep_input_dtype(model)
@@ -1349,8 +1417,9 @@ def describe_roles(roles):
 
 @dataclasses.dataclass
 class MicroBatch:
-    """Some episodes of a rollout, laid into one row of S tokens without padding: the tokens that all prompts begin with
-    once, then of each episode the rest of its prompt and its response. `mask` keeps the episodes apart.
+    """Some episodes of a rollout as R rows of S tokens. R is 1 where texts may share a row: the tokens that all prompts
+    begin with once, then of each episode the rest of its prompt and its response; `mask` keeps the episodes apart. Else
+    each episode has its own row, padded behind it.
 
     B episodes, W response positions; a response of length n has actions at 0..n-1, and where W allows the state after
     its last token at n. Per position (B, W): `logprobs` of the sampled tokens and `ref_logprobs`, their `entropy`,
@@ -1358,12 +1427,13 @@ class MicroBatch:
 
     rows: list
     responses: list
-    input_ids: torch.Tensor  # (1, S)
-    position_ids: torch.Tensor  # (1, S)
+    input_ids: torch.Tensor  # (R, S)
+    position_ids: torch.Tensor  # (R, S)
     mask: torch.Tensor | None  # (1, 1, S, S), or None where a causal mask does
-    state_index: torch.Tensor  # (B, W) place in the row of the token whose hidden state is the state
-    action_index: torch.Tensor  # (sum of lengths,) the same for the actions alone
-    tokens: torch.Tensor  # (sum of lengths,) the sampled tokens
+    state_index: torch.Tensor  # (B, W) place in the flat (R * S) of the token whose hidden state is the state
+    columns: torch.Tensor  # (K,) columns of the tokens before sampled ones: where logits are needed
+    action_index: torch.Tensor  # (sum of lengths,) place of each action in the flat (R * K)
+    targets: torch.Tensor  # (R, K) the sampled tokens
     lengths: torch.Tensor  # (B,) response lengths
     ended: torch.Tensor  # (B,) bool: the response ends with a stop id
     actions: torch.Tensor  # (B, W) bool: a sampled token
@@ -1389,13 +1459,23 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
         args: PPOConfig; its per_device_train_batch_size is the number of episodes per process and update.
         micro_batch_size: sequences per forward pass.
         options: the script's flags, for what PPOConfig has no field for.
+        longest: tokens of the longest prompt with its answer.
         prompt_format: how messages become tokens, for stop ids and for texts.
         score_texts: function(messages, responses) -> list of float or None: a reward for texts, added to the model's.
         reward_format: PromptFormat of a reward model that reads other tokens than the policy writes, or None.
     """
 
     def __init__(
-        self, roles, args, micro_batch_size, options, prompt_format, score_texts=None, reward_format=None, **kwargs
+        self,
+        roles,
+        args,
+        micro_batch_size,
+        options,
+        longest,
+        prompt_format,
+        score_texts=None,
+        reward_format=None,
+        **kwargs,
     ):
         self.roles, self.options, self.prompt_format, self.skips = roles, options, prompt_format, options.skip_nonfinite
         self.score_texts, self.reward_format = score_texts, reward_format
@@ -1405,10 +1485,8 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
         self.tokenizer = prompt_format.tokenizer
         self.stop_ids = torch.tensor(prompt_format.stop_ids(roles.policy.model.generation_config))
         args.world_size = transformers.TrainingArguments.world_size.fget(args)  # PPOConfig hides it behind a None
-        disable_dropout_in_model(roles)
-        for module in roles.modules():  # it sees nn.Dropout only
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0
+        for model in roles.models:
+            switch_off(model.get_base_model() if isinstance(model, PeftModel) else model)
         if options.gradient_checkpointing:
             for model in roles.models:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -1419,7 +1497,15 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
         self.model_accepts_loss_kwargs = False
         self.device = self.accelerator.device
         self.stop_ids = self.stop_ids.to(self.device)
-        self.packing = self.find_packing()
+        self.recurrent = is_recurrent(
+            roles.policy.model.get_base_model() if isinstance(roles.policy.model, PeftModel) else roles.policy.model
+        )
+        self.share_rows = False
+        self.share_rows = self.may_share_rows(longest)
+        if not self.share_rows:
+            print(
+                "in this model texts that share a row would see each other, or less than alone: each has a row of its own"
+            )
         roles.mark_trained()
 
     train = Trainer.train
@@ -1438,13 +1524,16 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
             pad_token_id=self.tokenizer.pad_token_id,
             **({"temperature": self.args.temperature, "top_k": 0, "top_p": 1.0} if sample else {}),
         )
-        responses, size = [], self.args.local_rollout_forward_batch_size
+        responses, size, groups = [[]] * len(prompts), self.args.local_rollout_forward_batch_size, {}
+        for i, prompt in enumerate(prompts):  # padding before a text would enter a state that goes from token to token
+            groups.setdefault(len(prompt) if self.recurrent else 0, []).append(i)
+        chunks = [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
         # autocast keeps its 16-bit copies of weights for the next token only where they are trained
         with role.active(train=True) as model, self.accelerator.autocast():
             kept, model.generation_config = model.generation_config, config  # the model's own would fill gaps (top_p)
             try:
-                for start in range(0, len(prompts), size):
-                    chunk = prompts[start : start + size]
+                for group in chunks:
+                    chunk = [prompts[i] for i in group]
                     width = max(map(len, chunk))
                     ids = torch.tensor([[self.tokenizer.pad_token_id] * (width - len(p)) + p for p in chunk])
                     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in chunk])
@@ -1452,36 +1541,42 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
                     new = out[:, width:]
                     stops = torch.isin(new, self.stop_ids)
                     ends = torch.where(stops.any(1), stops.int().argmax(1) + 1, new.shape[1])
-                    responses += [row[:end] for row, end in zip(new.tolist(), ends.tolist())]
+                    for i, row, end in zip(group, new.tolist(), ends.tolist()):
+                        responses[i] = row[:end]
             finally:
                 model.generation_config = kept
         return responses
 
     @torch.no_grad()
-    def find_packing(self):
-        """How several sequences can lie in one row without seeing each other: `tree` (they share the prompts' common
-        start under a mask of four dimensions), `rows` (position ids restart, as for flash-attention), or None, where
-        every sequence gets a row of its own (recurrent layers, say). Tried out on every model that is loaded."""
-        prompts, responses, rows = [[3, 4, 5], [3, 4, 6, 7]], [[8, 9], [10]], [{}, {}]
-        models = {id(role.model): role for role in (self.roles.policy, self.roles.value, self.roles.reward) if role}
+    def may_share_rows(self, longest):
+        """Whether several texts in one row, behind a common beginning and under a mask, are the same computation as each
+        text alone, in every model that reads tokens: no layer sees less than `longest` tokens or carries a state, and
+        three texts agree in a trial."""
+        roles = {id(role.model): role for role in (self.roles.policy, self.roles.value, self.roles.reward) if role}
         if self.reward_format is not None:  # it reads texts, one at a time
-            models.pop(id(self.roles.reward.model), None)
-        flash = "flash" in (
-            self.roles.config._attn_implementation or ""
-        )  # takes no mask; on a GPU a wrong one is the end
-        for self.packing in ("rows",) if flash else ("tree", "rows"):
-            try:
-                batches = [self.collate(group, prompts, responses, rows, 2) for group in ([0, 1], [0], [1])]
-                for role in models.values():
-                    with role.active():
-                        states = [self.hidden_states(role, b.input_ids, b.position_ids, b.mask) for b in batches]
-                    both, *alone = (h[b.state_index[b.actions]] for h, b in zip(states, batches))
-                    torch.testing.assert_close(both, torch.cat(alone), rtol=0.05, atol=0.05 * both.abs().max().item())
-                return self.packing
-            except (AssertionError, RuntimeError, TypeError, ValueError, IndexError):
-                continue
-        self.group_size = 1
-        print("this model keeps sequences that share a row apart in no way known here: one sequence a forward pass")
+            roles.pop(id(self.roles.reward.model), None)
+        start = torch.randint(len(self.tokenizer), (longest,), generator=torch.Generator().manual_seed(0)).tolist()
+        prompts, responses = [start[: longest // 2]] * 3, [start[-1:], start[longest // 2 :], start[-2:-1]]
+        rough = self.args.bf16 or self.args.fp16 or self.options.load_in_8bit or self.options.load_in_4bit
+        for role in roles.values():
+            with role.active() as model:
+                flash = "flash" in (model.config._attn_implementation or "")  # it takes no mask
+                if flash or is_recurrent(model) or not sees_whole_texts(model, longest):
+                    return False
+                self.share_rows = True
+                try:
+                    batches = [
+                        self.collate(group, prompts, responses, [{}] * 3, longest)
+                        for group in ([0, 1, 2], [0], [1], [2])
+                    ]
+                    both, *alone = (self.hidden_states(role, b)[b.state_index[b.actions]].float() for b in batches)
+                except Exception:  # what raises here cannot read such a row
+                    return False
+                finally:
+                    self.share_rows = False
+            if (both - torch.cat(alone)).abs().max() > (0.05 if rough else 1e-3) * both.abs().max():
+                return False
+        return True
 
     def make_groups(self, prompts, responses):
         """Indices of the episodes of each micro-batch, sequences of like length together.
@@ -1491,12 +1586,12 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
         sparse in a shared row, costs about a sixth of the linear layers. With several mini-batches every group has
         `group_size` sequences, so that mini-batches are equal in number."""
         lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
-        shared = len(os.path.commonprefix(prompts)) if self.packing == "tree" else 0
+        shared = len(os.path.commonprefix(prompts))
         allowed = self.group_size * (self.options.max_prompt_length + self.args.response_length)
-        limit = min(allowed, self.roles.config.get_text_config().hidden_size) if self.packing else 0
+        limit = min(allowed, self.roles.config.get_text_config().hidden_size)
         groups = []
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            if groups and self.args.num_mini_batches > 1:
+            if groups and (self.args.num_mini_batches > 1 or not self.share_rows):
                 fits = len(groups[-1]) < self.group_size
             else:
                 fits = groups and shared + sum(lengths[k] - shared for k in [*groups[-1], i]) <= limit
@@ -1504,28 +1599,41 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
         return groups
 
     def collate(self, group, prompts, responses, rows, total_width):
-        """A MicroBatch of the episodes `group`."""
+        """A MicroBatch of the episodes `group`: in one row where texts may share it, else each in its own, with padding
+        behind it, which a causal model does not see."""
         prompts, responses = [prompts[i] for i in group], [responses[i] for i in group]
+        one_row = self.share_rows and len(group) > 1
         shared = 0  # tokens that all prompts begin with; the last one of each stays its own
-        if self.packing == "tree" and len(group) > 1:
+        if one_row:
             shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-        ids, positions, owners, starts = prompts[0][:shared], list(range(shared)), [-1] * shared, []
-        for i, (prompt, response) in enumerate(zip(prompts, responses)):
-            starts.append(len(ids) + len(prompt) - shared - 1)
-            ids = ids + prompt[shared:] + response
-            positions += range(shared, len(prompt) + len(response))
-            owners += [i] * (len(prompt) - shared + len(response))
+        texts = [prompt[shared:] + response for prompt, response in zip(prompts, responses)]
+        places = [list(range(shared, shared + len(text))) for text in texts]
         mask = None
-        if self.packing == "tree" and len(group) > 1:
-            owner = torch.tensor(owners, device=self.device)
-            mask = (owner == owner[:, None]) | (owner == -1)
+        if one_row:
+            owner = torch.tensor([-1] * shared + [i for i, text in enumerate(texts) for _ in text], device=self.device)
+            seen = ((owner == owner[:, None]) | (owner == -1)).tril()
             # as numbers that are added to the scores: SDPA would make them of a bool mask in every layer, and keep them
             dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
-            hidden = torch.full(mask.shape, torch.finfo(dtype).min, dtype=dtype, device=self.device)
-            mask = hidden.masked_fill(mask.tril(), 0)[None, None]
+            mask = torch.full(seen.shape, torch.finfo(dtype).min, dtype=dtype, device=self.device)
+            mask = mask.masked_fill(seen, 0)[None, None]
+            ids = [prompts[0][:shared] + [token for text in texts for token in text]]
+            positions = [list(range(shared)) + [place for own in places for place in own]]
+            firsts = [shared + sum(map(len, texts[:i])) for i in range(len(texts))]  # of each text, in the flat ids
+        else:
+            size = max(map(len, texts))
+            ids = [text + [self.tokenizer.pad_token_id] * (size - len(text)) for text in texts]
+            positions = [list(range(size))] * len(texts)
+            firsts = [size * i for i in range(len(texts))]
         lengths = [len(response) for response in responses]
         width = min(max(lengths) + 1, total_width)
+        starts = [first + len(prompt) - shared - 1 for first, prompt in zip(firsts, prompts)]  # the first states
         index = [[start + min(j, n) for j in range(width)] for start, n in zip(starts, lengths)]
+        size = len(ids[0])
+        actions = [start + j for start, n in zip(starts, lengths) for j in range(n)]
+        columns = {column: k for k, column in enumerate(sorted({place % size for place in actions}))}
+        action_index = [place // size * len(columns) + columns[place % size] for place in actions]
+        targets = torch.zeros(len(ids) * len(columns), dtype=torch.long)
+        targets[action_index] = torch.tensor([token for response in responses for token in response])
         steps, lengths_ = torch.arange(width, device=self.device), torch.tensor(lengths, device=self.device)
 
         def tensor(values):
@@ -1534,12 +1642,13 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
         return MicroBatch(
             rows=[rows[i] for i in group],
             responses=responses,
-            input_ids=tensor([ids]),
-            position_ids=tensor([positions]),
+            input_ids=tensor(ids),
+            position_ids=tensor(positions),
             mask=mask,
             state_index=tensor(index),
-            action_index=tensor([start + j for start, n in zip(starts, lengths) for j in range(n)]),
-            tokens=tensor([token for response in responses for token in response]),
+            columns=tensor(list(columns)),
+            action_index=tensor(action_index),
+            targets=targets.view(len(ids), -1).to(self.device),
             lengths=lengths_,
             ended=torch.isin(tensor([response[-1] for response in responses]), self.stop_ids),
             actions=steps < lengths_[:, None],
@@ -1558,26 +1667,30 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
                 input_ids=batch.input_ids,
                 attention_mask=batch.mask,
                 position_ids=batch.position_ids,
-                logits_to_keep=batch.action_index,
+                logits_to_keep=batch.columns,
                 use_cache=False,
             ).logits
+        logits = (
+            logits if logits.shape[1] == len(batch.columns) else logits[:, batch.columns]
+        )  # not every model keeps so
         logits = logits.float() / self.args.temperature
-        found = [selective_log_softmax(logits, batch.tokens[None])] + ([entropy_from_logits(logits)] if entropy else [])
+        found = [selective_log_softmax(logits, batch.targets)] + ([entropy_from_logits(logits)] if entropy else [])
+        found = [values.flatten()[batch.action_index] for values in found]
         spread = [torch.zeros_like(batch.actions, dtype=v.dtype).masked_scatter(batch.actions, v) for v in found]
         return spread if entropy else spread[0]
 
-    def hidden_states(self, role, input_ids, position_ids, mask=None):
-        """Last hidden states (S, hidden) of one row."""
+    def hidden_states(self, role, batch):
+        """Last hidden states (R * S, hidden) of the rows."""
         model = role.model.get_base_model() if isinstance(role.model, PeftModel) else role.model
         with self.accelerator.autocast():
-            output = model.base_model(
-                input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
+            output = find_body(model)(
+                input_ids=batch.input_ids, attention_mask=batch.mask, position_ids=batch.position_ids, use_cache=False
             )
-        return output.last_hidden_state[0]
+        return output.last_hidden_state.flatten(0, 1)
 
     def state_values(self, batch):
         """Values (B, W) of the state before each response token, float32."""
-        states = self.hidden_states(self.roles.value, batch.input_ids, batch.position_ids, batch.mask)
+        states = self.hidden_states(self.roles.value, batch)
         weight = self.roles.value.head.weight.float()
         return torch.nn.functional.linear(states[batch.state_index].float(), weight).squeeze(-1)
 
@@ -1586,15 +1699,15 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
         role = self.roles.reward
         with role.active():
             if self.reward_format is None:
-                states = self.hidden_states(role, batch.input_ids, batch.position_ids, batch.mask)
+                states = self.hidden_states(role, batch)
                 last = states[batch.state_index[:, 0] + batch.lengths]
             else:
                 last = []
                 for row, text, ended in zip(batch.rows, self.response_texts(batch), batch.ended.tolist()):
                     ids = self.reward_format.encode([*row["messages"], {"role": "assistant", "content": text}])[0]
-                    ids = torch.tensor([ids if ended else ids[:-1]], device=self.device)  # cut off: no end token
-                    positions = torch.arange(ids.shape[1], device=self.device)[None]
-                    last.append(self.hidden_states(role, ids, positions)[-1])
+                    ids = ids if ended else ids[:-1]  # cut off: no end token
+                    text = self.collate([0], [ids[:1]], [ids[1:]], [row], len(ids))
+                    last.append(self.hidden_states(role, text)[-1])
                 last = torch.stack(last)
         return torch.nn.functional.linear(last.float(), role.head.weight.float()).squeeze(-1)
 
@@ -1961,12 +2074,22 @@ class PPOTrainer(NonfiniteGuard, trl_ppo.PPOTrainer):
             self.snapshot = torch.load(checkpoint / "before_update.pt", weights_only=True)
 
 
+def save_full(model, directory):
+    """The model with its config as it was before `switch_off`."""
+    running, model.config = model.config, model.saved_config
+    model.save_pretrained(directory)
+    model.config = running
+
+
 def save_roles(roles, directory):
     """The policy in `directory` and the value model in its `value/`, as one PEFT or transformers call loads each."""
     policy, value = roles.policy, roles.value
-    policy.model.save_pretrained(directory, **({"selected_adapters": ["default"]} if policy.adapter else {}))
+    if policy.adapter:
+        policy.model.save_pretrained(directory, selected_adapters=["default"])
+    else:
+        save_full(policy.model, directory)
     if not value.adapter:
-        value.model.save_pretrained(directory / "value")
+        save_full(value.model, directory / "value")
         return
     weights = get_peft_model_state_dict(value.model, adapter_name=value.adapter)
     weights["base_model.model.score.weight"] = value.head.weight.detach()
@@ -2077,6 +2200,16 @@ def check_reward_model(source, args):
         print(text)
 
 
+def check_classifier(source, args, hint):
+    """Refuse a model without a sequence classifier in transformers, before any weight is loaded."""
+    config = load_config(source, args)
+    remote = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not remote:
+        raise UserError(
+            f"{source.base} is a {config.model_type}, which has no sequence classifier in transformers: {hint}"
+        )
+
+
 def locate_roles(args):
     """The Sources of policy, reward model and value model; None for one without a flag."""
     policy = locate_model(args.model_path, "--model_path")
@@ -2089,9 +2222,14 @@ def locate_roles(args):
     if args.value_model_path:
         value = locate_model(args.value_model_path, "--value_model_path")
         check_source(value, args, "--value_model_path")
+    lora = args.use_lora or policy.adapter is not None
     for source in (reward, value):
         if source and source.adapter:
             load_scorer(source)
+        if source and not (source.adapter and lora and source.base == policy.base):
+            check_classifier(source, args, "use --reward_function in place of --reward_model_path")
+    if not (reward or value or lora):
+        check_classifier(policy, args, "the value model needs one, or --use_lora beside --reward_function")
     return policy, reward, value
 
 
@@ -2233,6 +2371,7 @@ def main(argv=None):
         config,
         micro_batch_size=args.per_device_train_batch_size,
         options=args,
+        longest=longest,
         prompt_format=prompt_format,
         score_texts=score_texts,
         reward_format=reward_format,

@@ -178,7 +178,7 @@ def kinds(names):
     """Parameter names by the role that they belong to: base, default (the policy), reference, reward, value, heads."""
     found = {}
     for name in names:
-        adapter = next((key for key in ("default", "reference", "reward", "value") if f".{key}." in name), None)
+        adapter = next((key for key in ("default", "ppo_reference", "ppo_reward", "ppo_value") if f".{key}." in name), None)
         found.setdefault("heads" if name.startswith("heads.") else adapter or "base", []).append(name)
     return found
 
@@ -236,7 +236,7 @@ def test_the_sft_adapter_is_continued_and_is_the_reference(rl, chain, tmp_path, 
     with torch.no_grad(), seen["roles"].reference.active() as model:
         torch.testing.assert_close(model(torch.tensor([ids])).logits[0], sft, atol=1e-6, rtol=0)
     for name in kinds(seen["start"])["default"]:
-        twin = name.replace(".default.", ".reference.")
+        twin = name.replace(".default.", ".ppo_reference.")
         assert torch.equal(seen["start"][name], seen["start"][twin]), name
     assert updates[0]["objective/kl"] == 0.0
     assert updates[1]["objective/kl"] != 0.0
@@ -273,11 +273,11 @@ def test_the_saved_value_model_is_a_reward_model_checkpoint(rl, chain, tmp_path,
         trained = value.head(model.base_model(torch.tensor([ids])).last_hidden_state)[0, :, 0]
     torch.testing.assert_close(scalars_of(load_scorer(directory), ids), trained, atol=1e-6, rtol=0)
     run(rl, chain, tmp_path / "again", f"--value_model_path {directory} --total_episodes 4", reward=directory)
-    start = {name: seen["start"][name] for name in kinds(seen["start"])["value"]}
+    start = {name: seen["start"][name] for name in kinds(seen["start"])["ppo_value"]}
     saved = load_file(Path(directory) / "adapter_model.safetensors")
     assert len(start) == len(saved) - 1
     for name, tensor in start.items():
-        assert torch.equal(tensor, saved[name.split("models.0.")[-1].replace(".value.", ".")]), name
+        assert torch.equal(tensor, saved[name.split("models.0.")[-1].replace(".ppo_value.", ".")]), name
     assert torch.equal(seen["start"]["heads.1.weight"], saved["base_model.model.score.weight"])
 
 
@@ -387,7 +387,7 @@ def test_only_policy_and_value_change(rl, chain, tmp_path, monkeypatch, flags):
     now, names = dict(seen["roles"].named_parameters()), kinds(seen["start"])
     same = {kind: {torch.equal(now[name], seen["start"][name]) for name in names[kind]} for kind in names}
     assert same.pop("heads") == {True, False}  # the reward model's and the value model's
-    assert same == {"base": {True}, "reference": {True}, "reward": {True}, "default": {False}, "value": {False}}
+    assert same == {"base": {True}, "ppo_reference": {True}, "ppo_reward": {True}, "default": {False}, "ppo_value": {False}}
     optimizer = torch.load(tmp_path / "out" / "checkpoint-2" / "optimizer.pt", weights_only=True)
     policy, value = adapters(tmp_path / "out" / "final_checkpoint")
     trained = sum(tensor.numel() for tensor in [*policy.values(), *value.values()])
@@ -441,7 +441,7 @@ def test_a_quantized_base_is_trained(rl, chain, tmp_path, monkeypatch, flag):
     assert update["objective/kl"] == 0.0 and update["val/ratio"] == 1.0
     now, names = dict(seen["roles"].named_parameters()), kinds(seen["start"])
     assert all(torch.equal(now[name], seen["start"][name]) for name in names["base"])
-    assert not any(torch.equal(now[name], seen["start"][name]) for name in names["default"] + names["value"])
+    assert not any(torch.equal(now[name], seen["start"][name]) for name in names["default"] + names["ppo_value"])
 
 
 @pytest.mark.parametrize("model", ["sft", "base"])
