@@ -904,7 +904,10 @@ def estimate_memory(
         weights = sum(weight.numel() for weight in model.parameters())
         if args.use_lora:
             with reading("--lora_target_modules"):
-                model = get_peft_model(model, copy.deepcopy(peft_config), low_cpu_mem_usage=True)
+                peft_config = copy.deepcopy(peft_config)
+                if peft_config.target_modules == "all-linear":
+                    peft_config.target_modules = linear_layers(model)
+                model = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
         trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     config, width = config.get_text_config(), 2 if args.bf16 or args.fp16 else 4
     hidden, layers, heads = config.hidden_size, config.num_hidden_layers, getattr(config, "num_attention_heads", 1)
@@ -1264,13 +1267,13 @@ def sees_whole_texts(model, longest):
 
 
 def switch_off(model):
-    """No dropout, so that the first ratio is 1, and no auxiliary loss of a mixture of experts, which is SFT's alone.
+    """No dropout and no noise on routers, so that the first ratio is 1; no auxiliary loss of experts, which is SFT's alone.
 
     `saved_config` keeps what the base has, for saving."""
     model.saved_config = copy.deepcopy(model.config)
     for holder in [model.config, model.config.get_text_config(), *model.modules()]:
         for name, value in vars(holder).items():
-            if "drop" in name and isinstance(value, float):
+            if ("drop" in name or "jitter" in name) and isinstance(value, float):
                 setattr(holder, name, 0.0)
         if getattr(holder, "output_router_logits", False):
             holder.output_router_logits = False

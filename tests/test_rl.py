@@ -178,7 +178,9 @@ def kinds(names):
     """Parameter names by the role that they belong to: base, default (the policy), reference, reward, value, heads."""
     found = {}
     for name in names:
-        adapter = next((key for key in ("default", "ppo_reference", "ppo_reward", "ppo_value") if f".{key}." in name), None)
+        adapter = next(
+            (key for key in ("default", "ppo_reference", "ppo_reward", "ppo_value") if f".{key}." in name), None
+        )
         found.setdefault("heads" if name.startswith("heads.") else adapter or "base", []).append(name)
     return found
 
@@ -387,7 +389,13 @@ def test_only_policy_and_value_change(rl, chain, tmp_path, monkeypatch, flags):
     now, names = dict(seen["roles"].named_parameters()), kinds(seen["start"])
     same = {kind: {torch.equal(now[name], seen["start"][name]) for name in names[kind]} for kind in names}
     assert same.pop("heads") == {True, False}  # the reward model's and the value model's
-    assert same == {"base": {True}, "ppo_reference": {True}, "ppo_reward": {True}, "default": {False}, "ppo_value": {False}}
+    assert same == {
+        "base": {True},
+        "ppo_reference": {True},
+        "ppo_reward": {True},
+        "default": {False},
+        "ppo_value": {False},
+    }
     optimizer = torch.load(tmp_path / "out" / "checkpoint-2" / "optimizer.pt", weights_only=True)
     policy, value = adapters(tmp_path / "out" / "final_checkpoint")
     trained = sum(tensor.numel() for tensor in [*policy.values(), *value.values()])
