@@ -28,12 +28,12 @@ import copy
 import dataclasses
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import sys
@@ -281,31 +281,28 @@ def build_parser():
 
 
 def parse_flags(argv=None):
-    """The flags, checked as far as that needs no library.
-
-    `episodes_per_update` (on each process) follows from two of them."""
+    """The flags, checked as far as that needs no library; `episodes_per_update` (of each process) follows from two."""
     args = build_parser().parse_args(argv)
     found = importlib.metadata.version("trl")
-    if found != TRL_VERSION:
-        fail(f"this script needs trl {TRL_VERSION}, found {found}: pip install trl=={TRL_VERSION}")
     args.use_lora = args.use_lora or Path(args.model_path, "adapter_config.json").is_file()
     if args.learning_rate is None:
         args.learning_rate = 5e-5 if args.use_lora else 3e-6
     args.episodes_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    mini_batch, rest = divmod(args.episodes_per_update, args.num_mini_batches)
-    uneven = rest or mini_batch % min(args.per_device_train_batch_size, mini_batch)
-    sharded = os.environ.get("ACCELERATE_USE_DEEPSPEED") or os.environ.get("ACCELERATE_USE_FSDP")
+    mini_batch = args.episodes_per_update / args.num_mini_batches
     mistakes = {
+        f"this script needs trl {TRL_VERSION}, found {found}: pip install trl=={TRL_VERSION}": found != TRL_VERSION,
         "--bf16 and --fp16 exclude each other": args.bf16 and args.fp16,
         "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
         "--load_in_4bit needs --use_lora: quantized weights cannot be trained": args.load_in_4bit and not args.use_lora,
         "--load_in_8bit needs --use_lora: quantized weights cannot be trained": args.load_in_8bit and not args.use_lora,
-        "a reward is needed: --reward_model_path, --reward_function, or both": not (
-            args.reward_model_path or args.reward_function
-        ),
+        "a reward is needed: --reward_model_path, --reward_function, or both": not args.reward_model_path
+        and not args.reward_function,
         f"--num_mini_batches {args.num_mini_batches} does not divide the {args.episodes_per_update} episodes of an "
-        "update (--per_device_train_batch_size x --gradient_accumulation_steps) into whole micro-batches": uneven,
-        "PPO runs under DDP (accelerate launch --multi_gpu), not under DeepSpeed or FSDP": sharded,
+        "update (--per_device_train_batch_size x --gradient_accumulation_steps) into whole micro-batches": mini_batch
+        % 1
+        or mini_batch % min(args.per_device_train_batch_size, mini_batch),
+        "PPO runs under DDP (accelerate launch --multi_gpu), not under DeepSpeed or FSDP": os.environ.keys()
+        & {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"},
     }
     for message, is_made in mistakes.items():
         if is_made:
@@ -449,60 +446,46 @@ def load_prompts(args, subset, split, flag, prompt_format):
         fail(f"{where} has the columns {', '.join(data.column_names)}; one of these is needed: prompt; question")
 
     def encode(row, index):
-        messages, ids, problem = row[column], [], ""
-        if not isinstance(messages, list):
-            messages = [{"role": "user", "content": messages}]
+        messages = row[column] if isinstance(row[column], list) else [{"role": "user", "content": row[column]}]
         try:
             check_messages(messages, last="user")
-            messages = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
-            ids = prompt_format.encode(messages, open_end=True)[0]
+            ids, problem = prompt_format.encode(messages, open_end=True)[0], ""
         except ValueError as error:
-            messages, problem = [{"role": "user", "content": ""}], str(error)
+            messages, ids, problem = [{"role": "user", "content": ""}], [], f"column {column} {error}"
+        messages = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
         text = messages[-1]["content"]
         return {"row": index, "problem": problem, "prompt_ids": ids, "messages": messages, "text": text}
 
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = min(cores, len(data) // 2000)
-    encoded = data.map(
-        encode,
-        with_indices=True,
-        remove_columns=data.column_names,
-        num_proc=workers if workers > 1 else None,
-        desc="Tokenizing",
-    )
-    reasons = {}
-    for number, problem in zip(encoded["row"], encoded["problem"]):
-        reasons.setdefault(problem.split(", not")[0], []).append(number)
-    reasons.pop("", None)
-    left_out = sum(map(len, reasons.values()))
-    for reason, numbers in reasons.items():
+    workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = min(workers, len(data) // 2000) or None  # where there are several
+    rows = data.map(encode, with_indices=True, remove_columns=data.column_names, num_proc=workers, desc="Tokenizing")
+    bad = {}
+    for number, problem in zip(rows["row"], rows["problem"]):
+        if problem:
+            bad.setdefault(problem.split(", not")[0], []).append(number)
+    left_out = sum(map(len, bad.values()))
+    for problem, numbers in bad.items():
         some = ", ".join(map(str, numbers[:3]))
-        message = f"{where}: {len(numbers)} of {len(data)} rows (row {some}): column {column} {reason}"
-        if left_out > len(data) / 10:
+        message = f"{where}: {len(numbers)} of {len(rows)} rows (row {some}): {problem}"
+        if left_out > len(rows) / 10:
             fail(message)
         print(f"warning: left out: {message}", file=sys.stderr)
-    fitting = encoded.filter(lambda row: not row["problem"])
-    kept = fitting.filter(lambda row: len(row["prompt_ids"]) <= args.max_prompt_length)
-    counts = {"rows": len(kept), "too_long": len(fitting) - len(kept), "left_out": left_out}
-    longest = f"--max_prompt_length {args.max_prompt_length} tokens"
+    kept = rows.filter(lambda row: 0 < len(row["prompt_ids"]) <= args.max_prompt_length).remove_columns("problem")
+    counts = {"rows": len(kept), "too_long": len(rows) - left_out - len(kept), "left_out": left_out}
+    limit = f"--max_prompt_length {args.max_prompt_length} tokens"
     if not len(kept):
-        fail(f"{where}: no prompt is within {longest}")
-    print(
-        f"{where}: column {column}, format {prompt_format.name}; {len(kept)} prompts, {counts['too_long']} left out "
-        f"(over {longest})"
-    )
-    return kept.remove_columns("problem"), counts
+        fail(f"{where}: no prompt is within {limit}")
+    kind = f"column {column}, format {prompt_format.name}"
+    print(f"{where}: {kind}; {len(kept)} prompts, {counts['too_long']} left out (over {limit})")
+    return kept, counts
 
 
 def load_reward_function(spec):
     """`FILE.py:NAME` as a function(prompts, responses) -> list of float, checked on every call."""
     path, _, name = spec.rpartition(":")
-    if not path or not Path(path).is_file():
+    if not Path(path).is_file():
         fail(f"--reward_function {spec} should read FILE.py:NAME, with a file that exists")
-    module = importlib.util.spec_from_file_location(Path(path).stem, path)
-    loaded = importlib.util.module_from_spec(module)
-    module.loader.exec_module(loaded)
-    function = getattr(loaded, name, None)
+    function = runpy.run_path(path).get(name)
     if not callable(function):
         fail(f"--reward_function: {path} has no function {name}")
 
@@ -523,8 +506,8 @@ def load_reward_function(spec):
 
 @dataclasses.dataclass
 class Source:
-    """Where a model comes from: `base`, a full model (hub id or absolute directory); `adapter`, a directory with a
-    LoRA adapter for it, or None; `run`, the run.json that an earlier stage left beside it, or {}."""
+    """Where a model comes from: a hub id or absolute directory of a full model, the directory of a LoRA adapter for it
+    (or None), and the run.json that an earlier stage left beside it ({} if none)."""
 
     base: str
     adapter: Path | None
@@ -543,54 +526,50 @@ def digest_base(base):
 
 
 def locate_model(path, flag):
-    """The Source of what `path` (a hub id, a model directory or an adapter directory) is; no weight is loaded."""
-    folder, base, adapter = Path(path), path, None
+    """The Source that `path` (a hub id, a model directory or an adapter directory) is; no weight is loaded."""
+    folder, base, adapter, hint = Path(path), path, None, ""
     run = read_json(folder / "run.json")
     stage = run.get("parent_stage") if run.get("stage") == "merge" else run.get("stage")
     if stage and (stage == "reward") != (flag == "--reward_model_path"):
         fail(f"{flag} {path} comes from the stage {stage!r}, so it is the wrong kind of model")
     if (folder / "adapter_config.json").is_file():
-        adapter = folder.resolve()
+        adapter, hint = folder.resolve(), f" (base_model_name_or_path in {folder / 'adapter_config.json'})"
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or ""
     elif folder.is_dir() and not (folder / "config.json").is_file():
-        inside = [child.parent for child in sorted(folder.glob("*/*config.json"))]
-        fail(f"{flag} {path} holds no model{f'; did you mean {inside[0]}?' if inside else ''}")
-    if Path(base).is_dir():
-        if adapter and run.get("base_digest") not in (None, digest_base(base)):
-            fail(f"the base model {base} has other weights than the one that the adapter {path} was trained on")
-        return Source(str(Path(base).resolve()), adapter, run)
-    if Path(base).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base):
-        hint = f" (base_model_name_or_path in {folder / 'adapter_config.json'})" if adapter else ""
+        inside = [f"; did you mean {child.parent}?" for child in sorted(folder.glob("*/*config.json"))]
+        fail(f"{flag} {path} holds no model{''.join(inside[:1])}")
+    if not Path(base).is_dir() and (Path(base).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base)):
         fail(f"{flag}: {base!r} does not exist{hint}; it should be a model directory or a hub id")
-    return Source(base, adapter, run)
+    if adapter and Path(base).is_dir() and run.get("base_digest") not in (None, digest_base(base)):
+        fail(f"the base model {base} has other weights than the one that the adapter {path} was trained on")
+    return Source(str(Path(base).resolve()) if Path(base).is_dir() else base, adapter, run)
 
 
-def read_adapter(source, scores=False):
-    """(LoraConfig, LoRA weights, head weight or None) of an adapter; with `scores` it should have a head.
-
-    Adapters that hold more than LoRA weights are refused: one base could not serve the roles."""
-    config = LoraConfig.from_pretrained(source.adapter)
+def read_adapter(source, head_count):
+    """(LoraConfig, LoRA weights, list of `head_count` scalar heads) of an adapter; what holds anything else is refused,
+    since one base could not serve the roles."""
     kind = read_json(source.adapter / "adapter_config.json").get("peft_type")
+    config, weights = (
+        LoraConfig.from_pretrained(source.adapter),
+        load_file(source.adapter / "adapter_model.safetensors"),
+    )
+    heads = [weights.pop(name) for name in list(weights) if "lora_" not in name]
     if kind != "LORA" or config.alora_invocation_tokens:
         fail(f"{source.adapter} is a {kind} adapter; only plain LoRA adapters can be trained on")
-    weights = load_file(source.adapter / "adapter_model.safetensors")
-    lora = {name: tensor for name, tensor in weights.items() if "lora_" in name}
-    heads = [tensor for name, tensor in weights.items() if "lora_" not in name]
-    if scores and not (len(heads) == 1 and heads[0].ndim == 2 and heads[0].shape[0] == 1):
+    if head_count and (len(heads) != head_count or heads[0].ndim != 2 or len(heads[0]) != 1):
         fail(f"{source.adapter} is not a reward model's adapter: it should hold LoRA weights and one scalar head")
-    if heads and not scores:
+    if heads and not head_count:
         fail(
             f"{source.adapter} changes more than LoRA weights (modules_to_save or bias): merge it, and start from that"
         )
-    config.inference_mode = False
-    config.modules_to_save = None
-    config.task_type = None if scores else "CAUSAL_LM"  # PEFT would make a head of its own for SEQ_CLS
-    return config, lora, heads[0] if heads else None
+    config.inference_mode, config.modules_to_save = False, None
+    config.task_type = None if head_count else "CAUSAL_LM"  # PEFT would make a head of its own for SEQ_CLS
+    return config, weights, heads
 
 
 def check_lora_flags(args, source):
     """Refuse flags that contradict the adapter that training goes on from."""
-    config = read_adapter(source)[0]
+    config = read_adapter(source, head_count=0)[0]
     targets = [config.target_modules] if isinstance(config.target_modules, str) else sorted(config.target_modules)
     has = {"r": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout, "target_modules": targets}
     for name, found in has.items():
@@ -624,9 +603,8 @@ def new_lora(args, model, task_type):
 def load_tokenizer(source, args):
     """The tokenizer of a checkpoint; a missing pad token is an id it already has, so that no embedding is added."""
     own = source.adapter and (source.adapter / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(
-        source.adapter if own else source.base, trust_remote_code=args.trust_remote_code
-    )
+    place = source.adapter if own else source.base
+    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
     if tokenizer.pad_token_id is None:
         reserved = "<|finetune_right_pad_id|>"  # Llama 3.x keeps this one free for padding
         tokenizer.pad_token = reserved if reserved in tokenizer.get_vocab() else tokenizer.eos_token
@@ -647,22 +625,19 @@ def compute_dtype(args):
 
 
 def load_model(cls, base, args, trainable=False, **kwargs):
-    """A base model without dropout.
-
-    Weights that are trained are float32 (under autocast a bfloat16 AdamW step of 3e-6 would round to nothing);
-    frozen ones have the precision the model computes in."""
+    """A base model. Weights that are trained are float32 (under autocast a bfloat16 AdamW step of 3e-6 would round to
+    nothing); frozen ones have the precision the model computes in."""
+    quantization = None
     if args.load_in_4bit or args.load_in_8bit:
-        kwargs["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=args.load_in_4bit,
-            load_in_8bit=args.load_in_8bit,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute_dtype(args),
-        )
+        quantization = transformers.BitsAndBytesConfig(
+            load_in_4bit=args.load_in_4bit, load_in_8bit=args.load_in_8bit, bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype(args),
+        )  # fmt: skip
     model = cls.from_pretrained(
         base,
         dtype=torch.float32 if trainable else compute_dtype(args),
         attn_implementation=args.attn_implementation,
+        quantization_config=quantization,
         device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else None,
         trust_remote_code=args.trust_remote_code,
         use_safetensors=True,  # no pickle
@@ -672,10 +647,7 @@ def load_model(cls, base, args, trainable=False, **kwargs):
         if hasattr(module, "support_avx512bf16_for_cpu"):  # 4 bit, packed in a pass in eval mode: no gradients
             module.support_avx512bf16_for_cpu = False
     if args.gradient_checkpointing:
-        try:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        except ValueError as error:
-            fail(f"--gradient_checkpointing: {error}")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return model
 
@@ -707,13 +679,13 @@ def scalar_head(weight):
 
 
 def switch_off(model):
-    """No dropout and no noise on routers, so that the first ratio is 1; no auxiliary loss of experts, which is SFT's.
+    """No dropout, so that the first ratio is 1, and no auxiliary loss of experts, which is SFT's alone.
 
     `saved_config` keeps what the base has, for saving."""
     model.saved_config = copy.deepcopy(model.config)
     for holder in [model.config, model.config.get_text_config(), *model.modules()]:
         for name, value in vars(holder).items():
-            if ("drop" in name or "jitter" in name) and isinstance(value, float):
+            if "drop" in name and isinstance(value, float):
                 setattr(holder, name, 0.0)
         if getattr(holder, "output_router_logits", False):
             holder.output_router_logits = False
@@ -810,7 +782,7 @@ def load_roles(args, policy_source, reward_source, same_tokens):
     if args.use_lora:
         model = load_model(AutoModelForCausalLM, policy_source.base, args)
         if policy_source.adapter:
-            lora, weights, _ = read_adapter(policy_source)
+            lora, weights, _ = read_adapter(policy_source, head_count=0)
         else:
             lora, weights = new_lora(args, model, "CAUSAL_LM"), None
         model = put_adapter(model, "default", lora, weights)
@@ -822,7 +794,7 @@ def load_roles(args, policy_source, reward_source, same_tokens):
         reference = Role(load_model(AutoModelForCausalLM, policy_source.base, args, trainable=True))
 
     if reward_source and reward_source.adapter:
-        config, weights, head = read_adapter(reward_source, scores=True)
+        config, weights, (head,) = read_adapter(reward_source, head_count=1)
         shared = args.use_lora and reward_source.base == policy_source.base
         base = policy.model if shared else load_classifier(reward_source.base, args, trainable=False)
         base = put_adapter(base, "ppo_reward", config, weights)
@@ -850,21 +822,18 @@ def load_roles(args, policy_source, reward_source, same_tokens):
 
 
 def describe_roles(roles):
-    """The start-up message: which base each role stands on, what it adds to it, and the bytes (1 GB = 1e9)."""
-    lines, first = [], {}
+    """The start-up message: on which model each role stands, what it adds to it, and the bytes (1 GB = 1e9)."""
+    lines = ["roles:"]
     for name in ("policy", "reference", "reward", "value"):
-        role = getattr(roles, name)
+        role, trained = getattr(roles, name), "trained" if name in ("policy", "value") else "frozen"
         if role is None:
             lines.append(f"  {name:<10} no model: --reward_function")
             continue
-        owner = first.setdefault(id(role.model), name)
-        place = f"on {role.model.config.name_or_path}" if owner == name else f"on the base of {owner}"
-        part = "all weights" if owner == name else "no adapter"
-        if role.adapter:
-            part = f"adapter, {sum(p.nbytes for p in role.parameters()) / 1e6:.1f} MB,"
-        lines.append(f"  {name:<10} {'trained' if name in ('policy', 'value') else 'frozen':<8} {part} {place}")
-    total = sum(p.nbytes for p in roles.parameters())
-    return "\n".join(["roles:", *lines, f"  weights in memory: {total / 1e9:.2f} GB in {len(roles.models)} model(s)"])
+        adapter = f"adapter, {sum(p.nbytes for p in role.parameters()) / 1e6:.1f} MB, on " if role.adapter else ""
+        number = [model is role.model for model in roles.models].index(True) + 1
+        lines.append(f"  {name:<10} {trained:<8} {adapter}model {number}, {role.model.config.name_or_path}")
+    total = sum(p.nbytes for p in roles.parameters()) / 1e9
+    return "\n".join([*lines, f"  weights in memory: {total:.2f} GB in {len(roles.models)} model(s)"])
 
 
 def warn_of_memory(roles):
@@ -1036,7 +1005,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         if self.args.max_kl and kl > self.args.max_kl:
             self.latest = {"objective/kl": kl}
             raise KLAboveLimit(f"KL {kl:.2f} nats is above --max_kl {self.args.max_kl}")
-        model.train(self.roles.policy.network.is_gradient_checkpointing)  # nothing else differs, see switch_off
+        for module in model.modules():  # layers only checkpoint in train mode, in which routers would add noise
+            module.training = getattr(module, "gradient_checkpointing", False)
         losses = self.optimize(model, batches)
         self.latest = self.measure(batches, losses, kl, rolled_out - started, time.perf_counter() - rolled_out)
         if self.args.target_kl:  # Ziegler et al. 2019, section 2.2; horizon 10,000 episodes
@@ -1658,7 +1628,7 @@ def check_models(args, policy, reward):
             check_classifier(policy.base, args, "the value model needs one; --reward_function goes with --use_lora")
         return
     if reward.adapter:
-        read_adapter(reward, scores=True)
+        read_adapter(reward, head_count=1)
     if not reward.adapter or not args.use_lora or reward.base != policy.base:
         check_classifier(reward.base, args, "use --reward_function in place of --reward_model_path")
     report = reward.run.get("metrics", {}).get("report")
