@@ -324,7 +324,7 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import reduce
 from huggingface_hub import HfApi
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from safetensors import safe_open
@@ -647,6 +647,8 @@ def load_model(cls, base, args, trainable=False, **kwargs):
         if hasattr(module, "support_avx512bf16_for_cpu"):  # 4 bit, packed in a pass in eval mode: no gradients
             module.support_avx512bf16_for_cpu = False
     if args.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            fail(f"--gradient_checkpointing: transformers has none for {type(model).__name__}")
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return model
@@ -721,6 +723,10 @@ class Role:
         bare = isinstance(self.model, PeftModel) and not self.adapter
         with self.model.disable_adapter() if bare else contextlib.nullcontext():
             yield self.network
+
+    def read(self, states):
+        """The head's numbers (...) for hidden states (..., hidden), float32."""
+        return torch.nn.functional.linear(states.float(), self.head.weight.float()).squeeze(-1)
 
     def parameters(self):
         """What training this role changes."""
@@ -888,11 +894,12 @@ def is_recurrent(network):
 
 
 def sees_whole_texts(network, longest):
-    """Whether no layer sees less than `longest` tokens."""
+    """Whether no layer sees less than `longest` tokens, under any mask (flash attention takes none)."""
     config = network.config.get_text_config()
     unused = set() if "local" in getattr(config, "attention_layers", ["local"]) else {"window_size"}  # GPT-Neo
     windows = [getattr(config, name, None) for name in WINDOWS - unused]
-    return all(window >= longest for window in windows if isinstance(window, int))
+    takes_masks = "flash" not in (network.config._attn_implementation or "")
+    return takes_masks and all(window >= longest for window in windows if isinstance(window, int))
 
 
 @dataclasses.dataclass
@@ -929,6 +936,12 @@ class MicroBatch:
     advantages: torch.Tensor = None  # (B, W)
     returns: torch.Tensor = None  # (B, W)
 
+    @property
+    def inputs(self):
+        """What a model reads."""
+        place = {"attention_mask": self.mask, "position_ids": self.position_ids}
+        return {"input_ids": self.input_ids, "use_cache": False, **place}
+
     def spread(self, values):
         """Values (R, K) as (B, W): those of the actions at their places, 0 elsewhere."""
         values = values.flatten()[self.action_index]
@@ -940,41 +953,33 @@ class KLAboveLimit(Exception):
 
 
 class PPOTrainer(trl_ppo.PPOTrainer):
-    """PPO on `transformers.Trainer`'s own loop: of TRL's PPOTrainer only the algorithm, its settings and the names of
-    its metrics are kept, while its __init__ is skipped and its train() given back to Trainer, one step of which is one
-    update (a rollout, and num_ppo_epochs x num_mini_batches optimizer steps on it), so that clipping, schedule, mixed
-    precision, logging, checkpoints and resume are Trainer's.
+    """PPO on `transformers.Trainer`'s own loop: TRL's are the algorithm, its settings and the names of its metrics, while
+    its __init__ is skipped and its train() given back to Trainer, one step of which is one update (a rollout, and
+    num_ppo_epochs x num_mini_batches optimizer steps on it), so that clipping, schedule, mixed precision, logging,
+    checkpoints and resume are Trainer's.
 
-    Args:
-        roles: the four roles (`load_roles`).
-        args: PPOSettings.
-        prompt_format: PromptFormat of the policy, for stop ids and for texts.
-        run: what run.json says.
-        reward_function: function(prompts, responses) -> list of float or None: a reward for texts, added to the model's.
-        reward_format: PromptFormat of a reward model that reads other tokens than the policy writes, or None.
-    """
+    `prompt_format` is the policy's; `reward_format` that of a reward model which reads other tokens, or None;
+    `reward_function`(prompts, responses) gives floats for texts, which are added to the model's scores; `run` is what
+    run.json says."""
 
-    def __init__(self, roles, args, prompt_format, run, reward_function=None, reward_format=None, **kwargs):
+    def __init__(self, roles, args, prompt_format, reward_format, reward_function, run, **kwargs):
         self.roles = roles
         self.prompt_format = prompt_format
-        self.tokenizer = prompt_format.tokenizer
-        self.run = run
-        self.reward_function = reward_function
         self.reward_format = reward_format
+        self.reward_function = reward_function
+        self.run = run
+        self.tokenizer = prompt_format.tokenizer
         self.group_size = min(args.per_device_train_batch_size, args.episodes_per_update // args.num_mini_batches)
         self.ppo_state = {"kl_coef": args.kl_coef, "reward_mean": 0.0, "reward_std": 1.0}
         self.latest = {}  # the last update's metrics, for the next log line
         self.inner_norms = []  # gradient norms of its optimizer steps but the last
         self.references = []  # the reference's answers to the fixed prompts
-        super(trl_ppo.PPOTrainer, self).__init__(
-            model=roles, args=args, data_collator=lambda rows: rows, processing_class=self.tokenizer, **kwargs
-        )
+        kwargs |= {"data_collator": lambda rows: rows, "processing_class": self.tokenizer}
+        super(trl_ppo.PPOTrainer, self).__init__(model=roles, args=args, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.device = self.accelerator.device
         self.episodes = args.episodes_per_update * self.accelerator.num_processes
         self.stop_ids = torch.tensor(prompt_format.stop_ids(roles.policy.network.generation_config), device=self.device)
-        self.recurrent = is_recurrent(roles.policy.network)
-        self.share_rows = False
         self.share_rows = self.may_share_rows()
         if not self.share_rows:
             print("texts that share a row of this model would not be computed as alone: each has a row of its own")
@@ -998,9 +1003,12 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         self.estimate_advantages(batches)
         kl = self.total(batch.kl for batch in batches) / self.episodes
         if self.state.global_step == 0 and not any(batch.ended.any() for batch in batches):
+            text = (
+                f"warning: none of the first answers ended within --response_length {self.args.response_length} tokens"
+            )
             print(
-                f"none of the first answers ended within {self.args.response_length} tokens: the policy may not have "
-                "learned to stop; see --response_length, or train it longer on answers that end (training_sft.py)"
+                f"{text}: the policy may not have learned to stop; train it longer on answers that end (SFT)",
+                file=sys.stderr,
             )
         if self.args.max_kl and kl > self.args.max_kl:
             self.latest = {"objective/kl": kl}
@@ -1031,9 +1039,12 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         responses = self.generate(self.roles.policy, rows)
         longest = torch.tensor([max(map(len, responses))], device=self.device)
         width = self.accelerator.gather(longest).max().item()
+        groups = self.make_groups(rows, responses)
         batches = [
-            self.collate([rows[i] for i in group], [responses[i] for i in group], width)
-            for group in self.make_groups(rows, responses)
+            self.collate(
+                [rows[i] for i in group], [responses[i] for i in group], width, self.share_rows and len(group) > 1
+            )
+            for group in groups
         ]
         with self.roles.policy.active():
             for batch in batches:
@@ -1052,16 +1063,14 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     @torch.no_grad()
     def generate(self, role, rows, sample=True):
         """Responses (lists of token ids, at most response_length, ending with the first stop id) to the rows' prompts."""
+        sampling = {"temperature": self.args.temperature, "top_k": 0, "top_p": 1.0} if sample else {}
         config = transformers.GenerationConfig(
-            max_new_tokens=self.args.response_length,
-            do_sample=sample,
-            eos_token_id=self.stop_ids.tolist(),
-            pad_token_id=self.tokenizer.pad_token_id,
-            **({"temperature": self.args.temperature, "top_k": 0, "top_p": 1.0} if sample else {}),
-        )
+            max_new_tokens=self.args.response_length, do_sample=sample, eos_token_id=self.stop_ids.tolist(),
+            pad_token_id=self.tokenizer.pad_token_id, **sampling,
+        )  # fmt: skip
         prompts, responses, same_length = [row["prompt_ids"] for row in rows], {}, {}
         for i, prompt in enumerate(prompts):  # padding before a text would enter a state that goes from token to token
-            same_length.setdefault(len(prompt) if self.recurrent else 0, []).append(i)
+            same_length.setdefault(len(prompt) if is_recurrent(role.network) else 0, []).append(i)
         size = self.args.local_rollout_forward_batch_size
         groups = [group[k : k + size] for group in same_length.values() for k in range(0, len(group), size)]
         # autocast keeps its 16-bit copies of weights for the next token only where they are trained
@@ -1084,33 +1093,26 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         """Whether several texts in one row are the same computation as each alone, in every model that reads tokens: no
         layer sees less than the longest text or carries a state, and in a trial a short, the longest and again a short
         text, which share a beginning, have the hidden states that they have alone."""
-        roles = {id(role.model): role for role in (self.roles.policy, self.roles.value, self.roles.reward) if role}
-        if self.reward_format is not None:  # the reward model reads texts, one at a time
-            roles.pop(id(self.roles.reward.model), None)
+        reward = None if self.reward_format else self.roles.reward  # in a format of its own it reads one text at a time
+        roles = {id(role.model): role for role in (self.roles.policy, self.roles.value, reward) if role}
         longest = self.args.longest_text
         ids = torch.randint(len(self.tokenizer), (longest,), generator=torch.Generator().manual_seed(0)).tolist()
         rows = [{"prompt_ids": ids[: longest // 2]}] * 3
         responses = [ids[-1:], ids[longest // 2 :], ids[-2:-1]]
+        if any(is_recurrent(role.network) or not sees_whole_texts(role.network, longest) for role in roles.values()):
+            return False
+        batches = [self.collate([row], [response], longest) for row, response in zip(rows, responses)]
+        batches.append(self.collate(rows, responses, longest, one_row=True))
         for role in roles.values():
             with role.active() as network:
-                takes_mask = "flash" not in (network.config._attn_implementation or "")
-                if is_recurrent(network) or not sees_whole_texts(network, longest) or not takes_mask:
-                    return False
-                alone = [self.collate([row], [response], longest) for row, response in zip(rows, responses)]
-                alone = torch.cat(
-                    [self.hidden_states(role, batch)[batch.state_index[batch.actions]] for batch in alone]
-                )
-                self.share_rows = True
                 try:
-                    batch = self.collate(rows, responses, longest)
-                    shared = self.hidden_states(role, batch)[batch.state_index[batch.actions]]
+                    states = [self.hidden_states(role, batch)[batch.state_index[batch.actions]] for batch in batches]
                 except Exception:  # a model that cannot read such a row
                     return False
-                finally:
-                    self.share_rows = False
-                rough = self.args.bf16 or self.args.fp16 or getattr(network, "is_quantized", False)
-                if (shared - alone).abs().max() > (0.05 if rough else 1e-3) * alone.abs().max():
-                    return False
+            rough = self.args.bf16 or self.args.fp16 or getattr(network, "is_quantized", False)
+            alone, shared = torch.cat(states[:3]), states[3]
+            if (shared - alone).abs().max() > (0.05 if rough else 1e-3) * alone.abs().max():
+                return False
         return True
 
     def make_groups(self, rows, responses):
@@ -1118,8 +1120,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 
         A shared row holds the tokens of `group_size` sequences of the longest kind, so that short ones share passes, but
         no more than the hidden size unless one sequence has more: there attention, which is not sparse in a shared row,
-        costs about a sixth of the linear layers. With several mini-batches every group has `group_size` sequences, so
-        that mini-batches are equal in number; rows of their own are no cheaper when there are more."""
+        costs about a sixth of the linear layers. Rows of their own, and mini-batches, which should be equal in number,
+        are of `group_size` sequences."""
         lengths = [len(row["prompt_ids"]) + len(response) for row, response in zip(rows, responses)]
         shared = len(os.path.commonprefix([row["prompt_ids"] for row in rows]))
         limit = min(self.group_size * self.args.longest_text, self.roles.config.get_text_config().hidden_size)
@@ -1133,12 +1135,10 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             groups[-1].append(i)
         return groups
 
-    def collate(self, rows, responses, total_width):
-        """A MicroBatch of some episodes, at most `total_width` response positions wide.
-
-        Rows of their own are padded behind the text, which a causal model does not see there."""
+    def collate(self, rows, responses, total_width, one_row=False):
+        """A MicroBatch of some episodes, at most `total_width` response positions wide, in one row or in rows of their
+        own, which are padded behind the text, where a causal model does not see it."""
         prompts = [row["prompt_ids"] for row in rows]
-        one_row = self.share_rows and len(rows) > 1
         shared = 0  # tokens that all prompts begin with; the last one of each stays its own
         if one_row:
             shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
@@ -1146,13 +1146,12 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         sizes = [len(text) for text in texts]
         if one_row:
             ids = [prompts[0][:shared] + [token for text in texts for token in text]]
-            positions = [[*range(shared), *(shared + k for size in sizes for k in range(size))]]
+            positions = [*range(shared), *(shared + k for size in sizes for k in range(size))]
             firsts = [shared + sum(sizes[:i]) for i in range(len(sizes))]  # places of the texts in the flat ids
         else:
-            longest = max(sizes)
-            ids = [text + [self.tokenizer.pad_token_id] * (longest - len(text)) for text in texts]
-            positions = [list(range(longest))] * len(texts)
-            firsts = [longest * i for i in range(len(texts))]
+            positions = [*range(max(sizes))]
+            ids = [text + [self.tokenizer.pad_token_id] * (len(positions) - len(text)) for text in texts]
+            firsts = [len(positions) * i for i in range(len(texts))]
 
         def tensor(values):
             return torch.tensor(values, device=self.device)
@@ -1160,28 +1159,19 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         input_ids, lengths = tensor(ids), tensor([len(response) for response in responses])
         starts = tensor([first + len(prompt) - shared - 1 for first, prompt in zip(firsts, prompts)])
         steps = torch.arange(min(lengths.max().item() + 1, total_width), device=self.device)
-        actions = steps < lengths[:, None]
+        actions, states = steps < lengths[:, None], steps <= lengths[:, None]
         state_index = starts[:, None] + torch.minimum(steps, lengths[:, None])
         places = state_index[actions]
-        columns, inverse = (places % input_ids.shape[1]).unique(return_inverse=True)
-        action_index = places // input_ids.shape[1] * len(columns) + inverse
+        columns, inverse = (places % len(positions)).unique(return_inverse=True)
+        action_index = places // len(positions) * len(columns) + inverse
         targets = torch.zeros(len(ids) * len(columns), dtype=torch.long, device=self.device)
         targets[action_index] = tensor([token for response in responses for token in response])
+        ended = torch.isin(tensor([response[-1] for response in responses]), self.stop_ids)
         return MicroBatch(
-            rows=rows,
-            responses=responses,
-            input_ids=input_ids,
-            position_ids=tensor(positions),
-            mask=self.tree_mask(shared, sizes) if one_row else None,
-            state_index=state_index,
-            columns=columns,
-            action_index=action_index,
-            targets=targets.view(len(ids), len(columns)),
-            lengths=lengths,
-            ended=torch.isin(tensor([response[-1] for response in responses]), self.stop_ids),
-            actions=actions,
-            states=steps <= lengths[:, None],
-        )
+            rows, responses, input_ids, tensor(positions).expand(len(ids), -1),
+            self.tree_mask(shared, sizes) if one_row else None, state_index, columns, action_index,
+            targets.view(len(ids), -1), lengths, ended, actions, states,
+        )  # fmt: skip
 
     def tree_mask(self, shared, sizes):
         """The mask (1, 1, S, S) of a row of `shared` tokens and then texts of `sizes` tokens that see them and
@@ -1195,13 +1185,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     def response_logits(self, role, batch):
         """Logits (R, K, vocabulary) before the response tokens, over the sampling temperature, float32."""
         with self.accelerator.autocast():
-            logits = role.network(
-                input_ids=batch.input_ids,
-                attention_mask=batch.mask,
-                position_ids=batch.position_ids,
-                logits_to_keep=batch.columns,
-                use_cache=False,
-            ).logits
+            logits = role.network(**batch.inputs, logits_to_keep=batch.columns).logits
         if logits.shape[1] != len(batch.columns):  # xLSTM knows no logits_to_keep
             logits = logits[:, batch.columns]
         return logits.float() / self.args.temperature
@@ -1215,15 +1199,11 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     def hidden_states(self, role, batch):
         """Last hidden states (R * S, hidden) of the rows."""
         with self.accelerator.autocast():
-            output = find_body(role.network)(
-                input_ids=batch.input_ids, attention_mask=batch.mask, position_ids=batch.position_ids, use_cache=False
-            )
-        return output.last_hidden_state.flatten(0, 1)
+            return find_body(role.network)(**batch.inputs).last_hidden_state.flatten(0, 1)
 
     def state_values(self, batch):
-        """Values (B, W) of the state before each response token, float32."""
-        states = self.hidden_states(self.roles.value, batch)[batch.state_index]
-        return torch.nn.functional.linear(states.float(), self.roles.value.head.weight.float()).squeeze(-1)
+        """Values (B, W) of the state before each response token."""
+        return self.roles.value.read(self.hidden_states(self.roles.value, batch)[batch.state_index])
 
     def score(self, batches):
         """Fill in the score (B,) of each response: reward model plus reward function, before penalty and scaling.
@@ -1241,22 +1221,18 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                 batch.scores += part
 
     def model_scores(self, batch):
-        """The reward model's score (B,) of each response, read at its last token, float32."""
+        """The reward model's score (B,) of each response, read at its last token."""
         role = self.roles.reward
         with role.active():
             if self.reward_format is None:
-                states = self.hidden_states(role, batch)[batch.state_index[:, 0] + batch.lengths]
-            else:
-                texts = [
-                    self.translate(*episode) for episode in zip(batch.rows, self.response_texts(batch), batch.ended)
-                ]
-                states = torch.stack([self.hidden_states(role, text)[-1] for text in texts])
-        return torch.nn.functional.linear(states.float(), role.head.weight.float()).squeeze(-1)
+                return role.read(self.hidden_states(role, batch)[batch.state_index[:, 0] + batch.lengths])
+            return torch.cat([role.read(self.hidden_states(role, text)[-1:]) for text in self.translate(batch)])
 
-    def translate(self, row, text, ended):
-        """A MicroBatch of one conversation in the reward model's tokens; an answer that was cut off has no end token."""
-        ids = self.reward_format.encode([*row["messages"], {"role": "assistant", "content": text}])[0]
-        return self.collate([{"prompt_ids": ids[:1]}], [ids[1:] if ended else ids[1:-1]], len(ids))
+    def translate(self, batch):
+        """Each conversation in the reward model's tokens; an answer that was cut off has no end token."""
+        for row, text, ended in zip(batch.rows, self.response_texts(batch), batch.ended):
+            ids = self.reward_format.encode([*row["messages"], {"role": "assistant", "content": text}])[0]
+            yield self.collate([{"prompt_ids": ids[:1]}], [ids[1:] if ended else ids[1:-1]], len(ids))
 
     def response_texts(self, batch):
         texts = self.tokenizer.batch_decode(batch.responses, skip_special_tokens=True)
@@ -1432,14 +1408,10 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         responses = self.generate(role, rows, sample)
         batches = [self.collate([row], [response], len(response)) for row, response in zip(rows, responses)]
         self.score(batches)
+        texts = [self.response_texts(batch)[0] for batch in batches]
+        figures = [(batch.scores.item(), batch.lengths.item(), batch.ended.item()) for batch in batches]
         return [
-            {
-                "answer": self.response_texts(batch)[0],
-                "score": batch.scores.item(),
-                "length": batch.lengths.item(),
-                "ended": batch.ended.item(),
-            }
-            for batch in batches
+            dict(zip(("answer", "score", "length", "ended"), (text, *found))) for text, found in zip(texts, figures)
         ]
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -1453,27 +1425,25 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         self.roles.eval()
         self.references = self.references or self.answer(self.roles.reference, rows)
         answers = {"policy": self.answer(self.roles.policy, rows), "reference": self.references}
-        metrics = {
-            f"eval_{who}_{key}": sum(found[key] for found in answers[who]) / len(rows)
-            for who in answers
-            for key in ("score", "length", "ended")
-        }
+        metrics, samples = {}, [{"step": step, "row": row["row"], "prompt": row["text"]} for row in rows]
+        for who, found in answers.items():
+            for key in ("score", "length", "ended"):
+                metrics[f"eval_{who}_{key}"] = sum(answer[key] for answer in found) / len(rows)
+            for sample, answer in zip(samples, found):
+                sample |= {f"{who}_{key}": value for key, value in answer.items()}
         if self.is_world_process_zero():
             path = Path(self.args.output_dir) / "samples.jsonl"
             lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
             lines = [line for line in lines if json.loads(line)["step"] < step]  # a resumed run comes by again
-            for row, *pair in zip(rows, *answers.values()):
-                sample = {"step": step, "row": row["row"], "prompt": row["text"]}
-                sample |= {f"{who}_{key}": value for who, found in zip(answers, pair) for key, value in found.items()}
-                lines.append(json.dumps(sample, ensure_ascii=False))
+            lines += [json.dumps(sample, ensure_ascii=False) for sample in samples]
             Path(f"{path}.partial").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
             os.replace(f"{path}.partial", path)
-            scores = ", ".join(f"{who} {metrics[f'eval_{who}_score']:+.2f}" for who in answers)
-            print(f"\nupdate {step}, mean score of the answers to {len(rows)} fixed prompts: {scores}")
-            for row, *pair in list(zip(rows, *answers.values()))[:5]:
-                print(f"\n> {row['text'].strip()[-200:]}")
-                for who, found in zip(answers, pair):
-                    print(f"  {who:<10}{found['score']:+.2f}  {found['answer'].strip()}")
+            print(f"\nupdate {step}, answers to {len(rows)} fixed prompts, mean score of the policy's "
+                  f"{metrics['eval_policy_score']:+.2f}, of the reference's {metrics['eval_reference_score']:+.2f}")  # fmt: skip
+            for sample in samples[:5]:
+                print(f"\n> {sample['prompt'].strip()[-200:]}")
+                for who in answers:
+                    print(f"  {who:<10}{sample[f'{who}_score']:+.2f}  {sample[f'{who}_answer'].strip()}")
         self.log(metrics)
         return metrics
 
@@ -1571,7 +1541,7 @@ def find_checkpoint(args):
     run = read_json(checkpoint / "run.json")
     if not finished_steps(checkpoint):
         fail(f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)")
-    if run.get("stage") != "rl" or run["versions"].get("scripts") != 2:
+    if run.get("stage") != "rl" or run.get("versions", {}).get("scripts") != 2:
         fail(f"--resume_from_checkpoint {checkpoint} is of the stage {run.get('stage')!r}, or of an earlier version")
     if finished_steps(newest) > finished_steps(checkpoint) and not args.overwrite_output_dir:
         fail(f"--resume_from_checkpoint {checkpoint}: {newest} is later; --overwrite_output_dir drops it")
@@ -1604,19 +1574,21 @@ def pick_reward_format(args, source, prompt_format):
     tokenizer = load_tokenizer(source, args)
     same_tokens = tokenizer.get_vocab() == prompt_format.tokenizer.get_vocab()
     recorded = source.run.get("prompt_format", prompt_format.name if same_tokens else None)
-    try:
-        found = pick_format("auto", "chat", recorded, tokenizer)
-    except ValueError as error:
-        fail(f"--reward_model_path {args.reward_model_path}: {error}")
+    found = choose_format("--reward_model_path", "auto", recorded, tokenizer)
     probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     if same_tokens and found.encode(probe) == prompt_format.encode(probe):
         return None, True
-    template = "chat template" if found.name == prompt_format.name else "prompt format"
-    print(
-        "the reward model reads other tokens than the policy writes, since it was trained with another "
-        f"{template if same_tokens else 'tokenizer'}: it gets texts, in its own format ({found.name})"
-    )
+    other = "prompt format or chat template" if same_tokens else "tokenizer"
+    print(f"the reward model was trained with another {other}: it gets texts, in its own format ({found.name})")
     return found, same_tokens
+
+
+def choose_format(flag, requested, recorded, tokenizer):
+    """The text block's choice, for the model of a flag."""
+    try:
+        return pick_format(requested, "chat", recorded, tokenizer)
+    except ValueError as error:
+        fail(f"{flag}: {error}")
 
 
 def check_models(args, policy, reward):
@@ -1733,10 +1705,7 @@ def run_stage(args):
         HfApi().whoami()
 
     tokenizer = load_tokenizer(policy, args)
-    try:
-        prompt_format = pick_format(args.prompt_format, "chat", policy.run.get("prompt_format"), tokenizer)
-    except ValueError as error:
-        fail(f"--model_path {args.model_path}: {error}")
+    prompt_format = choose_format("--model_path", args.prompt_format, policy.run.get("prompt_format"), tokenizer)
     reward_format, same_tokens = pick_reward_format(args, reward, prompt_format) if reward else (None, True)
     train_rows, counts = load_prompts(args, args.subset, args.split, "--split", prompt_format)
     eval_rows = train_rows.select(range(min(8, len(train_rows))))
@@ -1771,16 +1740,9 @@ def run_stage(args):
     open_output_dir(args, checkpoint)
     run, callback = describe_run(args, policy, prompt_format, counts), RunCallback(args.output_dir)
     trainer = PPOTrainer(
-        roles,
-        config,
-        prompt_format,
-        run,
-        reward_function=reward_function,
-        reward_format=reward_format,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        callbacks=[callback, EpisodeBar()],
-    )
+        roles, config, prompt_format, reward_format, reward_function, run,
+        train_dataset=train_rows, eval_dataset=eval_rows, callbacks=[callback, EpisodeBar()],
+    )  # fmt: skip
     trainer.remove_callback(ProgressCallback)
     if not checkpoint:
         torch.manual_seed(args.seed + 100_003 * config.process_index)  # processes sample different answers
@@ -1817,7 +1779,7 @@ def main(argv=None):
         # safetensors and torch have types of their own for a full disk
         if re.search("No space left|os error 28|PytorchStreamWriter failed", str(error)):
             fail(f"no space left to save; what was saved before is complete ({error})")
-        if isinstance(error, OSError):  # a hub id that is not there
+        if isinstance(error, (OSError, HFValidationError)):  # a hub id that is not there
             fail(error)
         raise
 

@@ -288,11 +288,15 @@ def test_only_policy_and_value_change(rl, chain, tmp_path, rollouts, flags):
 @pytest.mark.parametrize("reward", ["full_rm", None])
 def test_full_fine_tuning_leaves_models_that_load(rl, chain, tmp_path, rollouts, reward):
     """Policy and value model are trained in full; the value model starts from the reward model, or from the policy with a
-    zero head; the saved config keeps the dropout that training went without."""
+    zero head. The saved config keeps the dropout that training went without, under gradient checkpointing too; for a
+    missing pad token no embedding is added."""
     base = make_model(tmp_path / "base", attention_dropout=0.5)
-    flags = "" if reward else "--reward_function RULES:tokens"
-    updates = train(rl, chain, tmp_path / "out", flags + " --gradient_checkpointing", model=base, reward=reward)
-    assert updates[0]["val/ratio"] < 1.1 and updates[0]["objective/kl"] == 0
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(base)
+    flags = "--num_ppo_epochs 1 --gradient_checkpointing" + ("" if reward else " --reward_function RULES:tokens")
+    updates = train(rl, chain, tmp_path / "out", flags, model=base, reward=reward)
+    assert (updates[0]["val/ratio"], updates[0]["objective/kl"]) == (1, 0)
     final, roles, ids = tmp_path / "out" / "final_checkpoint", rollouts[0][0].roles, torch.arange(40, 60)[None]
     with torch.no_grad():
         policy = roles.policy.model(ids).logits
@@ -300,6 +304,7 @@ def test_full_fine_tuning_leaves_models_that_load(rl, chain, tmp_path, rollouts,
     assert (load_policy(final)(ids).logits - policy).abs().max() < 1e-5
     assert (scalars_of(final / "value", ids[0].tolist()) - value).abs().max() < 1e-5
     assert (policy - load_policy(base)(ids).logits).abs().max() > 1e-3 and value.abs().max() > 1e-3
+    assert policy.shape[-1] == load_policy(final).get_input_embeddings().num_embeddings == len(tokenizer)
     assert json.loads((final / "config.json").read_text())["attention_dropout"] == 0.5
     frozen = [(roles.reference, base), (roles.reward, chain["full_rm"])][: 2 if reward else 1]
     for role, path in frozen:
@@ -501,21 +506,6 @@ def test_every_stop_id_stops_and_none_is_penalized(rl, chain, tmp_path, rollouts
     assert set(saved["eos_token_id"]) == every
 
 
-def test_no_embedding_is_added_for_a_missing_pad_token(rl, chain, tmp_path):
-    """The pad token is one that the vocabulary has, and the embedding keeps its rows."""
-    bare = tmp_path / "bare"
-    shutil.copytree(chain["base"], bare)
-    tokenizer = AutoTokenizer.from_pretrained(bare)
-    tokenizer.pad_token = None
-    tokenizer.save_pretrained(bare)
-    train(rl, chain, tmp_path / "out", "--reward_function RULES:tokens", model=str(bare), reward=None)
-    saved = tmp_path / "out" / "final_checkpoint"
-    assert (
-        load_policy(saved).get_input_embeddings().weight.shape == load_policy(bare).get_input_embeddings().weight.shape
-    )
-    assert len(AutoTokenizer.from_pretrained(saved)) == len(tokenizer)
-
-
 def test_prompts_that_do_not_fit_are_left_out_and_counted(rl, chain, tmp_path, choose):
     """Long ones, and empty or null ones up to a tenth; a conversation goes through the template as it is."""
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"}]
@@ -607,10 +597,6 @@ def test_the_score_is_normalized_then_clipped_then_penalized(rl, chain, tmp_path
     for update in updates:
         expected = (update["objective/scores"] - scores.mean().item()) / scores.std().item()
         assert update["objective/rlhf_reward"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert (
-        distance(adapters(tmp_path / "normal" / "final_checkpoint"), adapters(tmp_path / "normal" / "final_checkpoint"))
-        == 0
-    )
     flags = "--reward_function RULES:hundred --total_episodes 4 --reward_clip 2 --missing_eos_penalty 0.5"
     update = train(rl, chain, tmp_path / "clip", flags, reward=None)[0]
     assert update["objective/scores"] in (-100, -50, 0, 50, 100)
@@ -945,17 +931,3 @@ def test_bad_input_is_one_line(rl, chain, tmp_path, monkeypatch, case):
     _, errors = run(rl, *command(chain, tmp_path / "out", flags, reward=reward), code=2)
     (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
     assert expected in line and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("path", ["mamba", "reward"])
-def test_architectures_without_a_classifier_are_refused_in_one_line(rl, chain, tmp_path, path):
-    """As reward model, and as full policy, whose value model would need one; the line names the flag that helps."""
-    make_model(tmp_path / "mamba", kind="gpt2")
-    config = {"model_type": "mamba", "vocab_size": 375, "eos_token_id": STOP}
-    (tmp_path / "mamba" / "config.json").write_text(json.dumps(config))
-    which = (
-        {"reward": str(tmp_path / "mamba")} if path == "reward" else {"model": str(tmp_path / "mamba"), "reward": None}
-    )
-    flags = "" if path == "reward" else "--reward_function RULES:tokens"
-    _, errors = run(rl, *command(chain, tmp_path / "out", flags, **which), code=2)
-    assert "is a mamba, for which transformers has no sequence classifier" in errors and "--reward_function" in errors
