@@ -289,18 +289,18 @@ def parse_flags(argv=None):
         args.learning_rate = 5e-5 if args.use_lora else 3e-6
     args.episodes_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps
     mini_batch = args.episodes_per_update / args.num_mini_batches
+    uneven = mini_batch % 1 or mini_batch % min(args.per_device_train_batch_size, mini_batch)
+    quantized = args.load_in_4bit or args.load_in_8bit
     mistakes = {
         f"this script needs trl {TRL_VERSION}, found {found}: pip install trl=={TRL_VERSION}": found != TRL_VERSION,
         "--bf16 and --fp16 exclude each other": args.bf16 and args.fp16,
         "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
-        "--load_in_4bit needs --use_lora: quantized weights cannot be trained": args.load_in_4bit and not args.use_lora,
-        "--load_in_8bit needs --use_lora: quantized weights cannot be trained": args.load_in_8bit and not args.use_lora,
+        "--load_in_4bit and --load_in_8bit need --use_lora: quantized weights cannot be trained": quantized
+        and not args.use_lora,
         "a reward is needed: --reward_model_path, --reward_function, or both": not args.reward_model_path
         and not args.reward_function,
-        f"--num_mini_batches {args.num_mini_batches} does not divide the {args.episodes_per_update} episodes of an "
-        "update (--per_device_train_batch_size x --gradient_accumulation_steps) into whole micro-batches": mini_batch
-        % 1
-        or mini_batch % min(args.per_device_train_batch_size, mini_batch),
+        f"--num_mini_batches {args.num_mini_batches} does not divide the {args.episodes_per_update} episodes of an update "
+        "(--per_device_train_batch_size x --gradient_accumulation_steps) into whole micro-batches": uneven,
         "PPO runs under DDP (accelerate launch --multi_gpu), not under DeepSpeed or FSDP": os.environ.keys()
         & {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"},
     }
@@ -591,13 +591,9 @@ def new_lora(args, model, task_type):
         targets = [name for name in targets if not (model._is_stateful and name.endswith("out_proj"))]
     elif len(targets) == 1 and not targets[0].isidentifier():
         targets = targets[0]  # a regular expression
-    return LoraConfig(
-        r=args.lora_r or 16,
-        lora_alpha=32 if args.lora_alpha is None else args.lora_alpha,
-        lora_dropout=args.lora_dropout or 0.0,
-        target_modules=targets,
-        task_type=task_type,
-    )
+    alpha = 32 if args.lora_alpha is None else args.lora_alpha
+    sizes = {"r": args.lora_r or 16, "lora_alpha": alpha, "lora_dropout": args.lora_dropout or 0.0}
+    return LoraConfig(target_modules=targets, task_type=task_type, **sizes)
 
 
 def load_tokenizer(source, args):
@@ -611,12 +607,12 @@ def load_tokenizer(source, args):
     return tokenizer
 
 
-def check_classifier(base, args, hint):
+def check_classifier(config, hint):
     """Refuse a model for which transformers has no sequence classifier."""
-    config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
     remote = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
     if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not remote:
-        fail(f"{base} is a {config.model_type}, for which transformers has no sequence classifier: {hint}")
+        name = f"{config.name_or_path} is a {config.model_type}"
+        fail(f"{name}, for which transformers has no sequence classifier: {hint}")
 
 
 def compute_dtype(args):
@@ -664,13 +660,6 @@ def load_classifier(base, args, trainable):
 def find_body(model):
     """The part of a language model whose last hidden states its head reads."""
     return getattr(model, model.base_model_prefix, None) or model.model  # Llama 4's base_model is the model itself
-
-
-@torch.no_grad()
-def state_width(model):
-    """Size of the last hidden states (OPT-350m projects them to another one than hidden_size)."""
-    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    return find_body(model)(input_ids=ids, use_cache=False).last_hidden_state.shape[-1]
 
 
 def scalar_head(weight):
@@ -818,7 +807,8 @@ def load_roles(args, policy_source, reward_source, same_tokens):
             value = Role(classifier, None, classifier.score)
 
     if value is None and args.use_lora:
-        head = scalar_head(torch.zeros(1, state_width(policy.network)))
+        width = policy.network.get_output_embeddings().weight.shape[1]  # OPT-350m's is not its hidden_size
+        head = scalar_head(torch.zeros(1, width))
         value = Role(put_adapter(policy.model, "ppo_value", lora, start), "ppo_value", head)
     elif value is None:
         classifier = load_classifier(policy_source.base, args, trainable=True)
@@ -827,23 +817,16 @@ def load_roles(args, policy_source, reward_source, same_tokens):
     return Roles(policy, reference, reward, value)
 
 
-def describe_roles(roles):
-    """The start-up message: on which model each role stands, what it adds to it, and the bytes (1 GB = 1e9)."""
-    lines = ["roles:"]
+def report_roles(roles):
+    """Say on which model each role stands and what it adds to it; a warning where gradients and AdamW's moments (12 bytes
+    a weight) exceed what is free beside the weights (1 GB = 1e9 bytes)."""
+    print(f"{len(roles.models)} model(s) with {sum(p.nbytes for p in roles.parameters()) / 1e9:.2f} GB of weights:")
     for name in ("policy", "reference", "reward", "value"):
-        role, trained = getattr(roles, name), "trained" if name in ("policy", "value") else "frozen"
-        if role is None:
-            lines.append(f"  {name:<10} no model: --reward_function")
-            continue
-        adapter = f"adapter, {sum(p.nbytes for p in role.parameters()) / 1e6:.1f} MB, on " if role.adapter else ""
-        number = [model is role.model for model in roles.models].index(True) + 1
-        lines.append(f"  {name:<10} {trained:<8} {adapter}model {number}, {role.model.config.name_or_path}")
-    total = sum(p.nbytes for p in roles.parameters()) / 1e9
-    return "\n".join([*lines, f"  weights in memory: {total:.2f} GB in {len(roles.models)} model(s)"])
-
-
-def warn_of_memory(roles):
-    """A warning where gradients and AdamW's moments (12 bytes a weight) exceed what is free beside the weights."""
+        role = getattr(roles, name)
+        if role is not None:
+            adapter = f"adapter, {sum(p.nbytes for p in role.parameters()) / 1e6:.1f} MB, on " if role.adapter else ""
+            number = [model is role.model for model in roles.models].index(True) + 1
+            print(f"  {name:<10}{adapter}model {number}, {role.model.config.name_or_path}")
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     needed = 12 * sum(p.numel() for p in roles.trained())
     if needed > free:
@@ -1003,13 +986,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         self.estimate_advantages(batches)
         kl = self.total(batch.kl for batch in batches) / self.episodes
         if self.state.global_step == 0 and not any(batch.ended.any() for batch in batches):
-            text = (
-                f"warning: none of the first answers ended within --response_length {self.args.response_length} tokens"
-            )
-            print(
-                f"{text}: the policy may not have learned to stop; train it longer on answers that end (SFT)",
-                file=sys.stderr,
-            )
+            text = f"none of the first answers ended within --response_length {self.args.response_length} tokens"
+            print(f"warning: {text}: the policy may not have learned to stop (see training_sft.py)", file=sys.stderr)
         if self.args.max_kl and kl > self.args.max_kl:
             self.latest = {"objective/kl": kl}
             raise KLAboveLimit(f"KL {kl:.2f} nats is above --max_kl {self.args.max_kl}")
@@ -1040,12 +1018,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         longest = torch.tensor([max(map(len, responses))], device=self.device)
         width = self.accelerator.gather(longest).max().item()
         groups = self.make_groups(rows, responses)
-        batches = [
-            self.collate(
-                [rows[i] for i in group], [responses[i] for i in group], width, self.share_rows and len(group) > 1
-            )
-            for group in groups
-        ]
+        episodes = [([rows[i] for i in group], [responses[i] for i in group]) for group in groups]
+        batches = [self.collate(*some, width, self.share_rows and len(some[0]) > 1) for some in episodes]
         with self.roles.policy.active():
             for batch in batches:
                 logits = self.response_logits(self.roles.policy, batch)
@@ -1410,9 +1384,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         self.score(batches)
         texts = [self.response_texts(batch)[0] for batch in batches]
         figures = [(batch.scores.item(), batch.lengths.item(), batch.ended.item()) for batch in batches]
-        return [
-            dict(zip(("answer", "score", "length", "ended"), (text, *found))) for text, found in zip(texts, figures)
-        ]
+        keys = ("answer", "score", "length", "ended")
+        return [dict(zip(keys, (text, *found))) for text, found in zip(texts, figures)]
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Greedy answers of the policy and of the reference to the fixed prompts, with their scores.
@@ -1529,10 +1502,10 @@ def find_checkpoint(args):
     newest = max(folder.glob("checkpoint-*"), key=finished_steps, default="")
     if not checkpoint:
         if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not args.overwrite_output_dir:
-            fail(
-                f"--output_dir {folder} is not empty; name another, or pass --resume_from_checkpoint to go on with that "
-                "run, or --overwrite_output_dir to replace its checkpoints and metrics"
+            hint = (
+                "--resume_from_checkpoint to go on with that run, --overwrite_output_dir to replace it, or another name"
             )
+            fail(f"--output_dir {folder} is not empty: {hint}")
         return None
     if checkpoint is True and not finished_steps(newest):
         print(f"no complete checkpoint in {folder}: starting from the beginning")
@@ -1592,35 +1565,27 @@ def choose_format(flag, requested, recorded, tokenizer):
 
 
 def check_models(args, policy, reward):
-    """What can be wrong with the models, before any weight is loaded; a line says how good the reward model is."""
+    """What can be wrong with the models, before any weight is loaded; a line says how good the reward model is. Returns
+    the number of positions that the policy has."""
+    remote = {"trust_remote_code": args.trust_remote_code}
+    config = AutoConfig.from_pretrained(policy.base, **remote)
     if policy.adapter:
         check_lora_flags(args, policy)
-    if reward is None:
-        if not args.use_lora:
-            check_classifier(policy.base, args, "the value model needs one; --reward_function goes with --use_lora")
-        return
-    if reward.adapter:
-        read_adapter(reward, head_count=1)
-    if not reward.adapter or not args.use_lora or reward.base != policy.base:
-        check_classifier(reward.base, args, "use --reward_function in place of --reward_model_path")
-    report = reward.run.get("metrics", {}).get("report")
-    quality = "no evaluation on record, so nobody knows how good it is"
-    if report:
-        low, high = report["accuracy_interval"]
-        quality = f"prefers the chosen answer in {report['accuracy']:.3f} of {report['pairs']} pairs (95% interval "
-        quality += f"{low:.3f} to {high:.3f}){', which is not above chance' if low <= 0.5 else ''}"
-    print(f"--reward_model_path {args.reward_model_path}: {quality}")
-
-
-def check_lengths(args, source, longest):
-    """Refuse texts that are longer than the model has positions."""
-    config = AutoConfig.from_pretrained(source.base, trust_remote_code=args.trust_remote_code).get_text_config()
-    positions = getattr(config, "max_position_embeddings", longest)
-    if longest > positions:
-        fail(
-            f"the model has {positions} positions, but a prompt and its answer may have {longest} tokens: lower "
-            f"--max_prompt_length {args.max_prompt_length} or --response_length {args.response_length}"
-        )
+    if reward is None and not args.use_lora:
+        check_classifier(config, "the value model needs one; --reward_function goes with --use_lora")
+    if reward:
+        if reward.adapter:
+            read_adapter(reward, head_count=1)
+        if not reward.adapter or not args.use_lora or reward.base != policy.base:
+            check_classifier(AutoConfig.from_pretrained(reward.base, **remote), "use --reward_function instead")
+        report = reward.run.get("metrics", {}).get("report")
+        quality = "no evaluation on record, so nobody knows how good it is"
+        if report:
+            low, high = report["accuracy_interval"]
+            quality = f"prefers the chosen answer in {report['accuracy']:.3f} of {report['pairs']} pairs (95% interval "
+            quality += f"{low:.3f} to {high:.3f}){', which is not above chance' if low <= 0.5 else ''}"
+        print(f"--reward_model_path {args.reward_model_path}: {quality}")
+    return getattr(config.get_text_config(), "max_position_embeddings", math.inf)
 
 
 def describe_run(args, source, prompt_format, counts):
@@ -1698,7 +1663,7 @@ def run_stage(args):
     reward_function = load_reward_function(args.reward_function) if args.reward_function else None
     policy = locate_model(args.model_path, "--model_path")
     reward = locate_model(args.reward_model_path, "--reward_model_path") if args.reward_model_path else None
-    check_models(args, policy, reward)
+    positions = check_models(args, policy, reward)
     checkpoint = find_checkpoint(args)
     if args.push_to_hub:
         validate_repo_id(Path(args.output_dir).resolve().name)
@@ -1713,20 +1678,19 @@ def run_stage(args):
         subset, split = args.eval_subset or args.subset, args.eval_split or "test"
         eval_rows, counts["eval"] = load_prompts(args, subset, split, "--eval_split", prompt_format)
     longest = max(len(ids) for rows in (train_rows, eval_rows) for ids in rows["prompt_ids"]) + args.response_length
-    check_lengths(args, policy, longest)
+    if longest > positions:
+        fail(f"a prompt with its answer may have {longest} tokens, the model has {positions} positions: lower "
+             f"--max_prompt_length {args.max_prompt_length} or --response_length {args.response_length}")  # fmt: skip
     episodes = args.episodes_per_update * int(os.environ.get("WORLD_SIZE", 1))
     if episodes > len(train_rows):
-        fail(
-            f"an update takes {episodes} episodes (--per_device_train_batch_size x --gradient_accumulation_steps x "
-            f"processes), but there are only {len(train_rows)} prompts"
-        )
+        what = "--per_device_train_batch_size x --gradient_accumulation_steps x processes"
+        fail(f"an update takes {episodes} episodes ({what}), but there are only {len(train_rows)} prompts")
     if reward_function:  # a fault in it is to show before anything slow
         reward_function(train_rows.select([0, len(train_rows) - 1])["text"], ["Yes.", "No."])
     updates = math.ceil((args.total_episodes or len(train_rows)) / episodes)
     config = make_config(args, max_steps=updates, total_episodes=updates * episodes, longest_text=longest)
-    print(
-        f"{updates} updates of {episodes} episodes, {args.num_ppo_epochs * args.num_mini_batches} optimizer steps each"
-    )
+    steps = args.num_ppo_epochs * args.num_mini_batches
+    print(f"{updates} updates of {episodes} episodes, {steps} optimizer steps each")
     if args.dry_run:
         for row in train_rows.select(range(min(2, len(train_rows)))):
             print(f"--- row {row['row']}, {len(row['prompt_ids'])} tokens\n{tokenizer.decode(row['prompt_ids'])}")
@@ -1735,8 +1699,7 @@ def run_stage(args):
 
     transformers.set_seed(args.seed)
     roles = load_roles(args, policy, reward, same_tokens)
-    print(describe_roles(roles))
-    warn_of_memory(roles)
+    report_roles(roles)
     open_output_dir(args, checkpoint)
     run, callback = describe_run(args, policy, prompt_format, counts), RunCallback(args.output_dir)
     trainer = PPOTrainer(
@@ -1769,10 +1732,8 @@ def main(argv=None):
     try:
         run_stage(args)
     except torch.OutOfMemoryError as error:
-        fail(
-            f"no memory left on the device; what helps, the most first: --use_lora, --load_in_4bit, --bf16, "
-            f"--gradient_checkpointing, a smaller --per_device_train_batch_size or --response_length ({error})"
-        )
+        helps = "--use_lora, --load_in_4bit, --bf16, --gradient_checkpointing, smaller batches or --response_length"
+        fail(f"no memory left on the device; what helps, the most first: {helps} ({error})")
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
