@@ -17,8 +17,12 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -77,6 +81,20 @@ def make_model(directory, kind="llama", chat=True, seed=0, **config):
     return str(directory)
 
 
+def make_adapter(base, directory, kind="CAUSAL_LM", seed=0, **lora):
+    """A random LoRA adapter with its tokenizer: CAUSAL_LM, as SFT leaves it, or SEQ_CLS with a scalar head."""
+    torch.manual_seed(seed)
+    fields = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False, **lora}
+    if kind == "SEQ_CLS":
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+        fields["modules_to_save"] = ["score"]
+    else:
+        model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(task_type=kind, **fields)).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(base).save_pretrained(directory)
+    return str(directory)
+
+
 def write_rows(path, rows):
     """Write rows as JSON Lines; returns the path as text."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,6 +129,8 @@ def float64(monkeypatch):
     monkeypatch.setattr(torch, "float", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(torch.nn.Module, "float", torch.nn.Module.double)
+    # the kernel for experts knows no float64; what transformers does without it does
+    monkeypatch.setattr("transformers.integrations.moe._can_use_grouped_mm", lambda *args: False)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(single)

@@ -1,318 +1,335 @@
-"""Bad input: one line that says what is wrong, where, and what would be right; before anything slow, nothing written."""
+"""What a user mistypes or mislays is one line that says so, exit code 2, before a weight is loaded; nothing is
+overwritten. And what several scripts share has one name, one type and one default."""
 
 import json
+import math
+import os
 import re
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_model, make_tokenizer, write_rows
-from safetensors import SafetensorError
+import torch
+from conftest import ROOT, make_adapter, make_model, make_tokenizer, run, write_rows
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
-GOOD = [{"prompt": f"Why {word}?", "response": f"So {word}."} for word in "abcd"]
+SCRIPTS = {"sft": "training_sft", "reward": "training_reward_model", "rl": "training_rl", "merge": "merge_with_lora"}
+TRAINING = ["sft", "reward", "rl"]
+ROWS = [{"prompt": f"Why {i}?", "chosen": f"So {i}.", "rejected": f"No {i * i}"} for i in range(8)]
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory, llama):
+    """A base, and adapters for it as SFT and the reward model leave them."""
+    place = tmp_path_factory.mktemp("models")
+    found = {"base": llama, "policy": make_adapter(llama, place / "policy")}
+    found["scorer"] = make_adapter(llama, place / "scorer", "SEQ_CLS", seed=1)
+    for name, stage in (("policy", "sft"), ("scorer", "reward")):
+        (Path(found[name]) / "run.json").write_text(json.dumps({"stage": stage, "prompt_format": "chat"}))
+    return found
+
+
+def command(stage, models, place, *flags, rows=ROWS):
+    """A short run of the stage; later flags win."""
+    if stage == "merge":
+        return ["--adapter_path", models["policy"], "--output_dir", place / "out", *flags]
+    found = ["--model_path", models["base"], "--dataset_name", write_rows(place / "data" / "train.jsonl", rows)]
+    if stage == "rl":
+        rules = place / "rules.py"
+        rules.write_text("def length(prompts, responses):\n    return [float(len(text)) for text in responses]\n")
+        found += ["--reward_function", f"{rules}:length", "--total_episodes", 4, "--response_length", 4]
+    else:
+        found += ["--max_steps", 4]
+    return [*found, "--logging_steps", 1, "--output_dir", place / "out", *flags]
+
+
+def snapshot(place):
+    return {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+
 @pytest.fixture
-def refuse(sft, tmp_path, llama, monkeypatch):
-    """refuse(expected, *flags, rows=, model=) asserts that main() raises a one-line UserError and writes nothing."""
+def refuse(request, models, tmp_path, monkeypatch):
+    """refuse(stage, expected, *flags) asserts one line with `expected`, that no weight is loaded, nothing written."""
 
     def never(*args, **kwargs):
         raise AssertionError("weights were loaded before this was checked")
 
-    def refuse(expected, *flags, rows=GOOD, model=llama, cheap=True, out=tmp_path / "out"):
-        data = write_rows(tmp_path / "data" / "train.jsonl", rows)
-        argv = ["--model_path", model, "--dataset_name", data, "--output_dir", out, "--max_steps", 1, *flags]
-        if cheap:
-            monkeypatch.setattr(sft.AutoModelForCausalLM, "from_pretrained", never)
-        before = snapshot(out)
-        with pytest.raises(sft.UserError) as error:
-            sft.main(list(map(str, argv)))
-        assert re.search(expected, " ".join(str(error.value).split()))  # one line, as run_as_script prints it
-        assert snapshot(out) == before
+    def refuse(stage, expected, *flags, rows=ROWS, out=None):
+        argv = command(stage, models, tmp_path, *flags, rows=rows)
+        before = snapshot(tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(PreTrainedModel, "from_pretrained", never)
+            _, err = run(request.getfixturevalue(stage), *argv, code=2)
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and re.search(expected, lines[0]), err[-600:]
+        assert snapshot(tmp_path) == before
 
     return refuse
-
-
-def snapshot(path):
-    return {file: file.read_bytes() for file in [path, *path.rglob("*")] if file.is_file()} if path.exists() else None
-
-
-def chat(*contents):
-    roles = ("user", "assistant")
-    return [{"messages": [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]}]
-
-
-# ---------------------------------------------------------------- data
-
-
-def test_a_missing_column(refuse, tmp_path):
-    refuse(
-        r"train.jsonl \[train\] has the columns prompt, answer; one of these is needed: messages; question \+ response_j; "
-        r"prompt \+ response; prompt \+ chosen",
-        rows=[{"prompt": "a", "answer": "b"}],
-    )
-
-
-@pytest.mark.parametrize(
-    ("rows", "expected"),
-    [
-        ([*GOOD, {"prompt": "x", "response": ""}], r"train.jsonl \[train\], row 4: column response is empty; it should be text"),
-        ([*GOOD, {"prompt": " \n", "response": "y"}], r"row 4: column prompt is empty; it should be text"),
-        ([*GOOD, {"prompt": "x", "response": None}], r"row 4: column response is null; it should be text"),
-        ([{"prompt": "x", "response": None}, *GOOD, {"response": "x"}], r"row 0: .* \(2 such rows\)"),
-        ([{"prompt": 1, "response": 2}], r"row 0: column prompt is int; it should be text"),
-        ([{"prompt": "x", "chosen": CHAT}], r"row 0: column chosen is list; it should be text"),
-        (chat("a", "b") + chat("a", ""), r"row 1: column messages turn 1 \(assistant\) has an empty content"),
-        (chat("a", "b") + chat("a", "b", None, "d"), r"row 1: column messages turn 2 \(user\) has no content"),
-        (chat("a", "b") + chat("a"), r"row 1: column messages ends with the role 'user'; it should end with 'assistant'"),
-        ([{"messages": CHAT}, {"messages": []}], r"row 1: column messages should be a list of {role, content}, not an empty one"),
-        ([{"messages": CHAT}, {"messages": None}], r"row 1: column messages should be a list .* not NoneType"),
-        ([{"messages": "hello"}], r"row 0: column messages should be a list .* not str"),
-        ([{"messages": CHAT}, {"messages": CHAT[::-1]}], r"row 1: .* turn 0 has the role 'assistant' where 'user' should be"),
-        ([{"messages": [CHAT[0], CHAT[0], CHAT[1]]}], r"row 0: .* turn 1 has the role 'user' where 'assistant' should be"),
-        ([{"messages": [*CHAT, {"role": "system", "content": "x"}, CHAT[1]]}], r"turn 2 has the role 'system' where 'user'"),
-        ([{"messages": [{"from": "human", "value": "x"}]}], r"row 0: .* turn 0 should have the keys role and content"),
-    ],
-)  # fmt: skip
-def test_a_bad_row_is_named(refuse, rows, expected):
-    refuse(expected, rows=rows)
-
-
-def test_an_empty_data_set(refuse):
-    refuse("train.jsonl", rows=[])
-
-
-def test_rows_that_are_all_too_long(refuse):
-    refuse(r"no row has an answer within --max_length 5 tokens", "--max_length", 5)
-
-
-def test_a_batch_larger_than_the_data_set(refuse):
-    refuse(r"--batch_size 5 is larger than the data set \(4 rows\)", "--batch_size", 5)
-
-
-def test_a_split_that_does_not_exist(refuse, tmp_path):
-    for name in ("train", "test"):
-        write_rows(tmp_path / "both" / f"{name}.jsonl", GOOD)
-    refuse("--split dev: .* has the splits train, test", "--dataset_name", tmp_path / "both", "--split", "dev")
-    flags = ["--dataset_name", "json", "--subset", tmp_path / "both", "--eval_split", "dev"]
-    refuse("--eval_split dev: .* has the splits train, test", *flags)
-
-
-def test_a_data_set_that_does_not_exist(refuse, tmp_path):
-    refuse("nowhere", "--dataset_name", tmp_path / "nowhere")
-    refuse("--subset .*nowhere does not exist", "--dataset_name", "json", "--subset", tmp_path / "nowhere")
-    (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
-    refuse("notes.txt is not a .jsonl, .json, .parquet, .csv, .arrow file", "--dataset_name", tmp_path / "notes.txt")
-
-
-def test_a_file_that_is_not_json(refuse, tmp_path):
-    (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "resp', encoding="utf-8")
-    refuse("broken.jsonl cannot be read", "--dataset_name", tmp_path / "broken.jsonl")
-
-
-# ---------------------------------------------------------------- models
-
-
-def test_a_model_path_that_does_not_exist(refuse, tmp_path):
-    refuse("--model_path ./nowhere/model does not exist; it should be", model="./nowhere/model")
-    refuse("nobody/nothing-here", model="nobody/nothing-here")
-
-
-def test_a_model_path_that_is_no_model(refuse, tmp_path):
-    file = tmp_path / "weights.bin"
-    file.write_text("x", encoding="utf-8")
-    refuse("--model_path .*weights.bin is a file; it should be a model directory", model=file)
-    make_model(tmp_path / "run" / "final_checkpoint")
-    refuse("--model_path .*run holds neither config.json nor adapter_config.json; did you mean .*run.final_checkpoint", model=tmp_path / "run")  # fmt: skip
-
-
-@pytest.fixture
-def adapter(sft, tmp_path, llama):
-    data = write_rows(tmp_path / "adapter_data" / "train.jsonl", GOOD)
-    flags = [
-        "--model_path",
-        llama,
-        "--dataset_name",
-        data,
-        "--use_lora",
-        "--max_steps",
-        1,
-        "--output_dir",
-        tmp_path / "a",
-    ]
-    sft.main(list(map(str, flags)))
-    return tmp_path / "a" / "final_checkpoint"
-
-
-def test_an_adapter_whose_base_is_missing_or_unnamed(refuse, adapter, llama):
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    for base, expected in (
-        ("/gone/base", "is an adapter for the base model /gone/base, which is not there; put the base model back or"),
-        (None, "names no base model"),
-    ):
-        config["base_model_name_or_path"] = base
-        (adapter / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-        refuse(expected, model=adapter)
-    (adapter / "adapter_config.json").write_text("{", encoding="utf-8")
-    refuse("adapter_config.json cannot be read as JSON", model=adapter)
-
-
-def test_flags_that_contradict_the_adapter(refuse, adapter):
-    refuse("--lora_r 4: the adapter .* has 16; leave the flag out", "--lora_r", 4, model=adapter)
-    refuse("--lora_alpha 4.0: the adapter .* has 32; leave", "--lora_alpha", 4, model=adapter)
-    refuse("--lora_target_modules: the adapter .* has its own", "--lora_target_modules", "q_proj", model=adapter)
-
-
-def test_an_adapter_that_does_not_fit_its_base(refuse, adapter, tmp_path):
-    make_model(tmp_path / "small", num_hidden_layers=1)
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = str(tmp_path / "small")
-    (adapter / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    refuse("the adapter .* does not fit its base model: no place for .*layers.1", "--force", model=adapter, cheap=False)
-
-
-def test_modules_that_are_not_there(refuse):
-    refuse("nothing_proj", "--use_lora", "--lora_target_modules", "nothing_proj", cheap=False)
-
-
-def test_a_tokenizer_without_eos_or_without_a_template(refuse, tmp_path, plain_llama):
-    refuse("--prompt_format chat: this tokenizer has no chat template", "--prompt_format", "chat", model=plain_llama)
-    copy = tmp_path / "no_eos"
-    shutil.copytree(plain_llama, copy)
-    tokenizer = make_tokenizer(chat=False)
-    tokenizer.eos_token = None
-    tokenizer.save_pretrained(copy)
-    refuse("the tokenizer has no EOS token", model=copy)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (copy / name).write_text("{}", encoding="utf-8")
-    refuse("the tokenizer of .*no_eos cannot be loaded", model=copy)
-
-
-def test_a_template_that_refuses_a_row(refuse, tmp_path, llama):
-    copy = tmp_path / "strict"
-    shutil.copytree(llama, copy)
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "{% for", "{% if messages|length > 2 %}{{ raise_exception('only one turn') }}{% endif %}{% for", 1
-    )
-    tokenizer.save_pretrained(copy)
-    rows = chat("a", "b") + chat("a", "b", "c", "d")
-    # Already the conversation that the template is tried on has three turns.
-    refuse("the chat template refuses this conversation: only one turn", rows=rows, model=copy)
-
-
-def test_more_tokens_than_positions(refuse, tmp_path, gpt2):
-    long = [{"prompt": "Why?", "response": "word " * 400}]
-    refuse(r"--max_length 1024: the model has 512 positions, a row has \d+ tokens", rows=long, model=gpt2)
 
 
 # ---------------------------------------------------------------- flags
 
 
+FLAGS = [
+    (["--bf16", "--fp16"], "--fp16"),
+    (["--fp16"], "--fp16"),  # needs a GPU
+    (["--load_in_4bit"], "--load_in_4bit.*--use_lora"),
+    (["--load_in_8bit"], "--load_in_8bit.*--use_lora"),
+    (["--use_lora", "--load_in_4bit", "--load_in_8bit"], "--load_in_4bit.*--load_in_8bit"),
+    (["--lr_scheduler_type", "zigzag"], "zigzag"),
+    (["--warmup_ratio", "1.5"], "--warmup_ratio.*1.5"),
+    (["--seed", "-1"], "--seed.*-1"),
+    (["--save_steps", "many"], "--save_steps.*many"),
+    (["--prompt_format", "xml"], "--prompt_format.*xml"),
+    (["--report_to", "paper"], "--report_to.*paper"),
+    (["--output", "elsewhere"], "--output"),  # no prefixes
+    (["--set", "padding_side"], "--set padding_side"),
+    (["--set", "adam_beta=0.9"], "adam_beta"),
+    (["--set", "learning_rate=1"], "learning_rate"),  # has a flag
+    (["--set", "optim=nothing"], "nothing"),
+    (["--resume_from_checkpoint", "nowhere"], "nowhere"),
+    (["--dataset_name", "nowhere/at/all"], "nowhere/at/all"),
+    (["--dataset_name", "json", "--subset", "nowhere"], "nowhere"),
+    (["--eval_split", "dev[:5]", "--dataset_name", "{both}"], "dev.*test.*train|dev.*train.*test"),
+    (["--model_path", "./nowhere/model"], "--model_path.*nowhere"),
+    (["--model_path", "nobody/nothing-here"], "nobody/nothing-here"),
+    (["--model_path", "{file}"], "--model_path.*weights.bin"),
+    (["--model_path", "{empty}"], "--model_path.*empty"),
+    (["--model_path", "{lost}"], "/gone/base"),
+    (["--model_path", "{policy}", "--lora_r", "8"], "--lora_r"),
+    (["--model_path", "{policy}", "--lora_alpha", "3"], "--lora_alpha"),
+    (["--model_path", "{policy}", "--lora_target_modules", "q_proj"], "--lora_target_modules"),
+    (["--prompt_format", "chat", "--model_path", "{plain}"], "--prompt_format"),
+    (["--output_dir", "{file}"], "--output_dir"),
+    (["--output_dir", "{used}"], "--output_dir.*--overwrite_output_dir"),
+    *((flags, flags[0]) for flags in (
+        ["--streaming"], ["--eval_fraction", "0.5"], ["--use_margin"], ["--skip_nonfinite", "1"], ["--force"],
+        ["--value_model_path", "{scorer}"],
+    )),
+]  # fmt: skip
+
+
+@pytest.fixture
+def places(models, plain_llama, tmp_path):
+    """What the flags above name in braces."""
+    found = {**models, "plain": plain_llama, "both": tmp_path / "both", "used": tmp_path / "used"}
+    found |= {"file": tmp_path / "weights.bin", "empty": tmp_path / "empty", "lost": tmp_path / "lost"}
+    found["file"].write_text("x", encoding="utf-8")
+    for name in ("empty", "used"):
+        found[name].mkdir()
+        (found[name] / "precious.txt").write_text("x", encoding="utf-8")
+    for name in ("train", "test"):
+        write_rows(found["both"] / f"{name}.jsonl", ROWS)
+    shutil.copytree(models["policy"], found["lost"])
+    config = json.loads((found["lost"] / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = "/gone/base"
+    (found["lost"] / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return found
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+@pytest.mark.parametrize(
+    ("flags", "expected"), FLAGS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_flags_that_cannot_be(refuse, places, stage, flags, expected):
+    """Each mistake is refused by each training script, in a line that names it."""
+    refuse(stage, expected, *(flag.format(**places) for flag in flags))
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--bf16", "--fp16"], "--bf16 and --fp16 exclude each other"),
-        (["--fp16"], "--fp16 needs a GPU; on a CPU use --bf16, or neither"),
-        (["--load_in_4bit"], "--load_in_4bit needs --use_lora"),
-        (["--load_in_8bit"], "--load_in_8bit needs --use_lora"),
-        (["--use_lora", "--load_in_4bit", "--load_in_8bit"], "exclude each other"),
-        (["--lr_scheduler_type", "zigzag"], "--lr_scheduler_type zigzag is not one of"),
-        (["--max_length", "many"], "--max_length: invalid int value: 'many'"),
-        (["--max_length", "1"], "--max_length: 1 is not between 2 and"),
-        (["--warmup_ratio", "1.5"], "--warmup_ratio: 1.5 is not between 0 and 1"),
-        (["--seed", "-1"], "--seed: -1 is not between 0 and"),
-        (["--prompt_format", "xml"], "--prompt_format: invalid choice: 'xml'"),
-        (["--batch", "2"], "unrecognized arguments: --batch 2"),
-        (["--set", "padding_side"], "--set padding_side should read FIELD=VALUE"),
-        (["--set", "adam_beta=0.9"], "--set adam_beta: SFTConfig has no such field; near it: adam_beta"),
-        (["--set", "learning_rate=1"], "--set learning_rate: this field is set by a flag of its own"),
-        (["--set", "optim=nothing"], "SFTConfig: .*nothing"),
-        (["--eval_fraction", "0.5", "--eval_split", "test"], "--eval_fraction .* excludes --eval_split"),
-        (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere is not a complete checkpoint"),
+        (["--adapter_path", "./nowhere"], "--adapter_path.*nowhere"),
+        (["--adapter_path", "{base}"], "adapter"),
+        (["--adapter_path", "{lost}"], "/gone/base"),
+        (["--base_model_path", "./nowhere"], "--base_model_path.*nowhere"),
+        (["--base_model_path", "{policy}"], "--base_model_path"),
+        (["--dtype", "int3"], "--dtype.*int3"),
+        (["--max_shard_size", "big"], "--max_shard_size.*big"),
+        (["--output_dir", "{file}"], "--output_dir"),
+        (["--output_dir", "{used}"], "--output_dir.*--overwrite_output_dir"),
+        (["--out", "x"], "--out"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_flags(refuse, flags, expected):
-    refuse(expected, *flags)
-
-
-def test_bf16_on_a_card_that_cannot(sft, refuse, monkeypatch):
-    monkeypatch.setattr(sft.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(sft.torch.cuda, "is_bf16_supported", lambda *args, **kwargs: False)
-    monkeypatch.setattr(sft.torch.cuda, "get_device_name", lambda *args: "Card 1080")
-    refuse("--bf16: Card 1080 cannot compute in bfloat16; use --fp16", "--bf16")
-
-
-def test_another_trl(sft, refuse, monkeypatch):
-    version = sft.importlib.metadata.version
-    monkeypatch.setattr(sft.importlib.metadata, "version", lambda name: "1.13.0" if name == "trl" else version(name))
-    refuse(r"needs trl 1.12.0, found 1.13.0: pip install trl==1.12.0")
-
-
-def test_an_output_directory_that_holds_something(refuse, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "precious.txt").write_text("x", encoding="utf-8")
-    refuse("--output_dir .*out is not empty; name another, or pass --resume_from_checkpoint .* --overwrite_output_dir")
-    file = tmp_path / "file"
-    file.write_text("x", encoding="utf-8")
-    refuse("--output_dir .*file is a file; it should be a directory", out=file)
-
-
-# ---------------------------------------------------------------- as a process
-
-
-def start(tmp_path, *flags, rows=GOOD):
-    data = write_rows(tmp_path / "data" / "train.jsonl", rows)
-    command = [
-        sys.executable,
-        ROOT / "training_sft.py",
-        "--dataset_name",
-        data,
-        "--output_dir",
-        tmp_path / "out",
-        *flags,
-    ]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, encoding="utf-8")
-    last = done.stderr.strip().splitlines()[-1]
-    return SimpleNamespace(code=done.returncode, last=last, err=done.stderr, written=(tmp_path / "out").exists())
-
-
-def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, llama):
-    done = start(tmp_path, "--model_path", llama, rows=[*GOOD, {"prompt": "x", "response": ""}])
-    assert done.code == 2 and not done.written and "Traceback" not in done.err
-    assert re.fullmatch(
-        r"error: .*train.jsonl \[train\], row 4: column response is empty; it should be text", done.last
-    )
-
-
-def test_a_mistyped_flag_is_one_line_and_nothing_else(tmp_path, llama):
-    done = start(tmp_path, "--model_path", llama, "--batchsize", "2")
-    assert done.code == 2 and not done.written
-    assert done.err == "error: unrecognized arguments: --batchsize 2 (see training_sft.py --help)\n"
+def test_flags_of_a_merge_that_cannot_be(refuse, places, flags, expected):
+    """The same holds for the merge, before it reads a tensor."""
+    refuse("merge", expected, *(flag.format(**places) for flag in flags))
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("flags", "expected"),
     [
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-        RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0"),
-        OSError(28, "No space left on device"),
+        (["--reward_function", "{file}"], "--reward_function"),
+        (["--reward_function", "{rules}:nothing"], "nothing"),
+        (["--reward_model_path", "{policy}"], "--reward_model_path"),
+        (["--model_path", "{scorer}"], "--model_path"),
+        (["--num_mini_batches", "3"], "--num_mini_batches"),
+        (["--max_prompt_length", "1"], "--max_prompt_length"),
+        (["--gradient_accumulation_steps", "99"], "prompts"),
+        (["--response_length", "1000"], "--response_length"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_full_disk_is_one_line(sft, capsys, error):
-    def save():
-        raise error
-
-    with pytest.raises(SystemExit) as stop:
-        sft.run_as_script(save)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.startswith("error: no space left to save") and said.count("\n") == 1
+def test_flags_of_ppo_that_cannot_be(refuse, places, tmp_path, flags, expected):
+    """A reward that is none, a checkpoint of another stage, episodes that do not fit the batch, prompts or model."""
+    refuse("rl", expected, *(flag.format(**places, rules=tmp_path / "rules.py") for flag in flags))
 
 
-def test_a_defect_keeps_its_traceback(sft):
-    with pytest.raises(RuntimeError, match="shapes"):
-        sft.run_as_script(lambda: (_ for _ in ()).throw(RuntimeError("shapes differ")))
+def test_ppo_needs_a_reward(rl, models, tmp_path):
+    """Without a reward model or a reward function there is nothing to learn from."""
+    argv = command("rl", models, tmp_path)
+    at = argv.index("--reward_function")
+    assert "--reward_function" in run(rl, *argv[:at], *argv[at + 2 :], code=2)[1]
+
+
+def test_what_scripts_share_has_one_name_type_and_default(request):
+    """A flag that several scripts have means the same in each, but for what the stages are."""
+    own = {"logging_steps", "save_steps", "output_dir", "help"}  # PPO's steps are whole updates
+    seen = {}
+    for stage in TRAINING:
+        for action in request.getfixturevalue(stage).build_parser()._actions:
+            kind = getattr(action.type, "__name__", action.type), action.default, action.nargs, action.choices
+            kind = (*kind, action.required, type(action).__name__)
+            if action.dest not in own:
+                assert seen.setdefault(action.dest, kind) == kind, f"{stage}: --{action.dest}"
+    assert len(seen) > 50
+
+
+# ---------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_a_missing_column_is_named_with_those_that_are_there(refuse, stage):
+    refuse(stage, r"train.jsonl.*colour.*(messages|prompt)", rows=[{"colour": "a", "size": "b"}] * 8)
+
+
+BAD = {
+    "sft": [{"prompt": "x", "chosen": ""}, {"prompt": "x", "chosen": None}],
+    "reward": [{"prompt": "x", "chosen": "y", "rejected": " "}, {"prompt": None, "chosen": "y", "rejected": "z"}],
+    "rl": [{"prompt": " \n"}, {"prompt": None}],
+}
+
+
+@pytest.mark.parametrize(("stage", "row"), [(stage, row) for stage in BAD for row in BAD[stage]])
+def test_bad_rows_are_left_out_and_named_or_too_many(request, refuse, models, tmp_path, stage, row):
+    """Up to a tenth of the rows may be empty, null or misshapen: left out, counted, the first three named."""
+    good = [{"prompt": f"Why {i}?", "chosen": f"So {i}.", "rejected": f"No {i * i}"} for i in range(40)]
+    why = "|".join(column for column, value in row.items() if not (value or "").strip())
+    refuse(stage, rf"train.jsonl.*\b1\b.*row.*({why}).*|train.jsonl.*row.*\b8\b.*({why})", rows=[*good[:8], row])
+    rows = [{**good[0], **row}, *good[:37], {**good[1], **row}]
+    argv = command(stage, models, tmp_path, "--dry_run", rows=rows)
+    out, err = run(request.getfixturevalue(stage), *argv)
+    (line,) = [line for line in (out + err).splitlines() if re.search(r"row.*\b0\b.*\b38\b", line)]
+    assert re.search(rf"\b2\b.*({why})|({why}).*\b2\b", line)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[], CHAT[:1], CHAT[::-1], [CHAT[0], CHAT[0], CHAT[1]], [CHAT[0], {"role": "assistant", "content": " "}]],
+)  # fmt: skip
+def test_conversations_that_are_none(refuse, messages):
+    """A chat takes turns, has texts, and ends with the assistant's."""
+    refuse("sft", r"train.jsonl.*messages", rows=[{"messages": CHAT}, {"messages": messages}])
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_rows_that_are_all_too_long(refuse, stage):
+    flag = "--max_prompt_length" if stage == "rl" else "--max_length"
+    refuse(stage, f"{flag} 2", flag, 2)
+
+
+# ---------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_a_tokenizer_without_an_end(refuse, plain_llama, tmp_path, stage):
+    """A model whose answers could never end is refused."""
+    copy = tmp_path / "no_eos"
+    shutil.copytree(plain_llama, copy)
+    tokenizer = make_tokenizer(chat=False)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(copy)
+    refuse(stage, "EOS", "--model_path", copy)
+
+
+@pytest.mark.parametrize("stage", [*TRAINING, "merge"])
+def test_an_adapter_whose_base_was_trained_in_place(refuse, request, sft, models, tmp_path, stage):
+    """An adapter belongs to the weights that it was trained on: another model under the same path is refused."""
+    base, out = tmp_path / "base", tmp_path / "first"
+    make_model(base, seed=5)
+    data = write_rows(tmp_path / "data" / "train.jsonl", ROWS)
+    run(sft, "--model_path", base, "--dataset_name", data, "--use_lora", "--max_steps", 1, "--output_dir", out)
+    make_model(base, seed=6)
+    flag = "--adapter_path" if stage == "merge" else "--model_path"
+    refuse(stage, "base", flag, out / "final_checkpoint")
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_what_is_not_finite_does_not_reach_the_weights(request, models, tmp_path, stage):
+    """A NaN in the base, or in a reward, stops the run with the step in one line; no weight that was saved holds one."""
+    flags, rows = ["--use_lora", "--save_steps", 1, "--prompt_format", "qa"], list(ROWS)
+    if stage == "rl":
+        rules = tmp_path / "nan.py"
+        rules.write_text(
+            "calls = []\n\ndef score(prompts, responses):\n    calls.append(0)\n"
+            "    return [float('nan') if len(calls) == 4 else 1.0] * len(responses)\n"
+        )
+        flags += ["--reward_function", f"{rules}:score", "--total_episodes", 8]
+    else:
+        poisoned = tmp_path / "poisoned"
+        shutil.copytree(models["base"], poisoned)
+        weights = load_file(poisoned / "model.safetensors")
+        token = make_tokenizer()("~", add_special_tokens=False)["input_ids"][0]
+        weights["model.embed_tokens.weight"][token] = math.nan
+        save_file(weights, poisoned / "model.safetensors", {"format": "pt"})
+        rows[3] = {**rows[3], "chosen": "So ~"}
+        flags += ["--model_path", poisoned, "--max_steps", 8]
+    argv = command(stage, models, tmp_path, *flags, rows=rows)
+    _, err = run(request.getfixturevalue(stage), *argv, code=2)
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert re.search(r"(step|update) \d", line)
+    assert not (tmp_path / "out" / "final_checkpoint").exists()
+    for file in (tmp_path / "out").glob("checkpoint-*/*.safetensors"):
+        assert all(weight.isfinite().all() for weight in load_file(file).values())
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_no_memory_left_is_one_line_with_what_helps(request, models, tmp_path, monkeypatch, stage):
+    """torch's error becomes one line that names flags, and --gradient_checkpointing among them."""
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\n(more lines)")
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", full)
+    _, err = run(request.getfixturevalue(stage), *command(stage, models, tmp_path, "--use_lora"), code=2)
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "--gradient_checkpointing" in line
+
+
+# ---------------------------------------------------------------- as processes
+
+
+def start(stage, *flags, path=None):
+    argv = [sys.executable, ROOT / f"{SCRIPTS[stage]}.py", *flags]
+    environment = {**os.environ, "PYTHONPATH": str(path)} if path else None
+    return subprocess.run(list(map(str, argv)), capture_output=True, text=True, encoding="utf-8", env=environment)
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_help_mistakes_and_another_trl_answer_before_the_slow_imports(stage, tmp_path):
+    """With a torch that cannot be imported the script still shows its help, refuses a flag, and names the trl it needs."""
+    (tmp_path / "torch.py").write_text("raise ImportError('slow')", encoding="utf-8")
+    done = start(stage, "--help", path=tmp_path)
+    assert done.returncode == 0 and "--output_dir" in done.stdout and "default" in done.stdout
+    done = start(stage, "--outputdir", "x", path=tmp_path)
+    assert done.returncode == 2 and re.fullmatch(r"error: .*--help.*\n", done.stderr)
+    if stage != "merge":
+        (tmp_path / "trl-1.13.0.dist-info").mkdir()
+        (tmp_path / "trl-1.13.0.dist-info" / "METADATA").write_text("Name: trl\nVersion: 1.13.0\n", encoding="utf-8")
+        done = start(stage, "--model_path", "x", "--dataset_name", "x", "--output_dir", "x", path=tmp_path)
+        assert done.returncode == 2 and re.fullmatch(r"error: .*1\.12\.0.*1\.13\.0.*pip install.*\n", done.stderr)

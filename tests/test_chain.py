@@ -1,0 +1,145 @@
+"""The stages in a row: the commands that the project started with, each script alone in its directory; and final
+checkpoints of the scripts' earlier version, which load, are trained on and merge."""
+
+import importlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SHARED, make_adapter, make_model, run, write_rows
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+SCRIPTS = "training_sft|training_reward_model|training_rl|merge_with_lora"
+SEED = SHARED.parent / "seed_readme.md"
+SAMPLE = SHARED / "ultrafeedback_binarized_sample"
+
+
+def read_commands(path):
+    """(script, arguments) of each command of ours in the code blocks of a Markdown file, bash or PowerShell."""
+    commands = []
+    for block in re.findall(r"^```(?:bash|powershell)\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S):
+        block = re.sub(r"[\\`]\n\s*", " ", block).replace("\\", "/")
+        found = [re.search(rf"({SCRIPTS})\.py (.*)", line) for line in block.splitlines()]
+        commands += [(match[1], shlex.split(match[2])) for match in found if match]
+    return commands
+
+
+def shorten(commands, folder):
+    """{script: arguments} of the first command of each script, with a tiny model, the sample, and fewer steps."""
+    smaller = {
+        "meta-llama/Llama-3.2-3B-Instruct": make_model(folder / "model", max_position_embeddings=2048),
+        "HuggingFaceH4/ultrafeedback_binarized": str(SAMPLE), "1000": "2", "1024": "8", "128": "8",
+    }  # fmt: skip
+    found = {}
+    for script, arguments in commands:
+        more = [] if script == "merge_with_lora" else ["--max_samples", "24"]
+        found.setdefault(script, [*(smaller.get(argument, argument) for argument in arguments), *more])
+    return found
+
+
+def check_chain(commands, folder):
+    """Every stage left a whole result, relative to one base, and started from what the one before had left."""
+    outputs = {script: folder / argv[argv.index("--output_dir") + 1] for script, argv in commands.items()}
+    records = {}
+    for script, out in outputs.items():
+        final = out if script == "merge_with_lora" else out / "final_checkpoint"
+        records[script] = json.loads((final / "run.json").read_text(encoding="utf-8"))
+        assert any(final.glob("*model.safetensors"))
+    stages = {records[script]["base_model"] for script in records if script != "merge_with_lora"}
+    assert len(stages) == 1
+    parent = records["training_rl"]["parent"]
+    assert (folder / parent).resolve() == (outputs["training_sft"] / "final_checkpoint").resolve()
+
+
+needs_sample = pytest.mark.skipif(not SAMPLE.is_dir(), reason="the sample of the data set is not here")
+
+
+@needs_sample
+def test_the_first_commands_of_the_project_run_as_written_from_lone_copies(tmp_path):
+    """The seed's three commands, each script alone in a directory of its own."""
+    if not SEED.is_file():
+        pytest.skip("the document that the project started from is not here")
+    commands = shorten(read_commands(SEED), tmp_path)
+    for script, argv in commands.items():
+        (tmp_path / script).mkdir()
+        alone = shutil.copy(ROOT / f"{script}.py", tmp_path / script)
+        done = subprocess.run([sys.executable, alone, *argv], cwd=tmp_path, capture_output=True, encoding="utf-8")
+        assert done.returncode == 0 and not re.search(r"Traceback|error:", done.stderr), done.stderr[-3000:]
+    check_chain(commands, tmp_path)
+
+
+@needs_sample
+def test_the_chain_of_the_readme_runs(tmp_path, monkeypatch):
+    """The first command of each of the four scripts, one after the other."""
+    monkeypatch.chdir(tmp_path)
+    commands = shorten(read_commands(ROOT / "README.md"), tmp_path)
+    for script, argv in commands.items():
+        run(importlib.import_module(script), *argv)
+    check_chain(commands, tmp_path)
+
+
+def old_record(stage, base):
+    """run.json as the earlier version left it."""
+    return {
+        "stage": stage, "base_model": base, "base_hash": "0123456789abcdef", "parent": base, "prompt_format": "chat",
+        "chat_template_hash": "0", "tokenizer_hash": "0", "dataset": {"name": "json", "subset": "data", "split": "train"},
+        "arguments": {"use_lora": True, "skip_nonfinite": 0}, "versions": {"trl": "1.12.0", "torch": "2.13.0"}, "metrics": {},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def old(llama, tmp_path_factory):
+    place = tmp_path_factory.mktemp("old")
+    policy, scorer = make_adapter(llama, place / "sft"), make_adapter(llama, place / "rm", "SEQ_CLS", seed=1)
+    for folder, stage in ((policy, "sft"), (scorer, "reward")):
+        Path(folder, "run.json").write_text(json.dumps(old_record(stage, llama)), encoding="utf-8")
+    rows = [{"prompt": f"Why {i}?", "chosen": f"So {i}.", "rejected": f"No {i * i}"} for i in range(8)]
+    return {"policy": policy, "scorer": scorer, "data": write_rows(place / "rows" / "train.jsonl", rows)}
+
+
+def test_earlier_final_checkpoints_are_trained_on(old, sft, reward, rl, tmp_path):
+    """SFT and the reward model go on from an earlier adapter, in its format; a rate of 0 changes nothing in it."""
+    still = ["--dataset_name", old["data"], "--max_steps", 1, "--learning_rate", 0]
+    for script, folder in ((sft, old["policy"]), (reward, old["scorer"])):
+        out = tmp_path / script.__name__
+        run(script, "--model_path", folder, *still, "--output_dir", out)
+        before, after = (
+            load_file(Path(place, "adapter_model.safetensors")) for place in (folder, out / "final_checkpoint")
+        )
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        assert json.loads((out / "final_checkpoint" / "run.json").read_text())["prompt_format"] == "chat"
+
+
+def test_earlier_final_checkpoints_go_through_ppo_and_merge(old, rl, merge, tmp_path):
+    """PPO takes an earlier policy and reward model, and its adapter merges: one logit for another."""
+    out, merged = tmp_path / "ppo", tmp_path / "merged"
+    flags = ["--model_path", old["policy"], "--reward_model_path", old["scorer"], "--dataset_name", old["data"]]
+    flags += [
+        "--total_episodes",
+        4,
+        "--per_device_train_batch_size",
+        2,
+        "--response_length",
+        4,
+        "--learning_rate",
+        1e-3,
+    ]
+    run(rl, *flags, "--output_dir", out)
+    run(merge, "--adapter_path", out / "final_checkpoint", "--output_dir", merged)
+    ids = torch.arange(5, 30)[None]
+    with torch.no_grad():
+        adapter = AutoPeftModelForCausalLM.from_pretrained(out / "final_checkpoint", dtype=torch.float64)(ids).logits
+        found = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float64)(ids).logits
+        start = AutoPeftModelForCausalLM.from_pretrained(old["policy"], dtype=torch.float64)(ids).logits
+    rounding = 100 * torch.finfo(torch.float32).eps * adapter.abs().max()  # of the merged weights
+    assert (found - adapter).abs().max() < rounding < (start - adapter).abs().max()
+    value = AutoPeftModelForSequenceClassification.from_pretrained(out / "final_checkpoint" / "value", num_labels=1)
+    assert value.get_base_model().score.weight.shape[0] == 1
