@@ -398,6 +398,10 @@ def make_config(args, **own):
             values[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
         except ValueError:
             values[name] = text
+    if args.fp16 and not torch.cuda.is_available():
+        fail("--fp16 needs a GPU; on a CPU use --bf16, or neither")
+    if args.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        fail(f"--bf16: {torch.cuda.get_device_name()} cannot compute in bfloat16; use --fp16")
     for name in set(args.report_to) - {"none", "all", *get_available_reporting_integrations()}:
         fail(f"--report_to {name}: not installed; pip install {name}")
     try:
@@ -607,12 +611,20 @@ def load_tokenizer(source, args):
     return tokenizer
 
 
-def check_classifier(config, hint):
+def load_config(base, args):
+    """The config of a base model."""
+    try:
+        return AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        fail(f"the model {base} cannot be loaded: {error}")
+
+
+def check_classifier(base, args, hint):
     """Refuse a model for which transformers has no sequence classifier."""
+    config = load_config(base, args)
     remote = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
     if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not remote:
-        name = f"{config.name_or_path} is a {config.model_type}"
-        fail(f"{name}, for which transformers has no sequence classifier: {hint}")
+        fail(f"{base} is a {config.model_type}, for which transformers has no sequence classifier: {hint}")
 
 
 def compute_dtype(args):
@@ -1081,6 +1093,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             with role.active() as network:
                 try:
                     states = [self.hidden_states(role, batch)[batch.state_index[batch.actions]] for batch in batches]
+                except torch.OutOfMemoryError:
+                    raise
                 except Exception:  # a model that cannot read such a row
                     return False
             rough = self.args.bf16 or self.args.fp16 or getattr(network, "is_quantized", False)
@@ -1567,17 +1581,15 @@ def choose_format(flag, requested, recorded, tokenizer):
 def check_models(args, policy, reward):
     """What can be wrong with the models, before any weight is loaded; a line says how good the reward model is. Returns
     the number of positions that the policy has."""
-    remote = {"trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(policy.base, **remote)
     if policy.adapter:
         check_lora_flags(args, policy)
     if reward is None and not args.use_lora:
-        check_classifier(config, "the value model needs one; --reward_function goes with --use_lora")
+        check_classifier(policy.base, args, "the value model needs one; --reward_function goes with --use_lora")
     if reward:
         if reward.adapter:
             read_adapter(reward, head_count=1)
         if not reward.adapter or not args.use_lora or reward.base != policy.base:
-            check_classifier(AutoConfig.from_pretrained(reward.base, **remote), "use --reward_function instead")
+            check_classifier(reward.base, args, "use --reward_function instead")
         report = reward.run.get("metrics", {}).get("report")
         quality = "no evaluation on record, so nobody knows how good it is"
         if report:
@@ -1585,7 +1597,7 @@ def check_models(args, policy, reward):
             quality = f"prefers the chosen answer in {report['accuracy']:.3f} of {report['pairs']} pairs (95% interval "
             quality += f"{low:.3f} to {high:.3f}){', which is not above chance' if low <= 0.5 else ''}"
         print(f"--reward_model_path {args.reward_model_path}: {quality}")
-    return getattr(config.get_text_config(), "max_position_embeddings", math.inf)
+    return getattr(load_config(policy.base, args).get_text_config(), "max_position_embeddings", math.inf)
 
 
 def describe_run(args, source, prompt_format, counts):
@@ -1621,13 +1633,15 @@ def train(trainer, callback, checkpoint):
     try:
         with disable_input_dtype_casting(trainer.roles):  # else LoRA keeps float32 copies of inputs
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    except (KLAboveLimit, FloatingPointError) as error:
-        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # the bar ends its line
+    except Exception as error:
+        print(file=sys.stderr)  # here the line of the bar ends
         limit = trainer.state.global_step + isinstance(error, FloatingPointError)  # the newest one's KL is above it
         steps = {finished_steps(path): path for path in Path(trainer.args.output_dir).glob("checkpoint-*")}
         newest = steps.get(max((step for step in steps if step < limit), default=0), "none")
         if isinstance(error, FloatingPointError):
             fail(f"{error}; the last good checkpoint: {newest}")
+        if not isinstance(error, KLAboveLimit):
+            raise
         print(f"{error}: stopped after update {limit}; the newest checkpoint below it: {newest}")
         return str(error)
     finally:
