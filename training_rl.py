@@ -299,8 +299,8 @@ def parse_flags(argv=None):
         and not args.use_lora,
         "a reward is needed: --reward_model_path, --reward_function, or both": not args.reward_model_path
         and not args.reward_function,
-        f"--num_mini_batches {args.num_mini_batches} does not divide the {args.episodes_per_update} episodes of an update "
-        "(--per_device_train_batch_size x --gradient_accumulation_steps) into whole micro-batches": uneven,
+        f"--num_mini_batches {args.num_mini_batches} does not divide the {args.episodes_per_update} episodes of an "
+        "update (--per_device_train_batch_size x --gradient_accumulation_steps) into whole micro-batches": uneven,
         "PPO runs under DDP (accelerate launch --multi_gpu), not under DeepSpeed or FSDP": os.environ.keys()
         & {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"},
     }
@@ -778,8 +778,8 @@ def put_adapter(model, name, config, weights=None):
 def load_roles(args, policy_source, reward_source, same_tokens):
     """Load every base model once and put the roles on them.
 
-    - policy: an adapter (a copy of the one at --model_path, or a new one), or with neither adapter nor --use_lora a full
-      model; reference: the policy as it is at the start, frozen.
+    - policy: an adapter (a copy of the one at --model_path, or a new one), or with neither adapter nor --use_lora a
+      full model; reference: the policy as it is at the start, frozen.
     - reward: its adapter on the policy's base if that is the base it was trained on, else a model of its own.
     - value: starts as a copy of the reward model, adapter and head (Stiennon et al. 2020, section 3.4: the value
       function starts from the reward model's weights). Without a reward model that reads the policy's tokens it starts
@@ -830,8 +830,8 @@ def load_roles(args, policy_source, reward_source, same_tokens):
 
 
 def report_roles(roles):
-    """Say on which model each role stands and what it adds to it; a warning where gradients and AdamW's moments (12 bytes
-    a weight) exceed what is free beside the weights (1 GB = 1e9 bytes)."""
+    """Say on which model each role stands and what it adds to it; a warning where gradients and AdamW's moments (12
+    bytes a weight) exceed what is free beside the weights (1 GB = 1e9 bytes)."""
     print(f"{len(roles.models)} model(s) with {sum(p.nbytes for p in roles.parameters()) / 1e9:.2f} GB of weights:")
     for name in ("policy", "reference", "reward", "value"):
         role = getattr(roles, name)
@@ -876,8 +876,8 @@ def save_roles(roles, directory):
 
 # what a layer may see less than the whole text by, as the configs of transformers name it
 WINDOWS = {
-    "sliding_window", "sliding_windows", "sliding_window_size", "attention_chunk_size", "window_size", "attention_window",
-    "attention_window_size", "local_attention", "index_topk",
+    "sliding_window", "sliding_windows", "sliding_window_size", "attention_chunk_size", "window_size",
+    "attention_window", "attention_window_size", "local_attention", "index_topk",
 }  # fmt: skip
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -948,9 +948,9 @@ class KLAboveLimit(Exception):
 
 
 class PPOTrainer(trl_ppo.PPOTrainer):
-    """PPO on `transformers.Trainer`'s own loop: TRL's are the algorithm, its settings and the names of its metrics, while
-    its __init__ is skipped and its train() given back to Trainer, one step of which is one update (a rollout, and
-    num_ppo_epochs x num_mini_batches optimizer steps on it), so that clipping, schedule, mixed precision, logging,
+    """PPO on `transformers.Trainer`'s own loop: TRL's are the algorithm, its settings and the names of its metrics,
+    while its __init__ is skipped and its train() given back to Trainer, one step of which is one update (a rollout,
+    and num_ppo_epochs x num_mini_batches optimizer steps on it), so that clipping, schedule, mixed precision, logging,
     checkpoints and resume are Trainer's.
 
     `prompt_format` is the policy's; `reward_format` that of a reward model which reads other tokens, or None;
@@ -1048,7 +1048,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 
     @torch.no_grad()
     def generate(self, role, rows, sample=True):
-        """Responses (lists of token ids, at most response_length, ending with the first stop id) to the rows' prompts."""
+        """Responses (lists of token ids, at most response_length, ending with the first stop id) to the rows'
+        prompts."""
         sampling = {"temperature": self.args.temperature, "top_k": 0, "top_p": 1.0} if sample else {}
         config = transformers.GenerationConfig(
             max_new_tokens=self.args.response_length, do_sample=sample, eos_token_id=self.stop_ids.tolist(),
@@ -1106,10 +1107,10 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     def make_groups(self, rows, responses):
         """Indices of the episodes of each micro-batch, sequences of like length together.
 
-        A shared row holds the tokens of `group_size` sequences of the longest kind, so that short ones share passes, but
-        no more than the hidden size unless one sequence has more: there attention, which is not sparse in a shared row,
-        costs about a sixth of the linear layers. Rows of their own, and mini-batches, which should be equal in number,
-        are of `group_size` sequences."""
+        A shared row holds the tokens of `group_size` sequences of the longest kind, so that short ones share passes,
+        but no more than the hidden size unless one sequence has more: there attention, which is not sparse in a shared
+        row, costs about a sixth of the linear layers. Rows of their own, and mini-batches, which should be equal in
+        number, are of `group_size` sequences."""
         lengths = [len(row["prompt_ids"]) + len(response) for row, response in zip(rows, responses)]
         shared = len(os.path.commonprefix([row["prompt_ids"] for row in rows]))
         limit = min(self.group_size * self.args.longest_text, self.roles.config.get_text_config().hidden_size)
@@ -1295,7 +1296,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         return {name: self.accelerator.reduce(value, "sum") for name, value in sums.items()}
 
     def accumulate_gradients(self, model, mini_batch):
-        """Gradients of one mini-batch, in which each token counts the same, whatever micro-batch or process it is in."""
+        """Gradients of one mini-batch, in which each token counts the same, whatever micro-batch or process it is
+        in."""
         actions = self.total(batch.actions for batch in mini_batch)
         states = self.total(batch.states for batch in mini_batch)
         with self.roles.policy.active(train=True):
@@ -1309,7 +1311,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         return {name: sum(part[name] for part in found) for name in found[0]}
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Trainer, too, asks for this right before its optimizer step: nothing that is not finite reaches the weights."""
+        """Trainer, too, asks for this right before its optimizer step: nothing that is not finite reaches the
+        weights."""
         norm = float(super()._get_grad_norm(model, grad_norm))
         self.stop_unless(self.args.fp16 or math.isfinite(norm), "the gradient")  # float16 scales by overflows
         return norm
@@ -1425,8 +1428,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             lines += [json.dumps(sample, ensure_ascii=False) for sample in samples]
             Path(f"{path}.partial").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
             os.replace(f"{path}.partial", path)
-            print(f"\nupdate {step}, answers to {len(rows)} fixed prompts, mean score of the policy's "
-                  f"{metrics['eval_policy_score']:+.2f}, of the reference's {metrics['eval_reference_score']:+.2f}")  # fmt: skip
+            means = ", ".join(f"{who} {metrics[f'eval_{who}_score']:+.2f}" for who in answers)
+            print(f"\nupdate {step}, mean score of the answers to {len(rows)} fixed prompts: {means}")
             for sample in samples[:5]:
                 print(f"\n> {sample['prompt'].strip()[-200:]}")
                 for who in answers:
@@ -1488,6 +1491,7 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)  # a resumed run would log and save as often as before
+        state.train_batch_size = args.per_device_train_batch_size  # Trainer compares the two when a run resumes
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.world_size > 1:  # all stop after the same step

@@ -68,7 +68,8 @@ def leave(whole, part, *without):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_resumed_run_equals_an_uninterrupted_one(rl, chain, tmp_path, mode):
-    """From every checkpoint, also in the second pass over the data, to the byte; metrics and samples without doubled lines."""
+    """From every checkpoint, also in the second pass over the data, to the byte; metrics and samples without doubled
+    lines."""
     flags, which = MODES[mode]
     whole = tmp_path / "whole"
     train(rl, chain, whole, flags, **which)
@@ -80,8 +81,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(rl, chain, tmp_path, mode):
 
 
 def test_what_was_cut_off_is_passed_over_and_what_is_done_is_only_finished(rl, chain, tmp_path):
-    """Killed while a checkpoint was written: the run goes on from the one before. Killed between the last checkpoint and
-    the end, in the middle of a pass over the data: no step more. A checkpoint of an earlier version is refused."""
+    """Killed while a checkpoint was written: the run goes on from the one before. Killed between the last checkpoint
+    and the end, in the middle of a pass over the data: no step more. A checkpoint of an earlier version is refused."""
     whole = tmp_path / "whole"
     train(rl, chain, whole, FLAGS)
     part = tmp_path / "cut"
@@ -141,8 +142,8 @@ def lone(tmp_path):
 
 
 def test_a_killed_process_resumes_to_the_same_bytes(rl, chain, tmp_path, lone):
-    """SIGKILL at random moments, also while a checkpoint is written, then the same command with --resume_from_checkpoint;
-    the script is a lone file in an empty directory."""
+    """SIGKILL at random moments, also while a checkpoint is written, then the same command with
+    --resume_from_checkpoint; the script is a lone file in an empty directory."""
     flags = (
         "--total_episodes 120 --save_steps 1 --eval_steps 4 --target_kl 0.01 --normalize_reward --save_total_limit 3"
     )
@@ -213,8 +214,8 @@ def launch(place, commands):
 
 
 def test_two_processes_of_two_equal_one_of_four(rl, chain, tmp_path, choose):
-    """The gradients, counts, moments and metrics of both processes enter; both save, full fine-tuning too; a resumed pair
-    of processes ends as an uninterrupted one; the two sample answers of their own."""
+    """The gradients, counts, moments and metrics of both processes enter; both save, full fine-tuning too; a resumed
+    pair of processes ends as an uninterrupted one; the two sample answers of their own."""
     flags = "--set optim=sgd --learning_rate 0.1 --total_episodes 12 --save_steps 2 --num_ppo_epochs 2 --whiten_rewards"
     flags += " --per_device_train_batch_size"
     full = "--per_device_train_batch_size 2 --normalize_reward --save_steps 1 --total_episodes 8 --save_total_limit 9"
