@@ -2,8 +2,8 @@
 
 In: a model (hub id, directory, or LoRA adapter directory) and a data set with one of these columns sets:
 `messages`; `question` + `response_j`; `prompt` + `response`; `prompt` + `chosen` (string).
-Out, in --output_dir: `final_checkpoint/` (model or adapter, tokenizer, run.json), resumable `checkpoint-N/`,
-`metrics.jsonl` (one line per log event) and `metrics.json` (the final figures).
+Out, in --output_dir: `final_checkpoint/` (model or adapter, tokenizer, README.md, run.json), resumable
+`checkpoint-N/`, `metrics.jsonl` (one line per log event) and `metrics.json` (the final figures).
 
     python training_sft.py --model_path meta-llama/Llama-3.2-3B-Instruct --dataset_name json --subset data/finetune \
         --split train --output_dir checkpoints/sft --bf16 --use_lora --batch_size 1 --gradient_accumulation_steps 8
@@ -22,6 +22,7 @@ import copy
 import dataclasses
 import hashlib
 import importlib.metadata
+import inspect
 import itertools
 import json
 import logging
@@ -32,182 +33,207 @@ import shutil
 import signal
 import sys
 import warnings
-import zipfile
 from pathlib import Path
 
 
-# >>> block base: the same in training_sft.py, training_reward_model.py, training_rl.py, merge_with_lora.py
-class UserError(Exception):
-    """What is wrong, where, and what would be right: shown as one line, exit code 2."""
+def fail(message):
+    """What a user can mend: one line on stderr, exit code 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
 
 
-class Parser(argparse.ArgumentParser):
-    """Full flag names only; the default value in the help; a mistake is one line."""
-
-    def __init__(self, description):
-        summary = description.split("\n\n")[0]
-        super().__init__(
-            description=summary, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
-
-    def error(self, message):
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
-def run_as_script(function):
-    """Call `function()`; what a user can mend becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
-    code = 0
-    if os.environ.get("RANK", "0") != "0":
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # of several processes the first one talks
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
-    try:
-        function()
-    except Exception as error:
-        # safetensors and torch have types of their own for a full disk
-        full = re.search(r"No space left|os error 28|PytorchStreamWriter failed", str(error))
-        if not full and not isinstance(error, (UserError, OSError)):
-            raise
-        hint = "no space left to save; what was saved before is complete: " if full else ""
-        print(f"error: {hint}{' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
-    if code:
-        sys.exit(code)
+# >>> text: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_text.py)
+def check_messages(messages, last):
+    """Raise ValueError unless `messages` are texts of system (may be left out), user, assistant, user, ..., `last`."""
+    if not isinstance(messages, list) or not messages or not all(isinstance(turn, dict) for turn in messages):
+        raise ValueError("should be a list of {role, content} with at least one turn")
+    system = messages[0].get("role") == "system"
+    for i, turn in enumerate(messages):
+        role, content = turn.get("role"), turn.get("content")
+        expected = "system" if system and i == 0 else ("user", "assistant")[(i - system) % 2]
+        if role != expected or not isinstance(content, str) or not (content.strip() or role == "system"):
+            raise ValueError(f"should have text of the role {expected!r} in turn {i}, not {str(turn)[:80]}")
+    if role != last:
+        raise ValueError(f"should end with the role {last!r}, not {role!r}")
 
 
-def read_json(path):
-    """The JSON object in the file `path`."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} should hold a JSON object, not {type(value).__name__}")
-    return value
+class PromptFormat:
+    """A conversation as token ids: `chat`, the tokenizer's template, or `qa`, the text `Question: ...\\n\\nAnswer: ...`.
+
+    The ids of a prompt are the first ids of prompt + answer, whatever the tokenizer: the text is cut where an answer
+    starts (in `qa` before its space), and no token lies across the cut. Special tokens spelled out in data stay text.
+    Answers are trained on, with the token that ends them; one that the template shows in another way once it is not
+    the last (reasoning templates drop thoughts) is context."""
+
+    def __init__(self, tokenizer, name):
+        """Raises ValueError for a tokenizer without EOS, and for a template that does not write answers."""
+        self.tokenizer, self.name = tokenizer, name
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no EOS token, so no answer could ever end")
+        bare, ids = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+        self.bos = ids[: ids.index(bare[0])]  # what this tokenizer puts before a text: BOS, [CLS] or nothing
+        added = tokenizer.added_tokens_decoder.values()
+        special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+        special -= {"<think>", "</think>"}  # where data has these, thoughts are meant
+        longest_first = sorted(special, key=lambda token: (-len(token), token))  # in one order: it is hashed for caches
+        self.special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        if name == "chat":
+            self._learn_template({*special, *map(str, added)})
+
+    def _learn_template(self, tokens):
+        marks = {"system": "\ue002", "user": "\ue003", "assistant": "\ue004"}
+        system, question, answer = ({"role": role, "content": mark} for role, mark in marks.items())
+        self.thought = ""
+        prompt, turn = self._render([question], open_end=True), self._render([question, answer])
+        if not turn.startswith(prompt):  # the prompt opens a thought, but answers have none (DeepSeek-R1)
+            self.thought = re.search(r"(<think>\s*)?$", prompt)[0]
+        _, mark, self.after = turn.partition("\ue004")
+        if not mark:
+            raise ValueError("the chat template does not write answers; use --prompt_format qa")
+        # A turn ends with the special tokens after it, or else (GLM) the one that opens the next turn.
+        following = self._render([question, answer, question]).partition(mark)[2]
+        ends = re.compile(rf"\s*({'|'.join(map(re.escape, tokens))})+")
+        self.end = next((found[0] for found in map(ends.match, (self.after, following)) if found), "")
+        try:
+            self.has_system = "\ue002" in self._render([system, question, answer])
+        except ValueError:
+            self.has_system = False
+
+    def _render(self, messages, open_end=False):
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_end)
+        except Exception as error:  # templates refuse roles and orders with exceptions of their own
+            raise ValueError(f"the chat template refuses this conversation: {error}") from error
+        return text.removesuffix(self.thought) if open_end else text
+
+    def _guard(self, text):
+        """Put U+E000 after each character of what looks like a special token, and after U+E000 itself."""
+        return re.sub(f"{self.special.pattern}|\ue000", lambda found: re.sub("(?s)(.)", "\\1\ue000", found[0]), text)
+
+    def _write(self, messages, open_end):
+        """The text, its contents guarded, and where in it [start, end, start, end, ...] the assistant writes."""
+        messages = [{"role": turn["role"], "content": self._guard(turn["content"])} for turn in messages]
+        if self.name == "qa":  # earlier turns join the question
+            texts = [turn["content"] for turn in messages if turn["content"]]
+            answer = "" if open_end else f" {texts.pop()}"
+            prompt = "Question: " + "\n\n".join(texts) + "\n\nAnswer:"
+            return prompt + answer, [len(prompt), len(prompt + answer)]
+        if messages[0]["role"] == "system" and not self.has_system:  # Gemma 2: it opens the first question
+            system, question, *rest = messages
+            messages = [{**question, "content": f"{system['content']}\n\n{question['content']}"}, *rest]
+        text, cuts = self._render(messages, open_end), []
+        for i, turn in enumerate(messages):
+            content = "".join(turn["content"].split())  # templates trim contents, and set thoughts in lines
+            if turn["role"] != "assistant" and content not in "".join(text.split()):
+                raise ValueError(f"the chat template leaves out text of turn {i} ({turn['role']})")
+            if turn["role"] != "assistant":
+                continue
+            prompt, shown = self._render(messages[:i], open_end=True), self._render(messages[: i + 1])
+            body, last = shown.removesuffix(self.after), i == len(messages) - 1
+            text = body + self.end if last else text
+            whole = shown == body + self.after and body.startswith(prompt) and "".join(body.split()).endswith(content)
+            if whole and text.startswith(body):  # gpt-oss ends earlier turns with another token: that is context
+                cuts += [len(prompt), len(body) + len(self.end) * text.startswith(self.end, len(body))]
+            elif last:
+                raise ValueError("the chat template does not write the whole last answer; use --prompt_format qa")
+        return text, cuts
+
+    def _read(self, text):
+        """Ids of a guarded text, in which the special tokens of the template alone are special (in `qa` none)."""
+        guarded, ids = "\ue000" in text, []
+        for i, piece in enumerate(self.special.split(text) if guarded else [text]):
+            piece = re.sub("\ue000(\ue000?)", r"\1", piece)
+            plain = self.name == "qa" or (guarded and i % 2 == 0)
+            ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+        return ids
+
+    def encode(self, messages, open_end=False):
+        """Token ids, and 1 for each that the assistant wrote (else 0), two lists; raises ValueError.
+
+        `messages`: dicts with `role` and `content`. With `open_end` the ids are a prompt that an answer follows."""
+        text, cuts = self._write(messages, open_end)
+        ids = list(self.bos) if self.name == "qa" else []  # a chat template writes its own
+        mask, done = [0] * len(ids), 0
+        for n, cut in enumerate([*cuts, len(text)]):
+            # A piece reads as it does after the text before it (from the last special token on), unless a token of that
+            # reading lies across the cut; then as after a line break or a letter (alone, SentencePiece adds a space).
+            start = max((found.start() for found in self.special.finditer(text, 0, done)), default=0)
+            for before in (text[start:done], "\n", "a", ""):
+                known, both = self._read(before), self._read(before + text[done:cut])
+                if both[: len(known)] == known:
+                    break
+            ids, mask, done = ids + both[len(known) :], mask + [n % 2] * (len(both) - len(known)), cut
+        if not open_end and (self.name == "qa" or not self.end):
+            ids, mask = [*ids, self.tokenizer.eos_token_id], [*mask, 1]
+        return ids, mask
+
+    def stop_ids(self, generation_config=None):
+        """Every id that ends an answer: the tokenizer's EOS, the model's, and the one that ends a chat turn."""
+        eos = getattr(generation_config, "eos_token_id", None)
+        turn = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[0][-1]
+        return sorted({self.tokenizer.eos_token_id, turn, *(eos if isinstance(eos, list) else [eos])} - {None})
 
 
-def write_json(path, value):
-    """Write `value` as JSON; the file is either the old one or the whole new one."""
-    draft = Path(f"{path}.partial")
-    draft.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+def pick_format(requested, natural, recorded, tokenizer):
+    """The PromptFormat that is requested, else that of the earlier stage, else what the data calls for (ValueError)."""
+    if requested == "chat" and not tokenizer.chat_template:
+        raise ValueError("--prompt_format chat: this tokenizer has no chat template; use --prompt_format qa")
+    name = requested if requested != "auto" else recorded or natural
+    return PromptFormat(tokenizer, name if tokenizer.chat_template else "qa")
 
 
-@contextlib.contextmanager
-def reading(what):
-    """What is wrong with a file from elsewhere becomes one line: libraries raise dozens of types for it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        kind = type(error).__name__
-        text = str(error) if isinstance(error, (OSError, ValueError)) else f"{kind} {error}"
-        text = "it holds more than tensors, and code in files is not run" if kind == "UnpicklingError" else text
-        raise UserError(f"{what} cannot be loaded: {text}") from error
-
-
-@contextlib.contextmanager
-def publish(directory):
-    """Yield an empty directory to fill; it takes the name `directory` only when it is complete."""
-    directory = Path(directory)
-    draft, old = directory.with_name(directory.name + ".partial"), directory.with_name(directory.name + ".old")
-    for leftover in (draft, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    if directory.exists():
-        os.replace(directory, old)
-    os.replace(draft, directory)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@dataclasses.dataclass
-class Source:
-    """Where a model comes from: `base`, a full model (hub id or absolute directory); `adapter`, a directory with a
-    LoRA adapter for it, or None; `run`, the run.json that an earlier stage left beside it, or {}."""
-
-    base: str
-    adapter: Path | None
-    run: dict
-
-
-def locate_model(path, flag):
-    """Find out what `path` (a hub id, a model directory or an adapter directory) is, without loading weights."""
-    folder = Path(path)
-    if folder.is_file():
-        raise UserError(f"{flag} {path} is a file; it should be a model directory or a hub id")
-    if not folder.is_dir():
-        if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
-            raise UserError(f"{flag} {path} does not exist; it should be a model directory or a hub id")
-        return Source(str(path), None, {})
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        inside = [child.parent.name for child in folder.glob("*/*config.json")]
-        hint = f"; did you mean {folder / sorted(inside)[0]}?" if inside else ""
-        raise UserError(f"{flag} {path} holds neither config.json nor adapter_config.json{hint}")
-    run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-    if not (folder / "adapter_config.json").is_file():
-        return Source(str(folder.resolve()), None, run)
-    config = read_json(folder / "adapter_config.json")
-    base = config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise UserError(f"{folder / 'adapter_config.json'} names no base model (base_model_name_or_path)")
-    looks_local = Path(base).is_absolute() or base.startswith(".") or "\\" in base or base.count("/") > 1
-    if looks_local and not Path(base).is_dir():
-        raise UserError(
-            f"{flag} {path} is an adapter for the base model {base}, which is not there; put the base model back or "
-            f"write its new place into base_model_name_or_path in {folder / 'adapter_config.json'}"
-        )
-    return Source(str(Path(base).resolve()) if Path(base).is_dir() else base, folder.resolve(), run)
-
-
-# <<< block base
-
-
-# >>> block flags: the same in training_sft.py, training_reward_model.py, training_rl.py
-TRL_VERSION = "1.12.0"  # the last release with PPOTrainer
-
-
-def check_trl():
-    """Refuse another trl than the one that the scripts are written for."""
-    found = importlib.metadata.version("trl")
-    if found != TRL_VERSION:
-        raise UserError(f"this script needs trl {TRL_VERSION}, found {found}: pip install trl=={TRL_VERSION}")
+# <<< text
 
 
 def number(kind, low, high=math.inf):
     """An argparse type: an int or float from `low` to `high`."""
 
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
+    def number(text):
+        if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
+        return kind(text)
 
-    parse.__name__ = kind.__name__
-    return parse
+    return number
 
 
-def add_shared_flags(parser, learning_rate):
-    """The flags that all three training scripts have; `learning_rate` tells the defaults in words."""
+def build_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.error = lambda message: fail(f"{message} (see {parser.prog} --help)")
     add = parser.add_argument
+    add("--model_path", required=True, help="hub id, model directory or LoRA adapter directory")
+    add("--dataset_name", required=True, help="hub id, folder, file, or json/parquet/arrow/csv")
+    add("--subset", help="data_dir of the data set, e.g. data/finetune")
+    add("--split", default="train", help="split to train on, also a slice: train[:95%%]")
+    add("--eval_subset", help="data_dir of the evaluation split (that of --subset)")
+    add("--eval_split", help="split to evaluate on; none by default")
     add("--output_dir", required=True, help="directory for checkpoints and metrics; empty, unless the run resumes")
     add("--overwrite_output_dir", action="store_true", help="replace the checkpoints and metrics in --output_dir")
     add("--resume_from_checkpoint", nargs="?", const=True, metavar="DIR", help="go on from DIR, or from the newest")
     add("--dry_run", action="store_true", help="check everything, show the data as it would be trained on, and stop")
-    add("--skip_nonfinite", type=number(int, 0), default=0, metavar="N", help="leave out up to N steps with NaN or inf")
     add("--max_samples", type=number(int, 1), help="use at most this many rows of each split")
     add(
         "--prompt_format", choices=["auto", "chat", "qa"], default="auto", help="chat template, or Question/Answer text"
     )
+    add("--train_on_prompt", action="store_true", help="train on all tokens, not the answers' alone")
+    add("--max_length", type=number(int, 2), default=1024, help="longest row, in tokens; the rest is cut")
+    add("--packing", action="store_true", help="fill every row up to --max_length with whole examples")
+    batch_size = ("--batch_size", "--per_device_train_batch_size")
+    add(*batch_size, type=number(int, 1), default=1, help="rows per device and step")
+    add("--gradient_accumulation_steps", type=number(int, 1), default=1, help="micro-batches per batch")
+    add("--max_steps", type=number(int, 1), help="optimizer steps; goes before --num_train_epochs")
+    add("--num_train_epochs", type=number(float, 0), default=1.0, help="passes over the data")
+    add("--learning_rate", type=number(float, 0), help="peak learning rate (2e-4 with LoRA, 2e-5 without)")
+    add("--lr_scheduler_type", default="linear", help="linear, cosine, constant, constant_with_warmup, ...")
+    add("--warmup_ratio", type=number(float, 0, 1), default=0.0, help="fraction of the steps spent on warm-up")
+    add("--weight_decay", type=number(float, 0), default=0.0, help="AdamW weight decay")
+    add("--max_grad_norm", type=number(float, 0), default=1.0, help="gradient clipping, L2 norm; 0 for none")
     add("--bf16", action="store_true", help="bfloat16 mixed precision (frozen weights in bfloat16)")
     add("--fp16", action="store_true", help="float16 mixed precision; needs a GPU")
+    add("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
     add("--use_lora", action="store_true", help="train a LoRA adapter in place of all weights")
     add("--lora_r", type=number(int, 1), help="LoRA rank (16 where the adapter is new)")
     add("--lora_alpha", type=number(float, 0), help="LoRA scale, applied as alpha / r (32 where the adapter is new)")
@@ -215,13 +241,6 @@ def add_shared_flags(parser, learning_rate):
     add("--lora_target_modules", nargs="+", metavar="NAME", help="module names, or one regular expression (all-linear)")
     add("--load_in_4bit", action="store_true", help="frozen weights in 4 bit (NF4); needs LoRA")
     add("--load_in_8bit", action="store_true", help="frozen weights in 8 bit; needs LoRA")
-    add("--learning_rate", type=number(float, 0), help=f"peak learning rate ({learning_rate})")
-    add("--lr_scheduler_type", default="linear", help="linear, cosine, constant, constant_with_warmup, ...")
-    add("--warmup_ratio", type=number(float, 0, 1), default=0.0, help="fraction of the steps spent on warm-up")
-    add("--weight_decay", type=number(float, 0), default=0.0, help="AdamW weight decay")
-    add("--max_grad_norm", type=number(float, 0), default=1.0, help="gradient clipping, L2 norm; 0 for none")
-    add("--gradient_accumulation_steps", type=number(int, 1), default=1, help="micro-batches per batch")
-    add("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
     add("--attn_implementation", help="sdpa, eager, flash_attention_2, ... (the model's default)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="seed of everything that is random")
     add("--logging_steps", type=number(int, 1), default=10, help="steps between two log lines")
@@ -231,67 +250,15 @@ def add_shared_flags(parser, learning_rate):
     add("--report_to", nargs="+", default=["none"], metavar="NAME", help="trackio, tensorboard, wandb")
     add("--push_to_hub", action="store_true", help="upload the final checkpoint under the name of --output_dir")
     add("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
-    add("--force", action="store_true", help="go on where a check of memory, disk or the chain says stop")
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="any other field of the SFTConfig, RewardConfig or PPOConfig",
-    )
-
-
-def set_fields(pairs, config_class, taken):
-    """`FIELD=VALUE` strings as keyword arguments, checked against the fields of `config_class`."""
-    fields = {field.name for field in dataclasses.fields(config_class) if field.init}
-    values = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise UserError(f"--set {pair} should read FIELD=VALUE")
-        if name in taken:
-            raise UserError(f"--set {name}: this field is set by a flag of its own, see --help")
-        if name not in fields:
-            near = sorted(fields, key=lambda field: -len(os.path.commonprefix([field, name])))[:3]
-            raise UserError(f"--set {name}: {config_class.__name__} has no such field; near it: {', '.join(near)}")
-        try:
-            values[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
-        except ValueError:
-            values[name] = text
-    return values
-
-
-# <<< block flags
-
-
-def build_parser():
-    parser = Parser(__doc__)
-    parser.add_argument("--model_path", required=True, help="hub id, model directory or LoRA adapter directory")
-    parser.add_argument("--dataset_name", required=True, help="hub id, folder, file, or json/parquet/arrow/csv")
-    parser.add_argument("--subset", help="data_dir of the data set, e.g. data/finetune")
-    parser.add_argument("--split", default="train", help="split to train on")
-    parser.add_argument("--eval_subset", help="data_dir of the evaluation split (that of --subset)")
-    parser.add_argument("--eval_split", help="split to evaluate on; none by default")
-    parser.add_argument("--eval_fraction", type=number(float, 0, 0.9), help="hold out this fraction of --split instead")
-    parser.add_argument(
-        "--batch_size", "--per_device_train_batch_size", type=number(int, 1), default=1, help="rows per device and step"
-    )
-    parser.add_argument(
-        "--max_length", type=number(int, 2), default=1024, help="longest row, in tokens; the rest is cut"
-    )
-    parser.add_argument("--max_steps", type=number(int, 1), help="optimizer steps; goes before --num_train_epochs")
-    parser.add_argument("--num_train_epochs", type=number(float, 0), default=1.0, help="passes over the data")
-    parser.add_argument("--streaming", action="store_true", help="read --split as it is needed, for data beyond memory")
-    parser.add_argument("--packing", action="store_true", help="fill every row up to --max_length with whole examples")
-    parser.add_argument("--train_on_prompt", action="store_true", help="train on all tokens, not the answers' alone")
-    add_shared_flags(parser, learning_rate="2e-4 with LoRA, 2e-5 without")
+    setting = {"nargs": "+", "action": "extend", "default": [], "metavar": "FIELD=VALUE"}
+    add("--set", **setting, help="any other field of TRL's SFTConfig")
     return parser
 
 
 if __name__ == "__main__":  # before the slow imports: --help and a mistyped flag answer at once
-    run_as_script(build_parser().parse_args)
-    run_as_script(check_trl)
+    build_parser().parse_args()
+    if importlib.metadata.version("trl") != "1.12.0":
+        fail(f"this script needs trl 1.12.0, found {importlib.metadata.version('trl')}: pip install trl==1.12.0")
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional CPU kernel at every start
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # trl 1.12 uses names of before v6
@@ -299,671 +266,385 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 import datasets
 import psutil
 import torch
-import transformers
 from accelerate import PartialState
 from accelerate.utils import reduce
 from huggingface_hub import HfApi
-from huggingface_hub.utils import validate_repo_id
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    TrainerCallback,
-    TrainerState,
-)
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, set_seed
 from transformers.integrations import get_available_reporting_integrations
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import is_liger_kernel_available
-from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl import SFTConfig, SFTTrainer
+
+logging.getLogger("trl.trainer.sft_trainer").setLevel(logging.ERROR)  # keeps_apart() tests what it warns of
+
+SCHEMAS = [("messages",), ("question", "response_j"), ("prompt", "response"), ("prompt", "chosen")]
+SCRIPTS = 2  # stands in run.json: this version resumes checkpoints of this version
 
 
-# >>> block text: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_blocks.py)
-class PromptFormat:
-    """How a conversation becomes token ids: `chat`, the tokenizer's template, or `qa`, the text
-    `Question: {question}\\n\\nAnswer: {answer}`.
-
-    Two promises, whatever the tokenizer. The ids of a prompt are a prefix of the ids of prompt + answer: the text is
-    cut where an answer starts (in `qa` before the space that precedes it), and no token lies across the cut. Text
-    from data stays text: a literal `</s>` or `<|im_end|>` in it never becomes that special token.
-
-    An assistant turn is trained on, with the token that ends it, where the text up to its end is what the model would
-    have seen and written at that point. A template that rewrites earlier turns (reasoning templates drop thoughts)
-    leaves those as context; one that rewrites only the token that ends them (gpt-oss) leaves that token. The last
-    turn is always trained on, and a template that leaves a part of the text out is refused.
-    """
-
-    def __init__(self, tokenizer, name):
-        self.tokenizer, self.name = tokenizer, name
-        if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no EOS token, so no answer could ever end")
-        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-        full = tokenizer("a")["input_ids"]
-        start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
-        self.bos = full[:start]  # what this tokenizer puts before a text: BOS, [CLS] or nothing
-        if name == "chat":
-            self._learn_template()
-
-    def _learn_template(self):
-        """Find out what the template writes around the contents of a conversation."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        special = {*self.tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
-        special -= {"<think>", "</think>"}  # where data has these, thoughts are meant
-        longest_first = sorted(special, key=lambda token: (-len(token), token))  # in one order: it is hashed for caches
-        self.special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-        marks = (("system", "\ue002"), ("user", "\ue003"), ("assistant", "\ue004"))
-        system, question, answer = ({"role": role, "content": mark} for role, mark in marks)
-        self.parts, self.thought = False, ""
-        if not self._shows([question, answer]):
-            self.parts = True  # templates of multimodal models want a list of parts as content
-            if not self._shows([question, answer]):
-                raise UserError("the chat template does not write the texts of a question and its answer")
-        self.has_system = self._shows([system, question, answer])
-        prompt, turn = self._render([question], generation=True), self._render([question, answer])
-        if not turn.startswith(prompt):  # the prompt opens a thought, but answers have none (DeepSeek-R1)
-            self.thought = re.search(r"(<think>\s*)?$", prompt)[0]
-        self.after = turn.partition("\ue004")[2]
-        # What ends a turn: the special tokens after it, or else (GLM) the one that opens the next turn.
-        ends = re.compile(rf"\s*(?:{'|'.join(re.escape(token) for token in special.union(map(str, added)))})+")
-        follow = self._render([question, answer, question]).partition("\ue004")[2]
-        self.end = next((match[0] for match in map(ends.match, (self.after, follow)) if match), "")
-
-    def _render(self, messages, generation=False):
-        if self.parts:
-            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-        except Exception as error:  # templates refuse roles and orders with exceptions of their own
-            raise UserError(f"the chat template refuses this conversation: {error}") from error
-        return text.removesuffix(self.thought) if generation else text
-
-    def _shows(self, messages):
-        try:
-            text = self._render(messages)
-        except UserError:
-            return False
-        return all(message["content"] in text for message in messages)
-
-    def _guard(self, text):
-        """Break up what looks like a special token with U+E000 after each character (and double U+E000 itself)."""
-        text = text.replace("\ue000", "\ue000\ue000")
-        return self.special.sub(lambda match: "".join(f"{character}\ue000" for character in match[0]), text)
-
-    def _ids(self, text):
-        """Ids of `text`: all plain in `qa`; in `chat` special tokens are special, except guarded ones."""
-        guarded, ids = self.name == "chat" and "\ue000" in text, []
-        for i, piece in enumerate(self.special.split(text) if guarded else [text]):
-            piece = re.sub("\ue000(\ue000?)", r"\1", piece) if guarded else piece
-            plain = self.name == "qa" or guarded and i % 2 == 0
-            ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
-        return ids
-
-    def _cut(self, messages, open_end):
-        """The whole text and the spans (start, end) in it that the assistant writes.
-
-        With `open_end` the text goes up to where the next assistant turn starts."""
-        if self.name == "qa":
-            question, answer = question_and_answer(messages, open_end)
-            prompt = f"Question: {question}\n\nAnswer:"
-            return (prompt, []) if open_end else (f"{prompt} {answer}", [(len(prompt), len(prompt) + 1 + len(answer))])
-        messages = [{"role": m["role"], "content": self._guard(m["content"])} for m in messages]
-        if messages[0]["role"] == "system" and not self.has_system:  # Gemma: it opens the first question
-            system, first, *rest = messages
-            messages = [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
-        whole, spans = self._render(messages, generation=open_end), []
-        for i, message in enumerate(messages):
-            content = "".join(message["content"].split())  # templates trim contents, and set thoughts in lines
-            if message["role"] != "assistant":
-                if content not in "".join(whole.split()):
-                    raise UserError(f"the chat template leaves out text of turn {i} ({message['role']})")
-                continue
-            prompt, turn = self._render(messages[:i], generation=True), self._render(messages[: i + 1])
-            body, last = turn.removesuffix(self.after), i == len(messages) - 1
-            whole = body + self.end if last else whole
-            intact = turn.startswith(prompt) and turn.endswith(self.after) and "".join(body.split()).endswith(content)
-            if intact and whole.startswith(body):
-                spans.append((len(prompt), len(body) + len(self.end) * whole.startswith(self.end, len(body))))
-            elif last:
-                raise UserError(
-                    f"the chat template does not write the whole answer after its generation prompt ({prompt[-40:]!r}); "
-                    "use another template, or --prompt_format qa"
-                )
-        return whole, spans
-
-    def encode(self, messages, open_end=False):
-        """Token ids and the mask of trained tokens (1 = the assistant wrote it), two lists of one length.
-
-        `messages`: dicts with `role` and `content`. With `open_end` the ids are a prompt that an answer follows."""
-        text, spans = self._cut(messages, open_end)
-        ids = list(self.bos) if self.name == "qa" else []  # a chat template writes its own BOS
-        mask, done = [0] * len(ids), 0
-        for cut, trained in [piece for begin, end in spans for piece in ((begin, 0), (end, 1))] + [(len(text), 0)]:
-            # A piece reads as it does after the text before it (from the last special token on), unless a token of
-            # that reading lies across the cut; then as after a line break or a letter (alone, SentencePiece would
-            # begin it with a space).
-            special = () if self.name == "qa" else self.special.finditer(text, 0, done)
-            start = max((match.start() for match in special), default=0)
-            for before in (text[start:done], "\n", "a", ""):
-                known, both = self._ids(before), self._ids(before + text[done:cut])
-                if both[: len(known)] == known:
-                    break
-            ids, mask, done = ids + both[len(known) :], mask + [trained] * (len(both) - len(known)), cut
-        if not open_end and (self.name == "qa" or not self.end):
-            ids, mask = ids + [self.tokenizer.eos_token_id], mask + [1]
-        return ids, mask
-
-    def stop_ids(self, generation_config=None):
-        """Every id that ends an answer: the tokenizer's EOS, the model's, and the one that ends a chat turn."""
-        eos = getattr(generation_config, "eos_token_id", None)
-        eos = eos if isinstance(eos, list) else [eos]
-        turn = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[0][-1]
-        return sorted({self.tokenizer.eos_token_id, turn, *(i for i in eos if i is not None)})
+def read_json(path):
+    """The object in a JSON file, {} where there is none."""
+    return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
 
 
-def question_and_answer(messages, open_end=False):
-    """(question, answer) of a conversation without a template: earlier turns join the question; no answer if open."""
-    turns = [message["content"] for message in messages if message["content"]]  # a system turn may be empty
-    return ("\n\n".join(turns), "") if open_end else ("\n\n".join(turns[:-1]), turns[-1])
+def write_json(path, value):
+    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
-def check_messages(value, last):
-    """What is wrong with a `messages` value that should end with the role `last`, or None."""
-    if not isinstance(value, list) or not value:
-        return "should be a list of {role, content}, not " + ("an empty one" if value == [] else type(value).__name__)
-    for i, message in enumerate(value):
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            return f"turn {i} should have the keys role and content"
-        role, content = message["role"], message["content"]
-        if not isinstance(content, str) or not (content.strip() or role == "system"):
-            return f"turn {i} ({role}) has {'no' if content is None else 'an empty'} content; it should be text"
-        system = value[0].get("role") == "system"
-        expected = "system" if system and i == 0 else "user" if (i - system) % 2 == 0 else "assistant"
-        if role != expected:
-            return f"turn {i} has the role {role!r} where {expected!r} should be (system first, then user and assistant in turn)"
-    return (
-        None if value[-1]["role"] == last else f"ends with the role {value[-1]['role']!r}; it should end with {last!r}"
-    )
+def digest(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_text(value):
-    """What is wrong with a text cell, or None."""
-    if not isinstance(value, str):
-        return f"is {'null' if value is None else type(value).__name__}; it should be text"
-    return None if value.strip() else "is empty; it should be text"
-
-
-def pick_format(requested, natural, recorded, tokenizer):
-    """`chat` or `qa`: what was requested, else what the earlier stage recorded, else what the data calls for."""
-    name = requested if requested != "auto" else recorded or natural
-    if name == "chat" and not tokenizer.chat_template:
-        if requested == "chat":
-            raise UserError("--prompt_format chat: this tokenizer has no chat template; use --prompt_format qa")
-        name = "qa"
-    return PromptFormat(tokenizer, name)
-
-
-# <<< block text
-
-
-# >>> block run: the same in training_sft.py, training_reward_model.py, training_rl.py
-def check_shared(args, config_class):
-    """The checks on flags that all three training scripts share; nothing slow happens before them."""
-    check_trl()
-    set_fields(args.set, config_class, ())
-    for name in set(args.report_to) - {"none", "all", *get_available_reporting_integrations()}:
-        raise UserError(f"--report_to {name}: not installed; pip install {name}")
-    if args.bf16 and args.fp16:
-        raise UserError("--bf16 and --fp16 exclude each other")
-    if args.fp16 and not torch.cuda.is_available():
-        raise UserError("--fp16 needs a GPU; on a CPU use --bf16, or neither")
-    if args.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"--bf16: {torch.cuda.get_device_name()} cannot compute in bfloat16; use --fp16")
-    if args.load_in_4bit and args.load_in_8bit:
-        raise UserError("--load_in_4bit and --load_in_8bit exclude each other")
-    quantized = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit" if args.load_in_8bit else None
-    if quantized and not args.use_lora:
-        raise UserError(f"{quantized} needs --use_lora: quantized weights cannot be trained themselves")
-    if os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
-        raise UserError(
-            "FSDP and ZeRO-3 cut the model in pieces, which this script cannot check or save; use DDP (the default of "
-            "accelerate launch) or ZeRO-2"
-        )
-    if args.skip_nonfinite and os.environ.get("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError("--skip_nonfinite: DeepSpeed takes its step before anything could be left out")
-    if args.push_to_hub:
-        with reading("--push_to_hub: the name of --output_dir"):
-            validate_repo_id(Path(args.output_dir).resolve().name)
-        with reading("--push_to_hub: the login at the hub (hf auth login)"):
-            HfApi().whoami()
-    if args.lr_scheduler_type not in {kind.value for kind in transformers.SchedulerType}:
-        raise UserError(f"--lr_scheduler_type {args.lr_scheduler_type} is not one of the schedulers of transformers")
-
-
-def find_checkpoints(output_dir):
-    """{checkpoint-N directory: N, or None if it was never completed}, the newest first.
-
-    One counts as complete when its trainer_state.json can be read: Trainer writes that file last."""
-    found = {}
-    for path in sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: path.name[11:].zfill(20), reverse=True):
-        if path.name[11:].isdigit():
-            found[path] = int(path.name[11:])
-            try:
-                read_json(path / "trainer_state.json")["global_step"]
-            except (UserError, KeyError):
-                found[path] = None
-    return found
-
-
-def pick_checkpoint(args, stage):
-    """The checkpoint of this stage to resume from, or None. Refuses to write into a directory that holds something
-    else, and checkpoints that are damaged."""
-    output_dir = Path(args.output_dir)
-    if output_dir.is_file():
-        raise UserError(f"--output_dir {output_dir} is a file; it should be a directory")
-    if not args.resume_from_checkpoint:
-        if output_dir.is_dir() and any(output_dir.iterdir()) and not args.overwrite_output_dir:
-            raise UserError(
-                f"--output_dir {output_dir} is not empty; name another, or pass --resume_from_checkpoint to go on with "
-                "that run, or --overwrite_output_dir to replace its checkpoints and metrics"
-            )
+def digest_base(base):
+    """Hash of a part of one weight matrix of a local base model, which training it in place would change; else None."""
+    files = sorted(Path(base).glob("*.safetensors"))
+    if not files:
         return None
-    checkpoints = find_checkpoints(output_dir)
-    complete = [path for path in checkpoints if checkpoints[path] is not None]
-    if args.resume_from_checkpoint is True:
-        for broken in checkpoints.keys() - complete:
-            print(f"{broken} was never completed: passed over")
-        if not complete:
-            print(f"no complete checkpoint in {output_dir}: starting from the beginning")
-            return None
-        checkpoint = complete[0]
-    else:
-        checkpoint = Path(args.resume_from_checkpoint)
-        if not (checkpoint / "trainer_state.json").is_file():
-            raise UserError(
-                f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)"
-            )
-    step = read_json(checkpoint / "trainer_state.json").get("global_step")
-    if not isinstance(step, int):
-        raise UserError(f"{checkpoint / 'trainer_state.json'} has no global_step")
-    if complete and int(complete[0].name[11:]) > step and not args.overwrite_output_dir:
-        raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: {complete[0]} is later; --overwrite_output_dir drops it"
-        )
-    run = read_json(checkpoint / "run.json") if (checkpoint / "run.json").is_file() else {}
-    if run.get("stage", stage) != stage:
-        raise UserError(
-            f"--resume_from_checkpoint: {checkpoint} is of the stage {run['stage']!r}; this script goes on with {stage!r}"
-        )
-    for name in ("learning_rate", "weight_decay"):  # these are in the optimizer's state
-        kept = (run.get("arguments") or {}).get(name)
-        if isinstance(kept, float) and kept != getattr(args, name):
-            print(f"--{name} {getattr(args, name)}: not used, the checkpoint goes on with {kept}")
-            setattr(args, name, kept)
-    if not any(path.name.startswith(("optimizer", "global_step")) for path in checkpoint.iterdir()):
-        raise UserError(f"{checkpoint} holds no optimizer state: a run cannot go on from it as it would have")
-    for path in checkpoint.rglob("*.*"):
-        try:
-            if path.suffix == ".safetensors":
-                safe_open(path, framework="pt").__exit__(None, None, None)  # compares the header with the length
-            elif path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
-                raise SafetensorError("cut, or not written by torch.save")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged ({error}); resume from another checkpoint") from error
-    return checkpoint
+    with safe_open(files[0], framework="pt") as file:
+        matrices = sorted(name for name in file.keys() if len(file.get_slice(name).get_shape()) == 2)
+        rows = file.get_slice(matrices[len(matrices) // 2])[:64]
+    return hashlib.sha256(rows.float().numpy().tobytes()).hexdigest()[:16]
 
 
-def open_output_dir(args, checkpoint):
-    """Make --output_dir ready: metrics.jsonl as the checkpoint knows it, no checkpoint that was never completed, and
-    with --overwrite_output_dir none that is later. The first process does it, before the others go on."""
-    output_dir, state = Path(args.output_dir), {}
-    with PartialState().main_process_first():
-        if not PartialState().is_main_process:
-            return
-        if checkpoint:
-            state = read_json(checkpoint / "trainer_state.json")
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for path, step in find_checkpoints(output_dir).items():
-            if step is None or args.overwrite_output_dir and step > state.get("global_step", -1):
-                shutil.rmtree(path)
-        lines = [json.dumps({"step": entry["step"], **entry}) + "\n" for entry in state.get("log_history", [])]
-        (output_dir / "metrics.jsonl").unlink(missing_ok=True)
-        if lines:
-            (output_dir / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+def locate_model(args):
+    """(base model, adapter directory or None, run.json of the earlier stage) behind --model_path.
+
+    Refuses what is not there, and flags that contradict the adapter."""
+    path, folder = args.model_path, Path(args.model_path)
+    if not folder.is_dir():
+        if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
+            fail(f"--model_path {path} does not exist; it should be a model directory or a hub id")
+        return path, None, {}
+    run, adapter = read_json(folder / "run.json"), read_json(folder / "adapter_config.json")
+    if "reward" in (run.get("stage"), run.get("parent_stage")):
+        fail(f"--model_path {path} is a reward model")
+    if not adapter:
+        if not (folder / "config.json").is_file():
+            fail(f"--model_path {path} holds neither config.json nor adapter_config.json")
+        return str(folder.resolve()), None, run
+    base = adapter["base_model_name_or_path"]
+    if not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") > 1 or base.startswith(".")):
+        fail(f"--model_path {path} is an adapter for the base model {base}, which is not there")
+    if run.get("base_digest") not in (None, digest_base(base)):
+        fail(f"--model_path {path}: the base model {base} is not the one that this adapter was trained on")
+    if adapter["peft_type"] != "LORA" or adapter.get("alora_invocation_tokens"):
+        fail(f"--model_path {path} is no plain LoRA adapter; only those can be trained on")
+    for flag, name in {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}.items():
+        if getattr(args, flag) not in (None, adapter[name]):
+            fail(f"--{flag} {getattr(args, flag)}: the adapter {path} has {adapter[name]}; leave the flag out")
+    if args.lora_target_modules and set(args.lora_target_modules) != set(adapter["target_modules"]):
+        fail(f"--lora_target_modules: the adapter {path} has its own; leave the flag out")
+    return base, folder.resolve(), run
 
 
-def load_split(args, name, subset, split, flag, streaming=False):
-    """One split of a data set, at most --max_samples rows of it; `name` as in `datasets.load_dataset`."""
-    kwargs = {"path": name, "data_dir": subset}
-    loaders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
-    if Path(name).is_file():
-        if Path(name).suffix not in loaders:
-            raise UserError(f"--dataset_name {name} is not a {', '.join(loaders)} file")
-        kwargs = {"path": loaders[Path(name).suffix], "data_files": name}
-    elif subset and name in loaders.values() and not Path(subset).is_dir():
-        raise UserError(f"--subset {subset} does not exist; with --dataset_name {name} it should be a folder of files")
-    where, place = f"{name} {subset}" if subset else name, Path(subset or name)
-    files = [place] if place.is_file() else [path for path in place.rglob("*.*") if path.suffix in loaders]
-    if files and not any(path.stat().st_size for path in files):
-        raise UserError(f"{where} is empty; it should have at least one row")
-    for path in (path for path in files if loaders[path.suffix] == "json"):
-        with open(path, "rb") as file:  # pyarrow crashes where it begins to read at a row that is null
-            bad = re.match(rb"(\xef\xbb\xbf)?[\s\[]*null\b", file.read(100))
-            file.seek(0)
-            lines = () if streaming or path.suffix == ".json" else file
-            if bad or any(line.strip() == b"null" for line in lines):
-                raise UserError(f"{path} has a row that is null; it should be an object")
-    try:
-        there = datasets.get_dataset_split_names(**kwargs)
-        wanted = split.split("[")[0]
-        if wanted not in there and len(there) == 1:
-            print(f"{where} has one split, {there[0]!r}: used for {flag} {split}")
-            split = there[0] + split[len(wanted) :]
-        elif wanted not in there:
-            raise UserError(f"{flag} {split}: {where} has the splits {', '.join(there)}")
-        data = datasets.load_dataset(**kwargs, split=split, streaming=streaming)
-        if streaming:
-            return data.take(args.max_samples) if args.max_samples else data
-    except UserError:
-        raise
-    except Exception as error:  # datasets raises dozens of types; the innermost one says what was wrong with which file
-        cause = error
-        while cause.__cause__ or cause.__context__:
-            cause = cause.__cause__ or cause.__context__
-        detail = f" ({cause})" if str(cause) not in str(error) else ""
-        if "corresponds to no data" in str(error):
-            raise UserError(f"the split {split} of {where} is empty; it should have at least one row") from error
-        raise UserError(f"the data set {where} cannot be read: {error}{detail}") from error
-    if len(data) == 0:
-        raise UserError(f"the split {split} of {where} is empty; it should have at least one row")
-    return data.select(range(min(len(data), args.max_samples or len(data))))
-
-
-def pick_schema(data, schemas, where):
-    """The first of `schemas` (tuples of column names) that the data has; columns named twice in a row hold text."""
-    names = data.column_names or list(next(iter(data), {}))  # a stream may know them from its first row only
-    for schema in schemas:
-        if set(schema) <= set(names):
-            return schema
-    fitting = "; ".join(" + ".join(schema) for schema in schemas)
-    raise UserError(f"{where} has the columns {', '.join(names)}; one of these is needed: {fitting}")
-
-
-def encode_rows(data, function, where, description):
-    """Map `function(row) -> dict of columns` over the data; its `problem` column, if set, stops the run.
-
-    The row's number stays in the column `row`."""
-
-    def encode(row, index):
-        return {"row": index, "problem": "", **function(row)}
-
-    if isinstance(data, datasets.IterableDataset):
-
-        def refuse(row):
-            if row["problem"]:
-                raise UserError(f"{where}, row {row['row']} of its file: {row['problem']}")
-            return True
-
-        return data.map(encode, with_indices=True).filter(refuse)
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = max(1, min(cores, 1 + len(data) // 2000))
-    try:
-        rows = data.map(
-            encode,
-            with_indices=True,
-            remove_columns=data.column_names,
-            num_proc=workers if workers > 1 else None,
-            desc=description,
-        )
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} holds text that is not UTF-8 ({error}); save its file as UTF-8") from error
-    bad = [(row["row"], row["problem"]) for row in rows.select_columns(["row", "problem"]) if row["problem"]]
-    if bad:
-        more = f" ({len(bad)} such rows)" if len(bad) > 1 else ""
-        raise UserError(f"{where}, row {bad[0][0]}: {bad[0][1]}{more}")
-    return rows.remove_columns(["problem"])
-
-
-def load_config(source, args):
-    """The configuration of a base model."""
-    with reading(f"the configuration of {source.base}"):
-        return AutoConfig.from_pretrained(source.base, trust_remote_code=args.trust_remote_code)
-
-
-def load_tokenizer(source, args):
-    """The tokenizer of a checkpoint; a missing pad token is an id it already has, so that no embedding is added."""
-    place = source.base
-    if source.adapter and (source.adapter / "tokenizer_config.json").is_file():
-        place = source.adapter
-    with reading(f"the tokenizer of {place}"):
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
-        names = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ()
-        if not all(re.fullmatch(r"[\w-]+", name) for name in names):  # they become file names when they are saved
-            raise ValueError(f"not every chat template has a plain name: {', '.join(names)}")
-        if tokenizer.pad_token_id is None:
-            reserved = "<|finetune_right_pad_id|>"  # Llama 3.x keeps this one free for padding
-            tokenizer.pad_token = reserved if reserved in tokenizer.get_vocab() else tokenizer.eos_token
-    return tokenizer
-
-
-def load_model(cls, source, args, trainable, **kwargs):
-    """The base model of `source`.
-
-    Weights that are trained are float32 (under autocast a bfloat16 AdamW step of 3e-6 would round to nothing);
-    frozen ones have the precision the model computes in."""
-    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    if args.load_in_4bit or args.load_in_8bit:
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=args.load_in_4bit,
-            load_in_8bit=args.load_in_8bit,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute,
-        )
-    if torch.cuda.is_available():  # straight to this process's GPU, not by way of the machine's memory
-        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
-    with reading(f"the model {source.base}"):
-        loaded = cls.from_pretrained(
-            source.base,
-            dtype=torch.float32 if trainable else compute,
-            attn_implementation=args.attn_implementation,
-            trust_remote_code=args.trust_remote_code,
-            use_safetensors=True,  # no pickle
-            **kwargs,
-        )
-    for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # after a pass in eval mode there would be no gradients
-            module.support_avx512bf16_for_cpu = False
-    return loaded
-
-
-def lora_config(args, source, task_type):
-    """A new adapter's config from the flags; that of `source.adapter` where the run goes on from an adapter."""
-    if not source.adapter:
-        targets = args.lora_target_modules or ["all-linear"]
-        return LoraConfig(
-            r=args.lora_r or 16,
-            lora_alpha=32 if args.lora_alpha is None else args.lora_alpha,
-            lora_dropout=args.lora_dropout or 0.0,
-            target_modules=targets[0] if len(targets) == 1 and not targets[0].isidentifier() else targets,
-            task_type=task_type,
-        )
-    found = read_json(source.adapter / "adapter_config.json")
-    with reading(source.adapter / "adapter_config.json"):
-        config = LoraConfig.from_pretrained(source.adapter)
-        found = {**config.to_dict(), **found}
-    if found.get("peft_type") != "LORA":
-        raise UserError(f"{source.adapter} is a {found.get('peft_type')} adapter; only LoRA adapters can be trained on")
-    if found.get("alora_invocation_tokens"):
-        raise UserError(
-            f"{source.adapter} is an activated LoRA (alora_invocation_tokens); only plain LoRA is trained on"
-        )
-    for flag in ("r", "lora_alpha", "lora_dropout"):
-        asked = getattr(args, flag if flag.startswith("lora") else f"lora_{flag}")
-        if asked is not None and asked != found[flag]:
-            raise UserError(
-                f"--lora_{flag.removeprefix('lora_')} {asked}: the adapter {source.adapter} has {found[flag]}; leave the flag out"
-            )
-    if args.lora_target_modules and set(args.lora_target_modules) != set(found["target_modules"]):
-        raise UserError(f"--lora_target_modules: the adapter {source.adapter} has its own; leave the flag out")
-    config.inference_mode, config.task_type = False, task_type
-    return config
-
-
-def keep_input_dtype(model):
-    """Let LoRA layers take their input as it is: PEFT makes it float32, which autocast turns back into 16 bit, and every
-    layer keeps a copy of its own for the backward pass."""
-    for module in model.modules():
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False
-
-
-def make_config(config_class, args, **own):
-    """A trainer's config from the shared flags, the script's own fields and --set."""
-    fields = {
-        "output_dir": args.output_dir,
-        "bf16": args.bf16,
-        "fp16": args.fp16,
-        "use_cpu": not torch.accelerator.is_available(),
-        "learning_rate": args.learning_rate,
-        "lr_scheduler_type": args.lr_scheduler_type,
-        "warmup_steps": args.warmup_ratio if args.warmup_ratio < 1 else 0.999999,  # below 1: a fraction of the steps
-        "weight_decay": args.weight_decay,
-        "max_grad_norm": args.max_grad_norm,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "gradient_checkpointing": args.gradient_checkpointing,
-        "seed": args.seed,
-        "logging_steps": args.logging_steps,
-        "save_steps": args.save_steps,
-        "save_total_limit": args.save_total_limit,
-        "eval_steps": args.eval_steps,
-        "report_to": args.report_to,
-        "logging_nan_inf_filter": False,  # a NaN is to be seen
-        "accelerator_config": {"dispatch_batches": False},  # with --streaming every process reads for itself
-        **own,
+def make_config(args):
+    """SFTConfig from the flags that have its fields' names, and --set; refuses flags that exclude each other."""
+    quantized = args.load_in_4bit or args.load_in_8bit
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    missing = set(args.report_to) - {"none", "all", *get_available_reporting_integrations()}
+    problems = {
+        "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
+        "quantized weights cannot be trained themselves: add --use_lora": quantized and not args.use_lora,
+        "--fp16 needs a GPU; on a CPU use --bf16, or neither": args.fp16 and not torch.cuda.is_available(),
+        "--eval_steps needs --eval_split or --eval_subset": args.eval_steps
+        and not (args.eval_split or args.eval_subset),
+        "FSDP and ZeRO-3 cut the model in pieces, which this script cannot check; use DDP or ZeRO-2": sharded,
+        f"--report_to: not installed: {', '.join(missing)}": missing,
     }
-    for name in ("accelerator_config", "use_liger_kernel"):  # --set may change these
-        if any(pair.startswith(f"{name}=") for pair in args.set):
-            fields.pop(name, None)
+    for problem, there in problems.items():
+        if there:
+            fail(problem)
+    gpu = torch.accelerator.is_available()
+    rows = args.batch_size if gpu else 1  # on a CPU one row a pass: no padding, and the same gradient
+    values = {
+        **vars(args),
+        "per_device_train_batch_size": rows,
+        "per_device_eval_batch_size": rows,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps * args.batch_size // rows,
+        "max_steps": args.max_steps or -1,
+        "max_length": args.max_length if args.packing else None,  # rows are cut already
+        "eval_packing": False,
+        # TRL's chunked loss fills chunks of 256 tokens up, which takes longer than one row's logits
+        "loss_type": None if gpu else "nll",
+        "use_liger_kernel": torch.cuda.is_available() and is_liger_kernel_available(),
+        "warmup_steps": min(args.warmup_ratio, 0.999999),  # below 1: a fraction of the steps
+        "eval_strategy": "steps" if args.eval_steps else "no",
+        "use_cpu": not gpu,
+        "logging_nan_inf_filter": False,  # a NaN is to be seen
+        "push_to_hub": False,  # at the end, by publish()
+    }
+    fields = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+    values = {name: value for name, value in values.items() if name in fields}
+    for pair in args.set:
+        name, equals, text = pair.partition("=")
+        if not equals or name not in fields or name in {*vars(args), "per_device_train_batch_size", "warmup_steps"}:
+            fail(f"--set {pair}: should be FIELD=VALUE, of a field of SFTConfig that has no flag of its own")
+        try:
+            values[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+        except ValueError:
+            values[name] = text
     try:
-        config = config_class(**fields, **set_fields(args.set, config_class, fields))
+        config = SFTConfig(**values)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{config_class.__name__}: {error}") from error
+        fail(f"SFTConfig: {error}")
     config._n_gpu = min(config.n_gpu, 1)  # one process drives one GPU (no DataParallel); several: accelerate launch
     return config
 
 
-def estimate_memory(
-    args, auto, config, peft_config, tokens, logits, trained_roles=1, frozen_roles=0, models=(), cached=0
-):
-    """(bytes by part at the peak of training, bytes of a checkpoint), from shapes alone.
-
-    `tokens`: in one forward pass; `logits`: rows of them kept at a time; each role is an adapter on one base, or without
-    LoRA a model; `models`: configs of further frozen models; `cached`: tokens whose keys and values generation keeps. Weights are
-    counted. Activations are those of a Llama layer, whose autograd graph keeps of each token 4 hidden, 4 intermediate and
-    2 key/value vectors, and the inputs of its two norms in float32. benchmarks/memory.py compares with real runs."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        others = sum(p.numel() for other in models for p in auto.from_config(other).parameters())
-        model = auto.from_config(config, trust_remote_code=args.trust_remote_code)
-        linear = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, transformers.pytorch_utils.Conv1D))]
-        linear = sum(m.weight.numel() for m in linear if m is not model.get_output_embeddings())
-        weights = sum(weight.numel() for weight in model.parameters())
-        if args.use_lora:
-            with reading("--lora_target_modules"):
-                model = get_peft_model(model, copy.deepcopy(peft_config), low_cpu_mem_usage=True)
-        trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    config, width = config.get_text_config(), 2 if args.bf16 or args.fp16 else 4
-    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, getattr(config, "num_attention_heads", 1)
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
-    head_size = getattr(config, "head_dim", None) or hidden // heads
-    kv = 2 * head_size * (getattr(config, "num_key_value_heads", None) or heads)
-    layer = tokens * (width * (4 * hidden + 4 * inner + kv) + (8 if args.use_lora else 20) * hidden)
-    # NF4 with double quantization: 4 bits, 8 per 64 weights, 32 per 64 * 256 (Dettmers et al. 2023, arXiv:2305.14314)
-    packed = (4 + 8 / 64 + 32 / (64 * 256)) / 8 if args.load_in_4bit else 1 if args.load_in_8bit else width
-    frozen = linear * packed + (weights - linear) * width
-    roles = 4 * (trained_roles + frozen_roles) * trained
-    activations = layer + layers * tokens * hidden * width if args.gradient_checkpointing else layers * layer
-    logits *= config.vocab_size * (2 * width + 12)
-    return {
-        "base weights": (frozen if args.use_lora else roles) + others * width,
-        "adapters": roles if args.use_lora else 0,
-        "copies of autocast": 0 if args.use_lora or width == 4 else weights * width,
-        "gradients": 4 * trained_roles * trained,
-        "AdamW's moments": 8 * trained_roles * trained,
-        "activations": activations,
-        "logits": logits,
-        "more for generation": max(0, cached * layers * kv * width - activations - logits),
-    }, 12 * trained_roles * trained
+def find_checkpoint(args):
+    """The checkpoint to go on from, or None; a non-empty --output_dir is not overwritten by chance."""
+    folder = Path(args.output_dir)
+    if not args.resume_from_checkpoint:
+        if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not args.overwrite_output_dir:
+            fail(f"--output_dir {folder} is not empty; see --resume_from_checkpoint and --overwrite_output_dir")
+        return None
+    complete = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]  # Trainer writes it last
+    checkpoint = max(complete, key=lambda path: int(path.name[11:]), default=None)
+    if args.resume_from_checkpoint is not True:
+        checkpoint = Path(args.resume_from_checkpoint)
+    if not checkpoint:
+        print(f"no complete checkpoint in {folder}: starting from the beginning")
+        return None
+    if not (checkpoint / "trainer_state.json").is_file():
+        fail(f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)")
+    run = read_json(checkpoint / "run.json")
+    if run.get("stage") != "sft" or run["versions"].get("scripts") != SCRIPTS:
+        fail(f"--resume_from_checkpoint: {checkpoint} is of another stage, or of an earlier version of this script")
+    return checkpoint
 
 
-def foresee(args, auto, source, steps, *sizes, **roles):
-    """Compare the memory and the disk space that a run will need with what is free, before any weight is loaded.
+def load_tokenizer(place, args):
+    """The tokenizer; a missing pad token is a token that it already has, so that no embedding is added."""
+    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        reserved = "<|finetune_right_pad_id|>"  # Llama 3.x keeps this one free for padding
+        tokenizer.pad_token = reserved if reserved in tokenizer.get_vocab() else tokenizer.eos_token
+    return tokenizer
 
-    Refuses what does not fit; where gradient checkpointing makes it fit, turns that on."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") or os.environ.get("ACCELERATE_USE_FSDP"):
-        return  # they share one model out
+
+def load_split(args, subset, split, flag):
+    """One split of the data set, at most --max_samples rows of it."""
+    path, loaders = (
+        args.dataset_name,
+        {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"},
+    )
+    source = {"path": path, "data_dir": subset}
+    if Path(path).suffix in loaders:
+        source = {"path": loaders[Path(path).suffix], "data_files": path}
+    if path in loaders.values() and not Path(subset or "").is_dir():
+        fail(f"--subset {subset} does not exist; with --dataset_name {path} it is a folder of files")
     try:
-        parts, size = estimate_memory(args, auto, load_config(source, args), *sizes, **roles)
-        less = argparse.Namespace(**{**vars(args), "gradient_checkpointing": True})
-        least = sum(estimate_memory(less, auto, load_config(source, args), *sizes, **roles)[0].values())
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, ImportError, AssertionError) as error:
-        print(f"memory: not foreseen, {source.base} cannot be built without its weights ({error})")
+        names = datasets.get_dataset_split_names(**source)
+        name = re.match(r"\w*", split)[0]
+        if name not in names and len(names) == 1:  # datasets names splits after files: data/evaluation is `test`
+            print(f"{subset or path} has one split, {names[0]!r}: used for {flag} {split}")
+            split = names[0] + split[len(name) :]
+        elif name not in names:
+            fail(f"{flag} {split}: {subset or path} has the splits {', '.join(names)}")
+        rows = datasets.load_dataset(**source, split=split)
+    except Exception as error:  # datasets raises dozens of types
+        fail(f"the data set {path} {subset or ''} cannot be read: {error}")
+    return rows.select(range(min(len(rows), args.max_samples or len(rows))))
+
+
+def encode_rows(rows, prompt_format, args, split):
+    """(rows as `input_ids` and `labels`, -100 where not trained on, cut to --max_length; counts for run.json).
+
+    Left out are rows that are misshapen (at most a tenth), have no answer left, or equal an earlier one."""
+    schema = next((schema for schema in SCHEMAS if set(schema) <= set(rows.column_names)), None)
+    if not schema:
+        needed = "; ".join(" + ".join(schema) for schema in SCHEMAS)
+        fail(f"{split}: the columns are {', '.join(rows.column_names)}; one of these is needed: {needed}")
+    max_length, train_on_prompt = args.max_length, args.train_on_prompt  # the whole args would spoil map's cache
+
+    def encode_row(row):
+        messages = row.get("messages")
+        if schema != ("messages",):
+            messages = [{"role": role, "content": row[name]} for role, name in zip(("user", "assistant"), schema)]
+        try:
+            check_messages(messages, last="assistant")
+            ids, mask = prompt_format.encode(messages)
+        except ValueError as error:
+            reason = str(error).partition(", not ")[0]
+            return {"reason": reason, "digest": "", "cut": False, "input_ids": [], "labels": []}
+        labels = [token if trained or train_on_prompt else -100 for token, trained in zip(ids, mask)]
+        labels = [-100, *labels[1:max_length]]  # the first token follows nothing
+        return {
+            "reason": "" if set(labels) - {-100} else f"no answer within {max_length} tokens",
+            "digest": hashlib.sha256(repr(ids).encode()).hexdigest(),
+            "cut": len(ids) > max_length,
+            "input_ids": ids[:max_length],
+            "labels": labels,
+        }
+
+    encoded = rows.map(encode_row, remove_columns=rows.column_names, desc="Tokenizing")
+    kept, left_out, seen = [], {}, {""}
+    for i, (reason, digest) in enumerate(zip(encoded["reason"], encoded["digest"])):
+        reason = "equal to an earlier row" if digest in seen - {""} else reason
+        left_out.setdefault(reason, []).append(i)
+        seen.add(digest)
+    kept = left_out.pop("", [])
+    reasons = [f"{len(found)} ({reason}; rows {', '.join(map(str, found[:3]))})" for reason, found in left_out.items()]
+    left = (
+        f"{split}: schema {' + '.join(schema)}, format {prompt_format.name}; left out: {', '.join(reasons) or 'none'}"
+    )
+    if not kept or list(encoded["digest"]).count("") > len(rows) / 10:
+        fail(f"{left}; {len(kept)} of {len(rows)} rows are left to train on")
+    encoded = encoded.select(kept)
+    counts = {
+        "rows": len(kept),
+        "cut": sum(encoded["cut"]),
+        "left_out": {name: len(found) for name, found in left_out.items()},
+    }
+    print(f"{left}; {len(kept)} rows kept, {counts['cut']} of them cut to {max_length} tokens")
+    return encoded.select_columns(["input_ids", "labels"]), counts
+
+
+def show_rows(rows, tokenizer):
+    """Two rows as text, what is trained on in double brackets."""
+    for i in sorted({0, len(rows) // 2}):
+        pairs = zip(rows[i]["input_ids"], rows[i]["labels"])
+        text = f"--- row {i} of {len(rows)}, {len(rows[i]['input_ids'])} tokens\n"
+        for trained, group in itertools.groupby(pairs, key=lambda pair: pair[1] != -100):
+            piece = tokenizer.decode([token for token, _ in group])
+            text += f"[[{piece}]]" if trained else piece
+        print(text)
+
+
+def warn_of_memory(args, config):
+    """Say so where weights and optimizer state alone exceed the memory that is free."""
+    with torch.device("meta"):
+        weights = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code).num_parameters()
+    size = 2 if args.bf16 or args.fp16 else 4  # bytes
+    if args.load_in_4bit or args.load_in_8bit:
+        size = 0.6 if args.load_in_4bit else 1.1
+    if not args.use_lora:
+        size = 16  # weight, gradient and AdamW's two moments
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    if weights * size > free:
+        print(f"warning: weights and optimizer alone take {weights * size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+
+
+def load_model(args, base, adapter):
+    """The model, with its adapter if it has one.
+
+    Weights that are trained are float32 (under autocast a bfloat16 AdamW step of 3e-6 would round to nothing); frozen
+    ones have the precision the model computes in."""
+    compute = torch.float16 if args.fp16 else torch.float32
+    compute = torch.bfloat16 if args.bf16 else compute
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=args.load_in_4bit,
+        load_in_8bit=args.load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        base,
+        dtype=compute if args.use_lora else torch.float32,
+        attn_implementation=args.attn_implementation,
+        quantization_config=quantization if args.load_in_4bit or args.load_in_8bit else None,
+        device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else None,
+        trust_remote_code=args.trust_remote_code,
+        use_safetensors=True,  # no pickle
+    )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes: no gradients after a pass in eval mode
+            module.support_avx512bf16_for_cpu = False
+    if adapter:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    if not args.use_lora:
+        return model
+    targets = args.lora_target_modules or ["all-linear"]
+    if targets == ["all-linear"]:
+        targets = list_linear_layers(model)
+    lora = LoraConfig(
+        r=args.lora_r or 16,
+        lora_alpha=32 if args.lora_alpha is None else args.lora_alpha,
+        lora_dropout=args.lora_dropout or 0.0,
+        target_modules=targets[0] if len(targets) == 1 and not targets[0].isidentifier() else targets,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)
+
+
+def list_linear_layers(model):
+    """Names of the linear layers without the output head.
+
+    Subclasses in model files are routers, which return tuples (PhiMoE, Llama 4); the kernels of Mamba read the weight of
+    out_proj themselves."""
+    plain = ("torch.nn.", "bitsandbytes.", "transformers.pytorch_utils")
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and type(module).__module__.startswith(plain)
+    }
+    left_out = [name for name in linear if model._is_stateful and name.endswith("out_proj")]
+    return [name for name in linear if name not in left_out and linear[name] is not model.get_output_embeddings()]
+
+
+def set_router_loss(config, model):
+    """Let the auxiliary loss of a mixture of experts count once per optimizer step; TRL adds it in every pass."""
+    text_config = model.config.get_text_config()
+    if getattr(text_config, "output_router_logits", None) is None:
         return
-    if torch.cuda.is_available():
-        device, used, free = "the GPU", 0, torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0]
-    else:
-        device, used, free = "this machine", psutil.Process().memory_info().rss, psutil.virtual_memory().available
-    needed = sum(parts.values())
-    if 1.1 * needed > free and not args.gradient_checkpointing:  # the estimate is good to about a tenth
-        print(f"gradient checkpointing is on: without it {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free")
-        args.gradient_checkpointing, needed = True, least
-    print(f"memory: about {(used + needed) / 1e9:.2f} GB at the peak, {(used + free) / 1e9:.2f} GB for it on {device}")
-    if needed > free and not args.force:
-        names = ("use_lora", "gradient_checkpointing", "bf16", "load_in_4bit")
-        helps = ", ".join([f"--{name}" for name in names if not getattr(args, name)])
-        raise UserError(
-            f"the run needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; what helps: {helps}, "
-            "shorter texts, smaller batches; --force goes on all the same"
-        )
-    saves = min(args.save_total_limit, steps // args.save_steps) + 1  # a new one comes before an old one goes
-    saves = max(1, saves - len(find_checkpoints(args.output_dir)))
-    size = saves * size + size / 3
-    folder = next(path for path in Path(args.output_dir, "x").resolve().parents if path.is_dir())
-    free = shutil.disk_usage(folder).free
-    if size > free and not args.force:
-        raise UserError(
-            f"{saves} checkpoints and the final one take {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {folder}; "
-            "see --save_total_limit, --save_steps and --use_lora; --force goes on all the same"
-        )
+    if not hasattr(text_config, "num_experts"):
+        print("the auxiliary loss of this mixture of experts is left out: TRL cannot compute it")
+        config.router_aux_loss_coef = 0.0
+    config.router_aux_loss_coef /= config.gradient_accumulation_steps * config.world_size
+    model.router_aux_loss_coef = config.router_aux_loss_coef
+
+
+@torch.no_grad()
+def keeps_apart(model):
+    """Whether examples in one row do not see each other; recurrence, ALiBi and OPT do not mind restarting positions."""
+    if model._is_stateful or "position_ids" not in inspect.signature(type(model).forward).parameters:
+        return False
+    ids, positions = torch.arange(3, 11, device=model.device)[None], torch.arange(8, device=model.device)[None] % 4
+    both = model.eval()(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 4:].float()
+    alone = model(input_ids=ids[:, 4:], use_cache=False).logits[0].float()
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+    return bool((both - alone).abs().max() <= tolerance * alone.abs().max())
 
 
 class RunCallback(TrainerCallback):
-    """Writes metrics.jsonl, puts run.json into checkpoints, and turns Ctrl-C and SIGTERM into a saved checkpoint."""
+    """Sets the order of the rows, writes metrics.jsonl and run.json, stops before a gradient that is not finite reaches
+    the weights, and turns Ctrl-C and SIGTERM into a saved checkpoint."""
 
-    def __init__(self, output_dir, run):
-        self.output_dir, self.run, self.interrupted, self.handlers = Path(output_dir), run, False, {}
+    def __init__(self, output_dir, run, sampler):
+        self.output_dir, self.run, self.sampler, self.interrupted = Path(output_dir), run, sampler, False
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)  # a resumed run would log and save as often as before
         for name in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[name] = signal.signal(name, self.interrupt)
+            signal.signal(name, self.interrupt)
 
     def interrupt(self, signum, frame):
         self.interrupted = True
-        self.restore()  # the second one leaves at once
+        signal.signal(signum, signal.default_int_handler)  # the second one leaves at once
         print("\nstopping after this step and saving a checkpoint; once more to leave at once", file=sys.stderr)
 
-    def restore(self):
-        for name, handler in self.handlers.items():
-            signal.signal(name, handler)
-        self.handlers = {}
+    def on_train_end(self, args, state, control, **kwargs):
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, signal.default_int_handler)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """The order follows from seed and epoch alone, so that a resumed run meets the same rows."""
+        self.sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch))
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        if not args.fp16 and not torch.nn.utils.get_total_norm(gradients).isfinite():  # float16 scales by overflows
+            saved = [int(path.parent.name[11:]) for path in self.output_dir.glob("checkpoint-*/trainer_state.json")]
+            last = f"checkpoint-{max(saved)} is the last good one" if saved else "there is no checkpoint yet"
+            fail(f"the gradient is NaN or infinite in step {state.global_step + 1}; {last}")
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.world_size > 1:  # all stop after the same step
-            flag = torch.tensor(float(self.interrupted), device=args.device)
-            self.interrupted = reduce(flag, "sum").item() > 0
+            self.interrupted = reduce(torch.tensor(float(self.interrupted), device=args.device), "sum").item() > 0
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
@@ -976,438 +657,169 @@ class RunCallback(TrainerCallback):
         if state.is_world_process_zero:
             write_json(self.output_dir / f"checkpoint-{state.global_step}" / "run.json", self.run)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.restore()
 
-
-class NonfiniteGuard:
-    """For a Trainer: the first loss or gradient that is NaN or infinite stops the run before it reaches the weights.
-
-    With `skips` > 0 so many such steps are left out instead. `rows`, the training data with a column `row`, and
-    `text_column`, its token ids, serve to find the rows that were at fault."""
-
-    skips, skipped, rows, text_column, fault = 0, 0, None, "input_ids", None
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.step_batches = [*getattr(self, "step_batches", []), (loss, inputs["input_ids"])]
-        return loss.nan_to_num(0, 0, 0)  # Trainer adds the losses up until it logs them
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        """Trainer asks for this norm right before each optimizer step."""
-        norm, batches = super()._get_grad_norm(model, grad_norm), getattr(self, "step_batches", [])
-        self.step_batches, fault, self.fault = [], self.fault, None
-        finite = torch.stack([loss for loss, _ in batches]).isfinite().tolist() if batches else []
-        bad = torch.tensor(float(not all(finite)), device=self.accelerator.device)
-        anywhere = self.accelerator.reduce(bad, "sum").item()  # processes leave a step out together
-        if not all(finite):
-            fault = "the loss" + self.find_rows(ids for (_, ids), fine in zip(batches, finite) if not fine)
-        elif anywhere:
-            fault = "the loss of another process"
-        elif norm is not None and not math.isfinite(norm) and not self.args.fp16:  # float16 scales by overflows
-            fault = fault or "the gradient" + self.find_rows(ids for _, ids in batches)
-        if not fault:
-            return norm
-        self.skipped += 1
-        text = f"{fault} is not finite, in step {self.state.global_step + 1}"
-        if self.skipped > self.skips:
-            raise UserError(f"{text}; the last checkpoint is good; --skip_nonfinite N leaves out up to N such steps")
-        print(f"{text}: left out ({self.skipped} of --skip_nonfinite {self.skips})", file=sys.stderr)
-        model.zero_grad()  # without gradients the optimizer changes nothing, its moments neither
-        return 0.0
-
-    def find_rows(self, batches):
-        batches = [f" {' '.join(map(str, ids.flatten().tolist()))} " for ids in batches]
-        pairs = zip(self.rows["row"], self.rows[self.text_column]) if self.rows is not None else ()
-        texts = ((row, f" {' '.join(map(str, ids))} ") for row, ids in pairs)
-        found = [str(row) for row, text in texts if any(text in batch for batch in batches)]
-        return f" of the data rows {', '.join(found)}" if found else ""
-
-
-def hash_base(base, names=None):
-    """{name: hash} of a few tensors (first, middle and last by name, or `names`) of a local base model; {} for others.
-
-    Of each the type, the shape and the first 64 KiB; the layout is that of https://huggingface.co/docs/safetensors."""
-    places = {}
-    for path in sorted(Path(base).glob("model*.safetensors")):
-        with reading(path), safe_open(path, framework="pt"), open(path, "rb") as file:  # safetensors checks the header
-            data = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(data - 8))
-        places |= {name: (path, data, info) for name, info in header.items() if name != "__metadata__"}
-    found = sorted(places)
-    hashes = {}
-    for name in names or (sorted({found[0], found[len(found) // 2], found[-1]}) if found else ()):
-        if name in places:
-            path, data, info = places[name]
-            with open(path, "rb") as file:
-                start, end = info["data_offsets"]
-                file.seek(data + start)
-                text = f"{info['dtype']} {info['shape']} ".encode() + file.read(min(2**16, end - start))
-            hashes[name] = hashlib.sha256(text).hexdigest()[:16]
-    return hashes
-
-
-def check_source(source, args, flag, reward_model=None):
-    """Refuse an adapter whose base model is no longer the one that it was trained on, and with `reward_model` True or
-    False a checkpoint that is none or is one; as far as run.json tells."""
-    recorded, problem = source.run.get("base_hash") if source.adapter else None, None
-    stage = source.run.get("parent_stage") or source.run.get("stage")
-    if recorded and Path(source.base).is_dir() and hash_base(source.base, recorded) != recorded:
-        problem = f"the base model {source.base} is not the one that the adapter {source.adapter} was trained on"
-    elif stage and reward_model is not None and (stage == "reward") != reward_model:
-        problem = f"{flag} {source.adapter or source.base} comes from the stage {stage!r}: it is {'not ' * reward_model}a reward model"
-    if problem and not args.force:
-        raise UserError(f"{problem}; use the right one, or --force")
-    if problem:
-        print(problem)
-
-
-def describe_run(stage, args, source, prompt_format, tokenizer, rows):
+def describe_run(args, base, adapter, prompt_format, counts):
     """run.json: what the next stage, and whoever finds the checkpoint, needs to know."""
-
-    def digest(value):
-        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
+    tokenizer = prompt_format.tokenizer
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
     return {
-        "stage": stage,
-        "base_model": source.base,
-        "base_hash": hash_base(source.base) if source.adapter or args.use_lora else {},
-        "parent": str(source.adapter or source.base),
+        "stage": "sft",
+        "base_model": base,
+        "base_digest": digest_base(base) if args.use_lora else None,
+        "parent": str(adapter or base),
         "prompt_format": prompt_format.name,
         "chat_template_hash": digest(tokenizer.chat_template) if prompt_format.name == "chat" else None,
         "tokenizer_hash": digest(tokenizer.get_vocab()),
-        "dataset": {"name": args.dataset_name, "subset": args.subset, **rows},
+        "dataset": {"name": args.dataset_name, "subset": args.subset, "split": args.split, **counts},
         "arguments": vars(args),
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
-        },
+        "versions": {**{name: importlib.metadata.version(name) for name in packages}, "scripts": SCRIPTS},
     }
 
 
-def train_model(trainer, checkpoint):
-    """Trainer's train(), from the checkpoint if there is one; returns its metrics.
-
-    A run that was stopped after its last step takes no other; Trainer would take one, in the middle of a pass over the
-    data."""
-    if checkpoint:
-        for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state"):
-            setattr(trainer, name, reading(f"the checkpoint {checkpoint}")(getattr(trainer, name)))
-        with reading(checkpoint / "trainer_state.json"):
-            state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
-        steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
-        if state.global_step >= steps:
-            trainer._load_from_checkpoint(str(checkpoint))
-            trainer.state = state
-            lines = [line for line in state.log_history if line["step"] == state.global_step]
-            return {name: value for line in lines for name, value in line.items()}
-    return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
-
-
-def finish_run(args, trainer, callback, run, metrics, save):
-    """After training: publish final_checkpoint/ and metrics.json, or say how to go on after an interruption.
-
-    `save(directory)` writes the model."""
-    if callback.interrupted:
-        print(f"saved; go on with the same command and --resume_from_checkpoint ({args.output_dir})", file=sys.stderr)
-        raise KeyboardInterrupt
-    output_dir = Path(args.output_dir)
-    if trainer.is_world_process_zero():
-        run["metrics"] = metrics
-        with publish(output_dir / "final_checkpoint") as directory:
-            save(directory)
-            trainer.processing_class.save_pretrained(directory)
-            write_json(directory / "run.json", run)
-        write_json(output_dir / "metrics.json", metrics)
-        print(f"saved {output_dir / 'final_checkpoint'}")
-        if args.push_to_hub:
-            repo = HfApi().create_repo(output_dir.resolve().name, exist_ok=True).repo_id
-            print(f"uploaded {HfApi().upload_folder(repo_id=repo, folder_path=output_dir / 'final_checkpoint')}")
-    trainer.accelerator.wait_for_everyone()
-
-
-# <<< block run
-
-SCHEMAS = [("messages",), ("question", "response_j"), ("prompt", "response"), ("prompt", "chosen")]
-
-
-def row_messages(row, schema):
-    """(conversation, problem): the row as a list of messages, or what is wrong with it."""
-    if schema == ("messages",):
-        problem = check_messages(row["messages"], last="assistant")
-        return row["messages"], problem and f"column messages {problem}"
-    for column in schema:
-        problem = check_text(row[column])
-        if problem:
-            return None, f"column {column} {problem}"
-    return [{"role": role, "content": row[column]} for role, column in zip(("user", "assistant"), schema)], None
-
-
-def encode_split(data, schema, prompt_format, args, where):
-    """Rows as `input_ids` and `labels` (-100 where a token is not trained on), cut to --max_length tokens.
-
-    Dropped are rows with no answer token left and rows equal to an earlier one. Returns (rows, counts)."""
-    max_length, train_on_prompt = args.max_length, args.train_on_prompt  # the whole args would spoil map's cache
-
-    def encode(row):
-        messages, problem = row_messages(row, schema)
-        try:
-            ids, mask = ([], []) if problem else prompt_format.encode(messages)
-        except UserError as error:
-            ids, mask, problem = [], [], f"column {' + '.join(schema)}: {error}"
-        labels = [token if trained or train_on_prompt else -100 for token, trained in zip(ids, mask)][:max_length]
-        turns = 0 if problem else sum(message["role"] == "assistant" for message in messages)
-        return {
-            "problem": problem,
-            "input_ids": ids[:max_length],
-            "labels": labels,
-            "trained": sum(label != -100 for label in labels[1:]),  # the first token follows nothing
-            "cut": len(ids) > max_length,
-            "context": prompt_format.name == "chat" and turns > sum(b > a for a, b in zip([0, *mask], mask)),
-            "digest": hashlib.sha256(repr(ids).encode()).hexdigest(),
-        }
-
-    rows = encode_rows(data, encode, where, "Tokenizing")
-    if isinstance(rows, datasets.IterableDataset):
-        first = {}  # where a text came first; the same in every pass
-        rows = rows.filter(lambda row: row["trained"] and first.setdefault(row["digest"], row["row"]) == row["row"])
-        print(f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; read as it is needed")
-        rows = rows.select_columns(["row", "input_ids", "labels", "trained"])
-        return rows.shuffle(args.seed, buffer_size=1000), {}
-    seen, kept, unanswered = set(), [], 0
-    for i, (trained, digest) in enumerate(zip(rows["trained"], rows["digest"])):
-        if digest not in seen and trained:
-            kept.append(i)
-        unanswered += digest not in seen and not trained
-        seen.add(digest)
-    duplicates = len(rows) - len(kept) - unanswered
-    rows = rows.select(kept).remove_columns("digest")
-    counts = {"rows": len(rows), "cut": sum(rows["cut"]), "duplicates": duplicates, "unanswered": unanswered}
-    print(
-        f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; {len(rows)} rows kept, {counts['cut']} of "
-        f"them cut to {max_length} tokens; dropped: {duplicates} equal to an earlier row, {unanswered} with no answer "
-        f"within {max_length} tokens"
+def make_trainer(args, config, model, rows, eval_rows, tokenizer, run):
+    """(SFTTrainer, its RunCallback)."""
+    causal_model = model.get_base_model() if args.use_lora else model
+    set_router_loss(config, causal_model)
+    trained = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
+    saved_config = copy.deepcopy(causal_model.config)
+    trainer = SFTTrainer(
+        model=model, args=config, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer
     )
-    if any(rows["context"]):
-        print(
-            f"{where}: in {sum(rows['context'])} rows the chat template rewrites earlier turns: these are context only"
-        )
-    if not len(rows):
-        raise UserError(f"{where}: no row has an answer within --max_length {max_length} tokens")
-    return rows.remove_columns(["cut", "context"]), counts
+    causal_model.config = saved_config  # TRL switches the router's loss on in the one that runs
+    for weight, data in trained:  # TRL makes adapters on a quantized base bfloat16, see load_model
+        weight.data = data.to(weight.device)
+    # The longest row comes first, so that too little memory shows in the first step.
+    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    sampler = LengthGroupedSampler(batch, lengths=lengths)
+    trainer._get_train_sampler = lambda dataset=None: sampler
+    callback = RunCallback(args.output_dir, run, sampler)
+    trainer.add_callback(callback)
+    return trainer, callback
 
 
-def show_rows(rows, tokenizer):
-    """A histogram of lengths, and two rows with what is trained on in green (in a pipe: in double brackets)."""
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    width = math.ceil(max(lengths) / 8)
-    bins = [sum((length - 1) // width == i for length in lengths) for i in range(8)]
-    for i, count in enumerate(bins):
-        print(
-            f"{i * width + 1:>7} to {(i + 1) * width:<6} tokens {count:>8} rows {'#' * math.ceil(40 * count / max(bins))}"
-        )
-    opening, closing = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
-    for row in (rows[i] for i in sorted({0, len(rows) // 2})):
-        print(f"--- row {row['row']}, {len(row['input_ids'])} tokens, {row['trained']} trained on")
-        pairs = zip(row["input_ids"], row["labels"])
-        text = ""
-        for trained, piece in itertools.groupby(pairs, key=lambda pair: pair[1] != -100):
-            piece = tokenizer.decode([token for token, _ in piece])
-            piece = piece if len(piece) <= 1000 else f"{piece[:480]} (...) {piece[-480:]}"
-            text += f"{opening}{piece}{closing}" if trained else piece
-        print(text)
+def open_output_dir(args, history):
+    """Make --output_dir ready: nothing of a run that is overwritten, metrics.jsonl as the checkpoint knows it."""
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.overwrite_output_dir and not args.resume_from_checkpoint:
+        for path in [*folder.glob("checkpoint-*"), folder / "final_checkpoint"]:
+            shutil.rmtree(path, ignore_errors=True)
+    lines = [json.dumps({"step": entry["step"], **entry}) + "\n" for entry in history]
+    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def load_adapter_weights(model, adapter):
-    """Copy the LoRA weights in the directory `adapter` into a PeftModel; all must find a place."""
-    with reading(f"the adapter {adapter}"):
-        weights = load_file(adapter / "adapter_model.safetensors")
-        missed = set_peft_model_state_dict(model, weights).unexpected_keys
-    if missed:
-        raise UserError(
-            f"the adapter {adapter} does not fit its base model: no place for {missed[0]} and {len(missed) - 1} more"
-        )
+def publish(trainer, args, run, metrics):
+    """final_checkpoint/, which appears only when it is complete, and metrics.json."""
+    folder, final = Path(args.output_dir), Path(args.output_dir, "final_checkpoint")
+    draft = final.with_suffix(".partial")
+    trainer.save_model(str(draft))
+    trainer.create_model_card(model_name=folder.resolve().name)
+    if not trainer.is_world_process_zero():
+        return
+    (draft / "training_args.bin").unlink()  # a pickle
+    trainer.processing_class.save_pretrained(draft)
+    trainer.model.generation_config.save_pretrained(draft)  # where answers end
+    figures = "".join(f"| {name} | {value} |\n" for name, value in metrics.items())
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    (draft / "README.md").write_text(f"{card}\n## Figures\n\n| | |\n| --- | --- |\n{figures}", encoding="utf-8")
+    write_json(draft / "run.json", {**run, "metrics": metrics})
+    write_json(folder / "metrics.json", metrics)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(draft, final)
+    print(f"saved {final}")
+    if args.push_to_hub:
+        repo = HfApi().create_repo(folder.resolve().name, exist_ok=True).repo_id
+        print(f"uploaded {HfApi().upload_folder(repo_id=repo, folder_path=final)}")
 
 
-@torch.no_grad()
-def check_separation(model, args):
-    """Refuse a model in which examples that share a row see each other: recurrent layers and convolutions do not mind
-    that position ids restart."""
-    ids, positions = torch.arange(3, 11, device=model.device)[None], torch.arange(8, device=model.device)[None] % 4
-    half = args.bf16 or args.fp16
-    autocast = torch.autocast(model.device.type, torch.float16 if args.fp16 else torch.bfloat16, enabled=half)
-    with reading(f"{type(model).__name__} with examples that share a row"), autocast:
-        both = model.eval()(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 4:].float()
-        alone = model(input_ids=ids[:, 4:], use_cache=False).logits[0].float()
-    if (both - alone).abs().max() > (0.05 if half else 1e-3) * alone.abs().max():
-        raise UserError(
-            "in this model examples that share a row see each other; leave --packing out, and in place of --batch_size "
-            "use --gradient_accumulation_steps"
-        )
-
-
-class GuardedTrainer(NonfiniteGuard, SFTTrainer):
-    """SFTTrainer that stops before NaN or infinity reaches the weights, and writes no model card without facts."""
-
-    def create_model_card(self, *args, **kwargs):
-        pass
-
-
-class RowTrainer(GuardedTrainer):
-    """SFTTrainer for one row at a time: the head runs once over the answer's tokens alone, with the same loss.
-
-    The stock loss goes through the head in chunks of 256 tokens, padded, and a second time for the backward pass: it
-    bounds the memory, and takes a quarter of the time of a small model on a CPU. Long answers still go that way."""
-
-    LOGITS = 2**25  # at most so many numbers at once: 128 MB, three times over
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs["labels"][0, 1:]
-        answer = (labels != -100).nonzero()[:, 0]
-        if len(answer) * self.model.config.get_text_config().vocab_size > self.LOGITS or self.aux_loss_enabled:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = {name: inputs[name] for name in ("input_ids", "position_ids")}
-        outputs = model(**inputs, use_cache=False, logits_to_keep=answer)
-        logits, targets = outputs.logits[0].float(), labels[answer]
-        total = len(answer)
-        if num_items_in_batch is not None:  # of all processes, whose gradients are averaged
-            total = num_items_in_batch / self.accelerator.num_processes
-        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / total
-        accuracy = (logits.argmax(-1) == targets).float().mean().item()
-        self._metrics["train" if self.model.training else "eval"]["mean_token_accuracy"].append(accuracy)
-        return (loss, outputs) if return_outputs else loss
+@contextlib.contextmanager
+def explaining(args):
+    """One line in place of a traceback where memory or disk is full."""
+    try:
+        yield
+    except Exception as error:  # safetensors and torch.save have types of their own for a full disk
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            helps = ["use_lora", "gradient_checkpointing", "bf16", "load_in_4bit"]
+            flags = " ".join(f"--{name}" for name in helps if not getattr(args, name))
+            fail(f"no memory left; what helps, the most first: {flags} --batch_size 1, a smaller --max_length")
+        if re.search("No space left|os error 28|PytorchStreamWriter failed", str(error)):
+            fail("no space left to save; what was saved before is complete")
+        raise
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    check_shared(args, SFTConfig)
-    if args.eval_steps and not (args.eval_split or args.eval_subset or args.eval_fraction):
-        raise UserError("--eval_steps needs rows to evaluate on: --eval_split, --eval_subset or --eval_fraction")
-    if args.streaming and (args.eval_fraction or not args.max_steps):
-        raise UserError("--streaming reads without an end in sight: it needs --max_steps, and excludes --eval_fraction")
-    if args.eval_fraction and (args.eval_split or args.eval_subset):
-        raise UserError("--eval_fraction holds out rows of --split; it excludes --eval_split and --eval_subset")
-    source = locate_model(args.model_path, "--model_path")
-    check_source(source, args, "--model_path", reward_model=False)
-    args.use_lora = args.use_lora or source.adapter is not None
+    base, adapter, parent = locate_model(args)
+    args.use_lora |= adapter is not None
     if args.learning_rate is None:
         args.learning_rate = 2e-4 if args.use_lora else 2e-5
-    peft_config = lora_config(args, source, "CAUSAL_LM") if args.use_lora else None
-    checkpoint = pick_checkpoint(args, "sft")
-    tokenizer = load_tokenizer(source, args)
+    config = make_config(args)
+    checkpoint = find_checkpoint(args)
 
-    data = load_split(args, args.dataset_name, args.subset, args.split, "--split", args.streaming)
-    where = f"{args.dataset_name}{f' {args.subset}' if args.subset else ''} [{args.split}]"
-    schema = pick_schema(data, SCHEMAS, where)
-    prompt_format = pick_format(args.prompt_format, "chat" if schema == ("messages",) else "qa", None, tokenizer)
-    train_rows, counts = encode_split(data, schema, prompt_format, args, where)
+    data = load_split(args, args.subset, args.split, "--split")
+    natural = "chat" if "messages" in data.column_names else "qa"
+    try:
+        if args.push_to_hub:
+            HfApi().whoami()
+        model_config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+        tokenizer = load_tokenizer(adapter if adapter and (adapter / "tokenizer_config.json").is_file() else base, args)
+        prompt_format = pick_format(args.prompt_format, natural, parent.get("prompt_format"), tokenizer)
+    except (OSError, ValueError) as error:  # of the hub and its cache, too
+        fail(error)
+    rows, counts = encode_rows(data, prompt_format, args, args.split)
     eval_rows = None
     if args.eval_split or args.eval_subset:
-        split, subset = args.eval_split or "test", args.eval_subset or args.subset
-        data = load_split(args, args.dataset_name, subset, split, "--eval_split")
-        where = f"{args.dataset_name}{f' {subset}' if subset else ''} [{split}]"
-        eval_rows, counts["eval"] = encode_split(data, pick_schema(data, SCHEMAS, where), prompt_format, args, where)
-    elif args.eval_fraction:
-        if len(train_rows) < 2:
-            raise UserError(f"--eval_fraction {args.eval_fraction}: one row cannot be split")
-        train_rows, eval_rows = train_rows.train_test_split(args.eval_fraction, seed=args.seed).values()
-        counts |= {"rows": len(train_rows), "eval": {"rows": len(eval_rows)}}
-        print(f"held out for evaluation: {len(eval_rows)} rows")
-    known = train_rows  # with --streaming the first rows stand for all
-    if args.streaming:
-        known = datasets.Dataset.from_list(list(train_rows.take(256)))
-        if not len(known):
-            raise UserError(f"{where}: no row is left to train on")
-    elif args.batch_size > len(train_rows):
-        raise UserError(f"--batch_size {args.batch_size} is larger than the data set ({len(train_rows)} rows)")
-    longest = args.max_length if args.streaming else max(map(len, train_rows["input_ids"]))
-    model_config = load_config(source, args).get_text_config()
-    positions = getattr(model_config, "max_position_embeddings", longest)
+        data = load_split(args, args.eval_subset or args.subset, args.eval_split or "test", "--eval_split")
+        eval_rows, counts["eval"] = encode_rows(data, prompt_format, args, args.eval_split or "test")
+    longest = max(map(len, rows["input_ids"]))
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or longest
     if longest > positions:
-        raise UserError(
-            f"--max_length {args.max_length}: the model has {positions} positions, a row "
-            f"{'may have' if args.streaming else 'has'} {longest} tokens; use --max_length {positions}"
-        )
-
-    # A batch runs in parts, each one row without padding: the same gradient (each answer token of the whole batch counts
-    # the same). On a CPU a part is one row of the data. A GPU gets more at once: with flash-attention the batch, else what
-    # fills it, since SDPA computes between the rows too (in as many tokens as the hidden size a sixth of the rest).
-    flash, limit = "flash" in (args.attn_implementation or ""), max(2048, model_config.hidden_size)
-    length = args.max_length if args.packing else longest
-    parts = [n for n in range(1, args.batch_size + 1) if args.batch_size % n == 0 and (flash or n * length <= limit)]
-    rows_at_once = max(parts, default=1) if torch.accelerator.is_available() else 1
-    columns = ["input_ids", "labels"]
-    packed = pack_dataset(train_rows.select_columns(columns), args.max_length) if args.packing else train_rows
-    batch = args.batch_size * args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
-    steps = args.max_steps or math.ceil(args.num_train_epochs * math.ceil(len(packed) / batch))
-    print(
-        f"{steps} steps, {batch} {'packed rows' if args.packing else 'rows'} each; "
-        f"{'the first rows have' if args.streaming else f'an epoch has {len(packed)},'} "
-        f"{sum(map(len, known['input_ids']))} tokens, {sum(known['trained'])} trained on"
-    )
-    tokens, chunk = rows_at_once * length, max(256, RowTrainer.LOGITS // model_config.vocab_size)
-    foresee(args, AutoModelForCausalLM, source, steps, peft_config, tokens, min(tokens, max(known["trained"]), chunk))
-    config = make_config(
-        SFTConfig,
-        args,
-        per_device_train_batch_size=rows_at_once,
-        gradient_accumulation_steps=args.gradient_accumulation_steps * args.batch_size // rows_at_once,
-        per_device_eval_batch_size=rows_at_once,
-        max_steps=args.max_steps or -1,
-        num_train_epochs=args.num_train_epochs,
-        max_length=args.max_length if args.packing else None,  # rows are cut already
-        packing=args.packing,
-        eval_packing=False,
-        padding_free=True,
-        use_liger_kernel=torch.cuda.is_available() and is_liger_kernel_available(),
-        eval_strategy="steps" if eval_rows and args.eval_steps else "no",
-        save_strategy="steps",
-    )
-    run = describe_run("sft", args, source, prompt_format, tokenizer, counts)
+        fail(f"--max_length {args.max_length}: the model has {positions} positions, the longest row {longest} tokens")
+    if args.batch_size > len(rows):
+        fail(f"--batch_size {args.batch_size} is larger than the data set ({len(rows)} rows)")
+    warn_of_memory(args, model_config)
     if args.dry_run:
-        show_rows(known, tokenizer)
+        show_rows(rows, tokenizer)
         print("dry run: everything fits; nothing was loaded or written")
         return
 
-    transformers.set_seed(args.seed)  # a new adapter starts at random
-    model = load_model(AutoModelForCausalLM, source, args, trainable=not args.use_lora)
-    if args.use_lora:
-        model = get_peft_model(model, peft_config)
-        if source.adapter:
-            load_adapter_weights(model, source.adapter)
-        keep_input_dtype(model)
-    if type(model.get_output_embeddings()) is not torch.nn.Linear:
-        config.loss_type = "nll"  # TRL's chunked loss reads the head's weight, which an adapter on the head changes
-    if args.packing or rows_at_once > 1:
-        check_separation(model, args)
-    model.generation_config.eos_token_id = prompt_format.stop_ids(model.generation_config)
-    open_output_dir(args, checkpoint)
-    callback = RunCallback(args.output_dir, run)
-    # It warns that only flash-attention keeps flattened examples apart; SDPA does too when position ids restart.
-    logging.getLogger("trl.trainer.sft_trainer").setLevel(logging.ERROR)
-    adapters = model.parameters() if args.load_in_4bit or args.load_in_8bit else ()
-    weights = [(parameter, parameter.data) for parameter in adapters if parameter.requires_grad]
-    trainer = (GuardedTrainer if torch.accelerator.is_available() else RowTrainer)(
-        model=model,
-        args=config,
-        train_dataset=train_rows.select_columns(columns),
-        eval_dataset=eval_rows and eval_rows.select_columns(columns),
-        processing_class=tokenizer,
-        callbacks=[callback],
-    )
-    for parameter, data in weights:  # SFTTrainer makes them bfloat16 on a quantized base, see load_model
-        parameter.data = data.to(parameter.device)
-    trainer.skips, trainer.rows = args.skip_nonfinite, None if args.streaming else train_rows
-    metrics = train_model(trainer, checkpoint)
-    if eval_rows:
-        metrics.update(trainer.evaluate())
-
-    def save(directory):
-        trainer.model.save_pretrained(directory)
-        write_json(directory / "generation_config.json", model.generation_config.to_diff_dict())  # where answers end
-
-    finish_run(args, trainer, callback, run, metrics, save)
+    with explaining(args):
+        set_seed(args.seed)  # a new adapter starts at random
+        model = load_model(args, base, adapter)
+        flash = "flash" in (args.attn_implementation or "")
+        if (args.packing or flash) and not keeps_apart(model.get_base_model() if args.use_lora else model):
+            fail(
+                "--packing and flash attention: in this model examples that share a row see each other; leave them out"
+            )
+        config.padding_free = flash and torch.cuda.is_available()
+        model.generation_config.eos_token_id = prompt_format.stop_ids(model.generation_config)
+        run = describe_run(args, base, adapter, prompt_format, counts)
+        trainer, callback = make_trainer(args, config, model, rows, eval_rows, tokenizer, run)
+        state = read_json(checkpoint / "trainer_state.json") if checkpoint else {"log_history": [], "global_step": 0}
+        if PartialState().is_main_process:
+            open_output_dir(args, state["log_history"])
+        steps = trainer.set_initial_training_values(config, trainer.get_train_dataloader())[-1]
+        if state["global_step"] >= steps:  # stopped after its last step: Trainer would take another
+            trainer._load_from_checkpoint(str(checkpoint))
+            metrics = {name: value for entry in state["log_history"][-2:] for name, value in entry.items()}
+        else:
+            with disable_input_dtype_casting(model, active=args.use_lora):  # LoRA would keep float32 copies of inputs
+                metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
+        if callback.interrupted:
+            print(
+                f"saved; go on with the same command and --resume_from_checkpoint ({args.output_dir})", file=sys.stderr
+            )
+            sys.exit(130)
+        if eval_rows:
+            metrics |= trainer.evaluate()
+        publish(trainer, args, run, metrics)
 
 
 if __name__ == "__main__":
-    run_as_script(main)
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # of several processes the first one talks
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

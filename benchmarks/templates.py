@@ -80,7 +80,7 @@ def examine(name, sft):
         texts = trained_texts(prompt_format, chat)
         before, after = texts[-1].split(chat[-1]["content"])
         earlier = [text.split(turn["content"])[1] for text, turn in zip(texts, chat[1::2])] if len(texts) == 3 else []
-    except sft.UserError as error:
+    except ValueError as error:
         return {"template": name, "refused": str(error)}
     return {
         "template": name,

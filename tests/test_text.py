@@ -1,4 +1,4 @@
-"""The block `text`: which token ids a conversation becomes, and which of them are trained on."""
+"""The text block: which token ids a conversation becomes, and which of them are trained on."""
 
 import json
 import re
@@ -9,24 +9,32 @@ import pytest
 from conftest import CHATML, ROOT, TEXTS, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_blocks import read_block
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import templates
 
+CARRIERS = ["training_sft.py", "training_reward_model.py", "training_rl.py"]
 
-class UserError(Exception):
-    pass
+
+def read_block(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    match = re.search(r"^# >>> text: .*?^# <<< text$", text, re.MULTILINE | re.DOTALL)
+    assert match, f"{file} has no text block"
+    return match[0]
+
+
+def test_the_block_is_the_same_in_every_training_script():
+    assert len({read_block(file) for file in CARRIERS}) == 1
 
 
 @pytest.fixture(scope="module")
 def block():
-    """The names of the block, run alone: the standard library's names and UserError are all it may use."""
-    module = types.ModuleType("block_text")
-    module.re, module.UserError = re, UserError
-    exec(compile(read_block("training_sft.py", "text"), "block text", "exec"), vars(module))
+    """The names of the block, run alone: of its script it uses `import re` and nothing else."""
+    module = types.ModuleType("text_block")
+    module.re = re
+    exec(compile(read_block("training_sft.py"), "text block", "exec"), vars(module))
     return module
 
 
@@ -44,23 +52,21 @@ def assistant(content):
 class Words:
     """A tokenizer whose ids can be read: text is cut before each space, `<bos>` and `<eos>` are special."""
 
-    eos_token_id, chat_template, is_fast = "<eos>", None, True
-    all_special_tokens, added_tokens_decoder = ["<bos>", "<eos>"], {}
+    eos_token_id, chat_template, all_special_tokens, added_tokens_decoder = "<eos>", None, ["<bos>", "<eos>"], {}
 
     def __call__(self, text, add_special_tokens=True, split_special_tokens=False):
         pieces = [text] if split_special_tokens else re.split("(<bos>|<eos>)", text)
-        ids = [word for piece in pieces for word in ([piece] if piece in self.all_special_tokens else self.cut(piece))]
-        return {"input_ids": ["<bos>"] * add_special_tokens + ids}
-
-    def cut(self, text):
-        return re.findall(r" ?[^ ]+| +", text)
+        ids = ["<bos>"] if add_special_tokens else []
+        for piece in pieces:
+            ids += [piece] if piece in self.all_special_tokens else re.findall(r" ?[^ ]+| +", piece)
+        return {"input_ids": ids if split_special_tokens else [word for word in ids if word]}
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-        text = "".join(f"{m['role'][0].upper()}: {m['content']}<eos>" for m in messages)
+        text = "".join(f"{turn['role'][0].upper()}: {turn['content']}<eos>" for turn in messages)
         return "<bos>" + text + "A:" * add_generation_prompt
 
 
-def test_golden_question_and_answer(block):
+def test_question_and_answer(block):
     encode = block.PromptFormat(Words(), "qa").encode
     ids, mask = encode([user("Why?"), assistant("It is so.")])
     assert ids == ["<bos>", "Question:", " Why?\n\nAnswer:", " It", " is", " so.", "<eos>"]
@@ -68,15 +74,16 @@ def test_golden_question_and_answer(block):
     assert encode([user("Why?")], open_end=True) == (["<bos>", "Question:", " Why?\n\nAnswer:"], [0, 0, 0])
 
 
-def test_golden_earlier_turns_join_the_question(block):
-    chat = [{"role": "system", "content": "Sum."}, user("1"), assistant("2"), user("3"), assistant("4")]
-    assert block.question_and_answer(chat) == ("Sum.\n\n1\n\n2\n\n3", "4")
-    assert block.question_and_answer(chat[:-1], open_end=True) == ("Sum.\n\n1\n\n2\n\n3", "")
-    chat[0]["content"] = ""
-    assert block.question_and_answer(chat) == ("1\n\n2\n\n3", "4")
+@pytest.mark.parametrize("system", ["", "Sum."])
+def test_earlier_turns_join_the_question(block, system):
+    """An empty system turn leaves no trace."""
+    chat = [{"role": "system", "content": system}, user("1"), assistant("2"), user("3"), assistant("4")]
+    ids, mask = block.PromptFormat(Words(), "qa").encode(chat)
+    assert "".join(ids) == "<bos>Question: " + (system and f"{system}\n\n") + "1\n\n2\n\n3\n\nAnswer: 4<eos>"
+    assert mask == [0] * (len(ids) - 2) + [1, 1]
 
 
-def test_golden_chat(block):
+def test_chat(block):
     chat = block.PromptFormat(Words(), "chat")
     ids, mask = chat.encode([user("Why?"), assistant("So."), user("Oh"), assistant("Yes it is.")])
     assert ids == ["<bos>", "U:", " Why?", "<eos>", "A:", " So.", "<eos>", "U:", " Oh", "<eos>", "A:", " Yes", " it", " is.", "<eos>"]  # fmt: skip
@@ -85,39 +92,51 @@ def test_golden_chat(block):
     assert chat.stop_ids() == ["<eos>"]
 
 
-def test_golden_special_tokens_in_text_stay_text(block):
-    for name in ("qa", "chat"):
-        ids, mask = block.PromptFormat(Words(), name).encode([user("a <eos> b"), assistant("c<eos>")])
-        assert (ids.count("<eos>"), ids.count("<bos>")) == ((1, 1) if name == "qa" else (2, 1))
-        assert [word for word, trained in zip(ids, mask) if trained] == [" c<eos>", "<eos>"]
-        assert " <eos>" in ids
+@pytest.mark.parametrize("name", ["qa", "chat"])
+def test_special_tokens_in_data_stay_text(block, name):
+    ids, mask = block.PromptFormat(Words(), name).encode([user("a <eos> b"), assistant("c<eos>")])
+    assert (ids.count("<eos>"), ids.count("<bos>")) == ((1, 1) if name == "qa" else (2, 1))
+    assert [word for word, trained in zip(ids, mask) if trained] == [" c<eos>", "<eos>"]
+    assert " <eos>" in ids
 
 
-def test_golden_checks(block):
-    check, last = block.check_messages, {"last": "assistant"}
-    assert check([user("a"), assistant("b")], **last) is None
-    assert check([{"role": "system", "content": ""}, user("a"), assistant("b")], **last) is None
-    assert check([user("a"), assistant("b"), user("c")], last="user") is None
-    assert "empty one" in check([], **last)
-    assert "not NoneType" in check(None, **last)
-    assert "turn 1 (assistant) has an empty content" in check([user("a"), assistant(" \n")], **last)
-    assert "turn 0 (user) has no content" in check([user(None), assistant("b")], **last)
-    assert "turn 1 has the role 'user' where 'assistant'" in check([user("a"), user("b")], **last)
-    assert "turn 0 has the role 'assistant' where 'user'" in check([assistant("b")], **last)
-    assert "ends with the role 'user'" in check([user("a")], **last)
-    assert "keys role and content" in check([{"from": "human", "value": "a"}], **last)
-    assert block.check_text("x") is None
-    assert "null" in block.check_text(None) and "empty" in block.check_text(" ") and "int" in block.check_text(3)
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ([], "should be a list of {role, content} with at least one turn"),
+        (None, "should be a list"),
+        (["a"], "should be a list"),
+        ([user("a"), assistant(" \n")], "text of the role 'assistant' in turn 1"),
+        ([user(None), assistant("b")], "text of the role 'user' in turn 0"),
+        ([user("a"), user("b")], "text of the role 'assistant' in turn 1, not {'role': 'user', 'content': 'b'}"),
+        ([assistant("b")], "text of the role 'user' in turn 0"),
+        ([{"from": "human", "value": "a"}], "text of the role 'user' in turn 0"),
+        ([user("a")], "should end with the role 'assistant', not 'user'"),
+        ([{"role": "system", "content": "a"}], "should end with the role 'assistant', not 'system'"),
+    ],
+)
+def test_conversations_that_are_refused(block, messages, problem):
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        block.check_messages(messages, last="assistant")
 
 
-def test_golden_pick_format(block):
+def test_conversations_that_are_taken(block):
+    block.check_messages([user("a"), assistant("b")], last="assistant")
+    block.check_messages([{"role": "system", "content": ""}, user("a"), assistant("b")], last="assistant")
+    block.check_messages([user("a"), assistant("b"), user("c")], last="user")
+
+
+def test_the_format_is_what_is_asked_for_or_recorded_or_natural(block):
     pick, plain, chat = block.pick_format, make_tokenizer(chat=False), make_tokenizer(chat=True)
     assert pick("auto", "chat", None, chat).name == "chat"
-    assert pick("auto", "chat", "qa", chat).name == "qa"  # what the earlier stage was trained on goes on
+    assert pick("auto", "chat", "qa", chat).name == "qa"
     assert pick("auto", "chat", None, plain).name == "qa"
     assert pick("qa", "chat", "chat", chat).name == "qa"
-    with pytest.raises(UserError, match="no chat template"):
+    with pytest.raises(ValueError, match="no chat template"):
         pick("chat", "qa", None, plain)
+    plain.eos_token = None
+    with pytest.raises(ValueError, match="no EOS"):
+        pick("qa", "qa", None, plain)
 
 
 # ---------------------------------------------------------------- Question/Answer text, any tokenizer
@@ -223,6 +242,7 @@ def test_question_and_answer_with_every_kind_of_tokenizer(block, name, question,
 
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "phrases+b"])
 def test_the_space_belongs_to_the_first_token_of_the_answer(block, name):
+    """Where no token lies across the cut, the ids are those of the tokenizer's own reading of the whole text."""
     tokenizer = made(name)
     qa = block.PromptFormat(tokenizer, "qa")
     ids, mask = qa.encode([user("What is the capital of France?"), assistant("The capital")])
@@ -232,16 +252,18 @@ def test_the_space_belongs_to_the_first_token_of_the_answer(block, name):
         assert prompt[-1] == ":" and answer == ["the", "capital", "[SEP]"]
     else:
         assert prompt[-1].endswith(":") and answer[0][0] in "Ġ▁" and len(answer[0]) > 1
-    # Where no token lies across the cut, the ids are those of the tokenizer's own reading of the whole text.
     text = "Question: What is the capital of France?\n\nAnswer: The capital"
     assert ids[len(qa.bos) : -1] == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 # ---------------------------------------------------------------- chats, every template that TRL ships
 
+REFUSED = ["idefics3", "idefics3_training", "llava_next", "llava_next_training"]  # contents as lists of parts
+TEMPLATES = [name for name in templates.NAMES if name not in REFUSED]
 THOUGHT = "<think>\n\n</think>\n\n"
-# start of the template's name: (what it writes between its generation prompt and the answer, what ends the turn,
-# earlier turns: trained on like the last, trained on without the token that ends them, or left as context)
+CLOSED = THOUGHT.removeprefix("<think>\n")
+# Start of the template's name: what it writes between its generation prompt and the answer, what ends the turn, and
+# earlier turns: trained on like the last, trained on without the token that ends them, or left as context.
 EXPECTED = {
     "cohere": ("", "<|END_OF_TURN_TOKEN|>", "all"),
     "cohere2": ("", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", "all"),
@@ -251,10 +273,8 @@ EXPECTED = {
     "gemma4": ("", "<turn|>", "all"),
     "glm4moe": ("\n<think></think>\n", "<|user|>", "all"),
     "gptoss": ("<|channel|>final<|message|>", "<|return|>", "no end"),
-    "idefics3": (" ", "<end_of_utterance>", "all"),
     "lfm2": ("", "<|im_end|>", "all"),
     "llama3": ("", "<|eot_id|>", "all"),
-    "llava_next": (" ", "</s>", "all"),
     "muse_glimmer": (" to=user<|message|>", "<|eot|>", "all"),
     "nemotron": ("<think></think>", "<|im_end|>", "all"),
     "phi3": ("", "<|end|>", "all"),
@@ -265,11 +285,11 @@ EXPECTED = {
     "qwen3_vl": ("", "<|im_end|>", "all"),
     "qwen3_5_nothink": ("", "<|im_end|>", "context"),
     "qwen3_5_nothink_training": ("", "<|im_end|>", "all"),
-    "qwen3_5_think": (THOUGHT.removeprefix("<think>\n"), "<|im_end|>", "context"),
-    "qwen3_5_think_training": (THOUGHT.removeprefix("<think>\n"), "<|im_end|>", "all"),
-    "qwen3_6": (THOUGHT.removeprefix("<think>\n"), "<|im_end|>", "context"),
-    "qwen3_6_training": (THOUGHT.removeprefix("<think>\n"), "<|im_end|>", "all"),
-    "qwen3_8": (THOUGHT.removeprefix("<think>\n"), "<|im_end|>", "all"),
+    "qwen3_5_think": (CLOSED, "<|im_end|>", "context"),
+    "qwen3_5_think_training": (CLOSED, "<|im_end|>", "all"),
+    "qwen3_6": (CLOSED, "<|im_end|>", "context"),
+    "qwen3_6_training": (CLOSED, "<|im_end|>", "all"),
+    "qwen3_8": (CLOSED, "<|im_end|>", "all"),
 }
 ODD = [
     ("Two\nlines?", "One.\n\nTwo.\n\n\nThree."),
@@ -285,102 +305,109 @@ def expected(name):
     return EXPECTED[max((start for start in EXPECTED if name.startswith(start)), key=len)]
 
 
-@pytest.mark.parametrize("name", templates.NAMES)
+def count_special(chat_format, chat):
+    special = {i for i, token in chat_format.tokenizer.added_tokens_decoder.items() if token.special}
+    return sum(token in special for token in chat_format.encode(chat)[0])
+
+
+def encode_and_check(chat_format, chat):
+    """Ids and mask; the prompt's ids come first, the last answer is trained on, special ids are the template's alone."""
+    ids, mask = chat_format.encode(chat)
+    prompt = chat_format.encode(chat[:-1], open_end=True)[0]
+    assert ids[: len(prompt)] == prompt
+    assert mask[len(prompt) :] == [1] * (len(ids) - len(prompt))
+    assert count_special(chat_format, chat) == count_special(chat_format, [{**turn, "content": "x"} for turn in chat])
+    return ids, mask
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_every_template_trains_on_the_answers_and_what_ends_them(block, name):
-    tokenizer = templates.make_tokenizer(name)
-    chat_format = block.PromptFormat(tokenizer, "chat")
+    chat_format = block.PromptFormat(templates.make_tokenizer(name), "chat")
     before, end, earlier = expected(name)
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for system in (False, True):
-        for turns in range(1, 7):
-            for pairs in (templates.make_chat(turns)[::2], ODD):
-                chat = [{"role": "system", "content": "Be brief.\n\n</s>"}] if system else []
-                for i in range(turns):
-                    question, answer = (
-                        (pairs[i]["content"], f"Answer {i}.\nIt is.") if pairs is not ODD else ODD[(turns + i) % 6]
-                    )
-                    chat += [user(question), assistant(answer)]
-                ids, mask = chat_format.encode(chat)
-                prompt = chat_format.encode(chat[:-1], open_end=True)[0]
-                assert ids[: len(prompt)] == prompt
-                assert mask[len(prompt) :] == [1] * (len(ids) - len(prompt))
-
-                texts = templates.trained_texts(chat_format, chat)
-                answers = [message["content"] for message in chat if message["role"] == "assistant"]
-                if earlier == "context":
-                    answers = answers[-1:]
-                assert len(texts) == len(answers)
-                for i, (text, answer) in enumerate(zip(texts, answers)):
-                    ended = end if earlier != "no end" or i == turns - 1 else ""
-                    assert text.startswith(before) and text.endswith(ended)
-                    assert text.removeprefix(before).removesuffix(ended).strip() == answer.strip()
-                # Special ids come from the template alone: as many as with harmless contents.
-                harmless = [{**message, "content": "x"} for message in chat]
-                count = sum(token in special for token in ids)
-                assert count == sum(token in special for token in chat_format.encode(harmless)[0])
+    for pairs in (ODD[:1], ODD[1:2], ODD[2:4], ODD[4:], ODD):
+        for system in ([], [{"role": "system", "content": "Be brief.\n\n</s>"}]):
+            chat = system + [turn for question, answer in pairs for turn in (user(question), assistant(answer))]
+            encode_and_check(chat_format, chat)
+            texts = templates.trained_texts(chat_format, chat)
+            answers = [answer for _, answer in pairs]
+            if earlier == "context":
+                answers = answers[-1:]
+            assert len(texts) == len(answers)
+            for i, (text, answer) in enumerate(zip(texts, answers)):
+                ended = end if earlier != "no end" or i == len(pairs) - 1 else ""
+                assert text.startswith(before) and text.endswith(ended)
+                assert text.removeprefix(before).removesuffix(ended).strip() == answer.strip()
 
 
-def test_every_template_is_listed_as_expected():
-    assert len(templates.NAMES) >= 60
-    assert all(any(name.startswith(start) for start in EXPECTED) for name in templates.NAMES)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_ids_are_those_of_the_tokenizers_own_reading(block, name):
+    """Cutting a chat into pieces changes nothing where no token lies across a cut."""
+    chat_format = block.PromptFormat(templates.make_tokenizer(name), "chat")
+    chat = [user("The fox"), assistant("The lazy dog."), user("The dog, the fox?"), assistant("The quick fox.")]
+    ids = chat_format.encode(chat)[0]
+    text = chat_format.tokenizer.apply_chat_template(chat, tokenize=False)
+    whole = chat_format.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if name.startswith("glm4moe"):
+        whole = [*whole, ids[-1]]  # this template leaves the last turn open
+    assert ids == whole[: len(ids)]
 
 
-@pytest.mark.parametrize(
-    "name", ["qwen3", "qwen3_5_think", "nemotron_3_nano", "glm4moe", "deepseek_r1_distill_training"]
-)
+def test_59_of_the_templates_are_served_and_the_others_refused_in_one_line(block):
+    assert len(TEMPLATES) >= 59
+    for name in REFUSED:
+        with pytest.raises(ValueError, match="chat template"):
+            block.PromptFormat(templates.make_tokenizer(name), "chat")
+
+
+THOUGHTS = [user("1+1?"), assistant("<think>\nEasy.\n</think>\n\n2."), user("2+2?"), assistant("<think>\nSum.\n</think>\n\n4.")]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "nemotron_3_nano", "glm4moe", "deepseek_r1_distill_training"])  # fmt: skip
 @pytest.mark.parametrize("special", [False, True])
 def test_thoughts_in_the_data_are_trained_on_as_thoughts(block, name, special):
     tokenizer = templates.make_tokenizer(name)
     if special:
         tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
     chat_format = block.PromptFormat(tokenizer, "chat")
-    chat = [
-        user("1+1?"),
-        assistant("<think>\nEasy.\n</think>\n\n2."),
-        user("2+2?"),
-        assistant("<think>\nSum.\n</think>\n\n4."),
-    ]
-    texts = templates.trained_texts(chat_format, chat)
-    assert "Sum." in texts[-1] and "4." in texts[-1]
-    assert "</think>" in texts[-1]
-    thought = [i for i, token in chat_format.tokenizer.added_tokens_decoder.items() if str(token) == "</think>"]
-    ids, mask = chat_format.encode(chat)
-    assert [token for token, trained in zip(ids, mask) if trained].count(thought[0]) == len(texts)
+    texts = templates.trained_texts(chat_format, THOUGHTS)
+    assert "Sum." in texts[-1] and "</think>" in texts[-1] and "4." in texts[-1]
+    ids, mask = chat_format.encode(THOUGHTS)
+    thought = tokenizer.convert_tokens_to_ids("</think>")
+    assert [token for token, trained in zip(ids, mask) if trained].count(thought) == len(texts)
     if name in ("qwen3", "qwen3_5_think"):  # these drop the thoughts of earlier turns: context, not trained on
-        assert len(texts) == 1 and "Easy" not in chat_format.tokenizer.decode(ids)
+        assert len(texts) == 1 and "Easy" not in tokenizer.decode(ids)
 
 
 def test_a_template_that_drops_thoughts_of_the_last_answer_is_refused(block):
     chat_format = block.PromptFormat(templates.make_tokenizer("deepseek_r1_distill"), "chat")
-    with pytest.raises(UserError, match="does not write the whole answer"):
-        chat_format.encode([user("1+1?"), assistant("<think>\nEasy.\n</think>\n\n2.")])
+    with pytest.raises(ValueError, match="does not write the whole last answer"):
+        chat_format.encode(THOUGHTS[:2])
 
 
-def refused(block, template, chat):
+LOOP = "{% for m in messages %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("hello", "does not write answers"),
+        ("{{ raise_exception('no') }}", "refuses this conversation: no"),
+        (CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>bot\n'"), "does not write the whole last answer"),
+        (LOOP + "{{ m['content'][:1] }}<|im_end|>{% endfor %}", "leaves out text of turn 0 (user)"),
+        (LOOP + "{{ m['content'] if m['role'] == 'user' else m['content'][:1] }}<|im_end|>{% endfor %}", "whole last answer"),
+    ],
+)  # fmt: skip
+def test_templates_that_cannot_be_right_are_refused_with_the_reason(block, template, problem):
     tokenizer = make_tokenizer(chat=True)
     tokenizer.chat_template = template
-    with pytest.raises(UserError) as error:
-        block.PromptFormat(tokenizer, "chat").encode(chat)
-    return str(error.value)
-
-
-def test_templates_that_cannot_be_right_are_refused_with_the_reason(block):
-    chat = [user("a b"), assistant("c d"), user("e"), assistant("f")]
-    loop = "{% for m in messages %}"
-    assert "does not write the texts" in refused(block, "hello", chat)
-    assert "does not write the texts" in refused(block, "{{ raise_exception('no') }}", chat)
-    other_prompt = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>bot\n'")
-    assert "after its generation prompt" in refused(block, other_prompt, chat)
-    short = loop + "{{ m['content'][:1] }}<|im_end|>{% endfor %}"
-    assert "leaves out text of turn 0 (user)" in refused(block, short, chat)
-    short = loop + "{{ m['content'] if m['role'] == 'user' else m['content'][:1] }}<|im_end|>{% endfor %}"
-    assert "does not write the whole answer" in refused(block, short, chat[:2])
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        block.PromptFormat(tokenizer, "chat").encode([user("a b"), assistant("c d")])
 
 
 def test_a_template_without_a_token_that_ends_turns_gets_eos_once(block):
     tokenizer = make_tokenizer(chat=True)
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ '### ' + m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        LOOP + "{{ '### ' + m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '### assistant: ' }}{% endif %}"
     )
     chat_format = block.PromptFormat(tokenizer, "chat")
@@ -398,64 +425,45 @@ def test_bos_comes_once_in_a_chat(block):
     assert tokenizer.decode([token for token, trained in zip(ids, mask) if trained]) == "b</s>"
 
 
-def test_stop_ids_are_a_set(block):
-    class GenerationConfig:
-        eos_token_id = [7, 9]
-
+def test_stop_ids_are_those_of_tokenizer_model_and_template(block):
     chat_format = block.PromptFormat(templates.make_tokenizer("llama3_2"), "chat")
     turn = chat_format.tokenizer.convert_tokens_to_ids("<|eot_id|>")
-    assert chat_format.stop_ids(GenerationConfig) == sorted({7, 9, turn})
+    assert chat_format.stop_ids(types.SimpleNamespace(eos_token_id=[7, 9])) == sorted({7, 9, turn})
+    assert chat_format.stop_ids(types.SimpleNamespace(eos_token_id=7)) == sorted({7, turn})
     glm = block.PromptFormat(templates.make_tokenizer("glm4moe"), "chat")
     assert set(glm.tokenizer.convert_ids_to_tokens(glm.stop_ids())) == {"<eos>", "<|user|>"}
 
 
-@pytest.mark.parametrize("name", templates.NAMES)
-def test_the_ids_are_those_of_the_tokenizers_own_reading(block, name):
-    """Cutting a chat into pieces changes nothing where no token lies across a cut."""
-    chat_format = block.PromptFormat(templates.make_tokenizer(name), "chat")
-    chat = [user("The fox"), assistant("The lazy dog."), user("The dog, the fox?"), assistant("The quick fox.")]
-    ids = chat_format.encode(chat)[0]
-    whole = chat_format.tokenizer(chat_format._render(chat), add_special_tokens=False)["input_ids"]
-    if name.startswith("glm4moe"):
-        whole = [*whole, ids[-1]]  # this template leaves the last turn open
-    assert ids == whole[: len(ids)]
+# ---------------------------------------------------------------- chats, any text
 
-
-SOME = ["llama3_2", "qwen3", "gemma", "gptoss", "phi3", "glm4moe"]
+CHATS = st.lists(st.tuples(CONTENTS, CONTENTS), min_size=1, max_size=3).map(
+    lambda pairs: [turn for question, answer in pairs for turn in (user(question), assistant(answer))]
+)
+INSTRUCTIONS = (  # in the way of Llama 2 and Mistral
+    LOOP + "{% if m['role'] == 'user' %}{{ bos_token + '[INST]' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token + '\n' }}{% endif %}{% endfor %}"
+)
 FORMATS = {}
 
 
-@pytest.mark.parametrize("name", SOME)
-@FAST
-@given(contents=st.lists(st.tuples(CONTENTS, CONTENTS), min_size=1, max_size=3))
-def test_chats_with_any_text(block, name, contents):
-    if name not in FORMATS:
-        FORMATS[name] = block.PromptFormat(templates.make_tokenizer(name), "chat")
-    chat_format = FORMATS[name]
-    chat = [turn for question, answer in contents for turn in (user(question), assistant(answer))]
-    ids, mask = chat_format.encode(chat)
-    prompt = chat_format.encode(chat[:-1], open_end=True)[0]
-    assert ids[: len(prompt)] == prompt
-    assert mask[len(prompt) :] == [1] * (len(ids) - len(prompt))
-    before, end, _ = expected(name)
-    answer = chat_format.tokenizer.decode(ids[len(prompt) :])
-    assert answer.removeprefix(before).removesuffix(end).strip() == contents[-1][1].strip()
-    special = [i for i, token in chat_format.tokenizer.added_tokens_decoder.items() if token.special]
-    harmless = [{**message, "content": "x"} for message in chat]
-    count = [sum(token in special for token in chat_format.encode(turns)[0]) for turns in (chat, harmless)]
-    assert count[0] == count[1]
-
-
 def instructed(block, name):
-    """A PromptFormat with the tokenizer `name` and a template in the way of Llama 2."""
     if name not in FORMATS:
         tokenizer = made(name)
-        tokenizer.chat_template = (
-            "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST]' + m['content'] + ' [/INST]' }}"
-            "{% else %}{{ ' ' + m['content'] + ' ' + eos_token + '\n' }}{% endif %}{% endfor %}"
-        )
+        tokenizer.chat_template = INSTRUCTIONS
         FORMATS[name] = block.PromptFormat(tokenizer, "chat")
     return FORMATS[name]
+
+
+@pytest.mark.parametrize("name", ["llama3_2", "qwen3", "gemma", "gptoss", "phi3", "glm4moe"])
+@FAST
+@given(chat=CHATS)
+def test_any_text_comes_back_from_the_ids(block, name, chat):
+    if name not in FORMATS:
+        FORMATS[name] = block.PromptFormat(templates.make_tokenizer(name), "chat")
+    ids, mask = encode_and_check(FORMATS[name], chat)
+    before, end, _ = expected(name)
+    answer = FORMATS[name].tokenizer.decode(ids[len(FORMATS[name].encode(chat[:-1], open_end=True)[0]) :])
+    assert answer.removeprefix(before).removesuffix(end).strip() == chat[-1]["content"].strip()
 
 
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if name not in ("wordpiece+be", "phrases+b")])
@@ -468,16 +476,12 @@ def test_chats_read_as_the_tokenizer_reads_them(block, name):
 
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "wordpiece+be"])
 @FAST
-@given(contents=st.lists(st.tuples(CONTENTS, CONTENTS), min_size=1, max_size=3))
-def test_chats_with_any_text_and_every_kind_of_tokenizer(block, name, contents):
+@given(chat=CHATS)
+def test_any_text_comes_back_whatever_the_tokenizer(block, name, chat):
     chat_format = instructed(block, name)
     tokenizer = chat_format.tokenizer
-    chat = [turn for question, answer in contents for turn in (user(question), assistant(answer))]
-    ids, mask = chat_format.encode(chat)
-    prompt = chat_format.encode(chat[:-1], open_end=True)[0]
-    assert ids[: len(prompt)] == prompt
-    assert mask[len(prompt) :] == [1] * (len(ids) - len(prompt))
-    assert ids.count(tokenizer.bos_token_id) == ids.count(tokenizer.eos_token_id) == len(contents)
-    assert [token for token, trained in zip(ids, mask) if trained].count(tokenizer.eos_token_id) == len(contents)
+    ids, mask = encode_and_check(chat_format, chat)
+    assert ids.count(tokenizer.bos_token_id) == ids.count(tokenizer.eos_token_id) == len(chat) // 2
+    assert [token for token, trained in zip(ids, mask) if trained].count(tokenizer.eos_token_id) == len(chat) // 2
     trained = [text.removesuffix("</s>").strip() for text in templates.trained_texts(chat_format, chat)]
-    assert trained == [answer.strip() for _, answer in contents]
+    assert trained == [turn["content"].strip() for turn in chat[1::2]]
