@@ -1087,7 +1087,7 @@ def run_stage(args):
         print(f"accuracy before training {metrics['accuracy_before']:.3f}")
     trainer, figures = train(model, args, config, rows, prompt_format, collate, callback, checkpoint)
     if callback.interrupted:
-        print(f"saved; go on with the same command and --resume_from_checkpoint ({output_dir})", file=sys.stderr)
+        print(f"\nsaved; go on with the same command and --resume_from_checkpoint ({output_dir})", file=sys.stderr)
         raise SystemExit(130)
     metrics |= figures
     if "eval" in rows:
