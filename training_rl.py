@@ -1010,7 +1010,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         kl = self.total(batch.kl for batch in batches) / self.episodes
         if self.state.global_step == 0 and not any(batch.ended.any() for batch in batches):
             text = f"none of the first answers ended within --response_length {self.args.response_length} tokens"
-            print(f"warning: {text}: the policy may not have learned to stop (see training_sft.py)", file=sys.stderr)
+            print(f"\nwarning: {text}: the policy may not have learned to stop (see training_sft.py)", file=sys.stderr)
         if self.args.max_kl and kl > self.args.max_kl:
             self.latest = {"objective/kl": kl}  # Trainer's loop has no other way out before its optimizer step
             raise KLAboveLimit(f"KL {kl:.2f} nats is above --max_kl {self.args.max_kl}")
@@ -1733,9 +1733,10 @@ def run_stage(args):
     run, callback = describe_run(args, policy, prompt_format, counts), RunCallback(args.output_dir)
     trainer = PPOTrainer(
         roles, config, prompt_format, reward_format, reward_function, run,
-        train_dataset=train_rows, eval_dataset=eval_rows, callbacks=[callback, EpisodeBar()],
+        train_dataset=train_rows, eval_dataset=eval_rows, callbacks=[callback],
     )  # fmt: skip
     trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(EpisodeBar())
     if not checkpoint:
         torch.manual_seed(args.seed + 100_003 * config.process_index)  # processes sample different answers
         if args.normalize_reward:

@@ -865,8 +865,9 @@ def test_logging_saving_and_evaluation_steps(rl, chain, tmp_path):
 
 
 def test_the_final_checkpoint_and_its_record(rl, chain, tmp_path):
-    """run.json and metrics.json; the tokenizer is there; no draft is left."""
-    train(rl, chain, tmp_path / "out")
+    """run.json and metrics.json; the tokenizer is there; no draft is left; the bar has shown reward, KL and length."""
+    output, errors = run(rl, *command(chain, tmp_path / "out"))
+    assert "kl=0.00, length=" in errors and "objective/kl" not in output
     final = tmp_path / "out" / "final_checkpoint"
     record = json.loads((final / "run.json").read_text())
     assert (record["stage"], record["base_model"], record["parent"]) == ("rl", chain["base"], chain["sft"])
