@@ -291,20 +291,20 @@ def parse_flags(argv=None):
     mini_batch = args.episodes_per_update / args.num_mini_batches
     uneven = mini_batch % 1 or mini_batch % min(args.per_device_train_batch_size, mini_batch)
     quantized = args.load_in_4bit or args.load_in_8bit
-    mistakes = {
-        f"this script needs trl {TRL_VERSION}, found {found}: pip install trl=={TRL_VERSION}": found != TRL_VERSION,
-        "--bf16 and --fp16 exclude each other": args.bf16 and args.fp16,
-        "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
-        "--load_in_4bit and --load_in_8bit need --use_lora: quantized weights cannot be trained": quantized
-        and not args.use_lora,
-        "a reward is needed: --reward_model_path, --reward_function, or both": not args.reward_model_path
-        and not args.reward_function,
-        f"--num_mini_batches {args.num_mini_batches} does not divide the {args.episodes_per_update} episodes of an "
-        "update (--per_device_train_batch_size x --gradient_accumulation_steps) into whole micro-batches": uneven,
-        "PPO runs under DDP (accelerate launch --multi_gpu), not under DeepSpeed or FSDP": os.environ.keys()
-        & {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"},
-    }
-    for message, is_made in mistakes.items():
+    sharded = os.environ.keys() & {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"}
+    episodes = f"{args.episodes_per_update} episodes of an update (--per_device_train_batch_size x "
+    episodes += "--gradient_accumulation_steps)"
+    mistakes = [
+        (found != TRL_VERSION, f"this script needs trl {TRL_VERSION}, found {found}: pip install trl=={TRL_VERSION}"),
+        (args.bf16 and args.fp16, "--bf16 and --fp16 exclude each other"),
+        (args.load_in_4bit and args.load_in_8bit, "--load_in_4bit and --load_in_8bit exclude each other"),
+        (quantized and not args.use_lora, "--load_in_4bit and --load_in_8bit need --use_lora: adapters are trained"),
+        (not (args.reward_model_path or args.reward_function), "a reward is needed: --reward_model_path, "
+         "--reward_function, or both"),
+        (uneven, f"--num_mini_batches {args.num_mini_batches} does not divide the {episodes} into whole micro-batches"),
+        (sharded, "PPO runs under DDP (accelerate launch --multi_gpu), not under DeepSpeed or FSDP"),
+    ]  # fmt: skip
+    for is_made, message in mistakes:
         if is_made:
             fail(message)
     return args
@@ -421,7 +421,7 @@ def load_split(args, subset, split, flag):
         source, files = {"jsonl": "json"}.get(place.suffix[1:], place.suffix[1:]), {"data_files": str(place)}
     elif (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():  # of save_to_disk
         parts = read_json(place / "dataset_dict.json").get("splits", ["."])
-        parts = {part.replace(".", "train"): f"{place}/{part}/*.arrow" for part in parts}
+        parts = {"train" if part == "." else part: f"{place}/{part}/*.arrow" for part in parts}
         source, files = "arrow", {"data_files": parts}
     name, bracket, part = split.partition("[")
     where = f"{args.dataset_name} {subset or ''}".strip()
@@ -506,6 +506,8 @@ def load_reward_function(spec):
 
 
 # ---- models ----
+
+SCORE = "base_model.model.score.weight"  # PEFT's name for the head of a reward model's adapter
 
 
 @dataclasses.dataclass
@@ -696,6 +698,13 @@ def switch_off(model):
             holder.p = 0.0
 
 
+def save_full(model, directory):
+    """A full model, with its config as it was before `switch_off`."""
+    running, model.config = model.config, model.saved_config
+    model.save_pretrained(directory)
+    model.config = running
+
+
 # ---- roles ----
 
 
@@ -775,57 +784,64 @@ def put_adapter(model, name, config, weights=None):
     return model
 
 
-def load_roles(args, policy_source, reward_source, same_tokens):
-    """Load every base model once and put the roles on them.
+def copy_adapter(role, name, head=None):
+    """A Role on the same model, with a copy of the adapter, and a head with the weights `head`."""
+    weights = get_peft_model_state_dict(role.model, adapter_name=role.adapter)
+    weights = {key: tensor.clone() for key, tensor in weights.items()}
+    model = put_adapter(role.model, name, role.model.peft_config[role.adapter], weights)
+    return Role(model, name, None if head is None else scalar_head(head))
 
-    - policy: an adapter (a copy of the one at --model_path, or a new one), or with neither adapter nor --use_lora a
-      full model; reference: the policy as it is at the start, frozen.
-    - reward: its adapter on the policy's base if that is the base it was trained on, else a model of its own.
-    - value: starts as a copy of the reward model, adapter and head (Stiennon et al. 2020, section 3.4: the value
-      function starts from the reward model's weights). Without a reward model that reads the policy's tokens it starts
-      from the policy with a zero head, so that the first advantages are those of the rewards alone.
-    """
-    reward = value = None
-    if args.use_lora:
-        model = load_model(AutoModelForCausalLM, policy_source.base, args)
-        if policy_source.adapter:
-            lora, weights, _ = read_adapter(policy_source, head_count=0)
-        else:
-            lora, weights = new_lora(args, model, "CAUSAL_LM"), None
-        model = put_adapter(model, "default", lora, weights)
-        start = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
-        put_adapter(model, "ppo_reference", lora, start)
-        policy, reference = Role(model, "default"), Role(model, "ppo_reference")
+
+def load_policy(args, source):
+    """Policy and reference: an adapter (a copy of the one at --model_path, or a new one) and its frozen copy; with
+    neither adapter nor --use_lora two full models."""
+    if not args.use_lora:
+        models = [load_model(AutoModelForCausalLM, source.base, args, trainable=True) for _ in range(2)]
+        return Role(models[0]), Role(models[1])
+    model, weights = load_model(AutoModelForCausalLM, source.base, args), None
+    if source.adapter:
+        lora, weights, _ = read_adapter(source, head_count=0)
     else:
-        policy = Role(load_model(AutoModelForCausalLM, policy_source.base, args, trainable=True))
-        reference = Role(load_model(AutoModelForCausalLM, policy_source.base, args, trainable=True))
+        lora = new_lora(args, model, "CAUSAL_LM")
+    policy = Role(put_adapter(model, "default", lora, weights), "default")
+    return policy, copy_adapter(policy, "ppo_reference")
 
-    if reward_source and reward_source.adapter:
-        config, weights, (head,) = read_adapter(reward_source, head_count=1)
-        shared = args.use_lora and reward_source.base == policy_source.base
-        base = policy.model if shared else load_classifier(reward_source.base, args, trainable=False)
-        base = put_adapter(base, "ppo_reward", config, weights)
-        reward = Role(base, "ppo_reward", scalar_head(head))
-        if same_tokens:
-            value = Role(put_adapter(base, "ppo_value", config, weights), "ppo_value", scalar_head(head))
-    elif reward_source:
-        classifier = load_classifier(reward_source.base, args, trainable=False)
-        reward = Role(classifier, None, classifier.score)
-        if same_tokens and args.use_lora:
-            reward.model = put_adapter(classifier, "ppo_value", new_lora(args, classifier, None))
-            value = Role(reward.model, "ppo_value", scalar_head(classifier.score.weight))
-        elif same_tokens:
-            classifier = load_classifier(reward_source.base, args, trainable=True)
-            value = Role(classifier, None, classifier.score)
 
-    if value is None and args.use_lora:
+def load_reward(args, source, policy_source, policy):
+    """The reward model: its adapter on the policy's base if that is the base it was trained on, else a model of its
+    own."""
+    if not source.adapter:
+        model = load_classifier(source.base, args, trainable=False)
+        return Role(model, None, model.score)
+    lora, weights, (head,) = read_adapter(source, head_count=1)
+    shared = args.use_lora and source.base == policy_source.base
+    model = policy.model if shared else load_classifier(source.base, args, trainable=False)
+    return Role(put_adapter(model, "ppo_reward", lora, weights), "ppo_reward", scalar_head(head))
+
+
+def load_value(args, policy, reward):
+    """The value model starts as a copy of the reward model (Stiennon et al. 2020, section 3.4: the value function
+    starts from the reward model's weights), if there is one that reads the policy's tokens; else it starts from the
+    policy with a zero head, so that the first advantages are those of the rewards alone."""
+    if reward and reward.adapter:
+        return copy_adapter(reward, "ppo_value", reward.head.weight.data)
+    if args.use_lora and reward:  # an adapter on the classifier, which without it is the reward model
+        reward.model = put_adapter(reward.model, "ppo_value", new_lora(args, reward.model, None))
+        return Role(reward.model, "ppo_value", scalar_head(reward.head.weight.data))
+    if args.use_lora:
         width = policy.network.get_output_embeddings().weight.shape[1]  # OPT-350m's is not its hidden_size
-        head = scalar_head(torch.zeros(1, width))
-        value = Role(put_adapter(policy.model, "ppo_value", lora, start), "ppo_value", head)
-    elif value is None:
-        classifier = load_classifier(policy_source.base, args, trainable=True)
-        classifier.score.weight.data.zero_()
-        value = Role(classifier, None, classifier.score)
+        return copy_adapter(policy, "ppo_value", torch.zeros(1, width))
+    model = load_classifier((reward or policy).model.config.name_or_path, args, trainable=True)
+    if not reward:
+        model.score.weight.data.zero_()
+    return Role(model, None, model.score)
+
+
+def load_roles(args, policy_source, reward_source, same_tokens):
+    """Every base model once, with the roles on it."""
+    policy, reference = load_policy(args, policy_source)
+    reward = load_reward(args, reward_source, policy_source, policy) if reward_source else None
+    value = load_value(args, policy, reward if same_tokens else None)
     return Roles(policy, reference, reward, value)
 
 
@@ -833,24 +849,19 @@ def report_roles(roles):
     """Say on which model each role stands and what it adds to it; a warning where gradients and AdamW's moments (12
     bytes a weight) exceed what is free beside the weights (1 GB = 1e9 bytes)."""
     print(f"{len(roles.models)} model(s) with {sum(p.nbytes for p in roles.parameters()) / 1e9:.2f} GB of weights:")
-    for name in ("policy", "reference", "reward", "value"):
+    for name, kind in {"policy": "trained", "reference": "frozen", "reward": "frozen", "value": "trained"}.items():
         role = getattr(roles, name)
-        if role is not None:
-            adapter = f"adapter, {sum(p.nbytes for p in role.parameters()) / 1e6:.1f} MB, on " if role.adapter else ""
-            number = [model is role.model for model in roles.models].index(True) + 1
-            print(f"  {name:<10}{adapter}model {number}, {role.model.config.name_or_path}")
+        if role is None:
+            print(f"  {name:<10}no model: --reward_function")
+            continue
+        adapter = f"adapter, {sum(p.nbytes for p in role.parameters()) / 1e6:.1f} MB, on " if role.adapter else ""
+        number = [model is role.model for model in roles.models].index(True) + 1
+        print(f"  {name:<10}{kind:<8}{adapter}model {number}, {role.model.config.name_or_path}")
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     needed = 12 * sum(p.numel() for p in roles.trained())
     if needed > free:
         text = f"gradients and optimizer take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: see --use_lora"
         print(f"warning: {text}", file=sys.stderr)
-
-
-def save_full(model, directory):
-    """A full model, with its config as it was before `switch_off`."""
-    running, model.config = model.config, model.saved_config
-    model.save_pretrained(directory)
-    model.config = running
 
 
 def save_roles(roles, directory):
@@ -864,7 +875,7 @@ def save_roles(roles, directory):
         save_full(value.model, directory / "value")
         return
     weights = get_peft_model_state_dict(value.model, adapter_name=value.adapter)
-    weights["base_model.model.score.weight"] = value.head.weight.detach()
+    weights[SCORE] = value.head.weight.detach()
     config = copy.copy(value.model.peft_config[value.adapter])
     config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], True
     config.save_pretrained(directory / "value")
@@ -900,8 +911,8 @@ def sees_whole_texts(network, longest):
 @dataclasses.dataclass
 class MicroBatch:
     """Some episodes of a rollout as R rows of S tokens. R is 1 where texts may share a row: the tokens that all prompts
-    begin with once, then of each episode the rest of its prompt and its response; `mask` keeps the episodes apart. Else
-    each episode has its own row, padded behind it.
+    begin with once, then of each episode the rest of its prompt and its response (beginning | rest 1, response 1 | rest
+    2, response 2 | ...); `mask` keeps the episodes apart. Else each episode has its own row, padded behind it.
 
     B episodes, W response positions; a response of length n has actions at 0..n-1, and where W allows the state after
     its last token at n. What is None at first is filled in by the rollout, per episode (B,) or position (B, W)."""
@@ -937,7 +948,7 @@ class MicroBatch:
         place = {"attention_mask": self.mask, "position_ids": self.position_ids}
         return {"input_ids": self.input_ids, "use_cache": False, **place}
 
-    def spread(self, values):
+    def place_actions(self, values):
         """Values (R, K) as (B, W): those of the actions at their places, 0 elsewhere."""
         values = values.flatten()[self.action_index]
         return torch.zeros_like(self.actions, dtype=values.dtype).masked_scatter(self.actions, values)
@@ -999,9 +1010,9 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         kl = self.total(batch.kl for batch in batches) / self.episodes
         if self.state.global_step == 0 and not any(batch.ended.any() for batch in batches):
             text = f"none of the first answers ended within --response_length {self.args.response_length} tokens"
-            print(f"warning: {text}: the policy may not have learned to stop (see training_sft.py)", file=sys.stderr)
+            print(f"\nwarning: {text}: the policy may not have learned to stop (see training_sft.py)", file=sys.stderr)
         if self.args.max_kl and kl > self.args.max_kl:
-            self.latest = {"objective/kl": kl}
+            self.latest = {"objective/kl": kl}  # Trainer's loop has no other way out before its optimizer step
             raise KLAboveLimit(f"KL {kl:.2f} nats is above --max_kl {self.args.max_kl}")
         for module in model.modules():  # layers only checkpoint in train mode, in which routers would add noise
             module.training = getattr(module, "gradient_checkpointing", False)
@@ -1035,8 +1046,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         with self.roles.policy.active():
             for batch in batches:
                 logits = self.response_logits(self.roles.policy, batch)
-                batch.logprobs = batch.spread(selective_log_softmax(logits, batch.targets))
-                batch.entropy = batch.spread(entropy_from_logits(logits))
+                batch.logprobs = batch.place_actions(selective_log_softmax(logits, batch.targets))
+                batch.entropy = batch.place_actions(entropy_from_logits(logits))
         with self.roles.reference.active():
             for batch in batches:
                 batch.ref_logprobs = self.response_logprobs(self.roles.reference, batch)
@@ -1183,7 +1194,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         """Log-probabilities (B, W) of the response tokens, 0 where there is none.
 
         The one code path for old, new and reference log-probabilities: the first ratio is 1 and the first KL is 0."""
-        return batch.spread(selective_log_softmax(self.response_logits(role, batch), batch.targets))
+        return batch.place_actions(selective_log_softmax(self.response_logits(role, batch), batch.targets))
 
     def hidden_states(self, role, batch):
         """Last hidden states (R * S, hidden) of the rows."""
@@ -1352,7 +1363,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         states = self.total(batch.states for batch in batches)
         read = self.total(torch.ones_like(batch.input_ids) for batch in batches)
         score = self.total(batch.scores for batch in batches) / n
-        spread = self.total((batch.scores - score).square() for batch in batches) / n
+        scores_variance = self.total((batch.scores - score).square() for batch in batches) / n
         kl_penalty = kl_coef * self.total(batch.penalty for batch in batches) / n
         returns = torch.cat([batch.returns[batch.states] for batch in batches])
         errors = returns - torch.cat([batch.values[batch.states] for batch in batches])
@@ -1360,7 +1371,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         unexplained = self.total([(errors - self.total([errors]) / states).square()])
         return {
             "objective/scores": score,
-            "objective/scores_std": math.sqrt(spread),
+            "objective/scores_std": math.sqrt(scores_variance),
             "objective/kl": kl,
             "objective/kl_coef": kl_coef,
             "objective/entropy": self.total(-batch.logprobs * batch.actions for batch in batches) / n,
@@ -1388,7 +1399,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         """Trainer's log line with the last update's metrics; the gradient norm is the mean of its optimizer steps."""
         if "grad_norm" in logs:
             norms = [*self.inner_norms, logs["grad_norm"]]
-            logs |= {"grad_norm": sum(norms) / len(norms), **self.latest}
+            logs = {**logs, "grad_norm": sum(norms) / len(norms), **self.latest}
         Trainer.log(self, logs, start_time)
 
     # ---- fixed prompts ----
@@ -1463,7 +1474,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                 continue
             weights = load_file(directory / "adapter_model.safetensors")
             if role.head is not None:
-                role.head.weight.data.copy_(weights.pop("base_model.model.score.weight"))
+                role.head.weight.data.copy_(weights.pop(SCORE))
             set_peft_model_state_dict(role.model, weights, adapter_name=role.adapter)
         self.ppo_state = json.loads((checkpoint / "ppo_state.json").read_text(encoding="utf-8"))
 
@@ -1517,7 +1528,7 @@ def finished_steps(checkpoint):
 def find_checkpoint(args):
     """The checkpoint to resume from, or None; an --output_dir in use is refused, and a checkpoint of something else."""
     folder, checkpoint = Path(args.output_dir), args.resume_from_checkpoint
-    newest = max(folder.glob("checkpoint-*"), key=finished_steps, default="")
+    newest = max(folder.glob("checkpoint-*"), key=finished_steps, default=folder / "checkpoint-0")
     if not checkpoint:
         if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not args.overwrite_output_dir:
             hint = (
@@ -1583,8 +1594,7 @@ def choose_format(flag, requested, recorded, tokenizer):
 
 
 def check_models(args, policy, reward):
-    """What can be wrong with the models, before any weight is loaded; a line says how good the reward model is. Returns
-    the number of positions that the policy has."""
+    """What can be wrong with the models, before any weight is loaded; a line says how good the reward model is."""
     if policy.adapter:
         check_lora_flags(args, policy)
     if reward is None and not args.use_lora:
@@ -1601,7 +1611,6 @@ def check_models(args, policy, reward):
             quality = f"prefers the chosen answer in {report['accuracy']:.3f} of {report['pairs']} pairs (95% interval "
             quality += f"{low:.3f} to {high:.3f}){', which is not above chance' if low <= 0.5 else ''}"
         print(f"--reward_model_path {args.reward_model_path}: {quality}")
-    return getattr(load_config(policy.base, args).get_text_config(), "max_position_embeddings", math.inf)
 
 
 def describe_run(args, source, prompt_format, counts):
@@ -1639,14 +1648,15 @@ def train(trainer, callback, checkpoint):
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except Exception as error:
         print(file=sys.stderr)  # here the line of the bar ends
-        limit = trainer.state.global_step + isinstance(error, FloatingPointError)  # the newest one's KL is above it
+        done = trainer.state.global_step
+        usable = done if isinstance(error, FloatingPointError) else done - 1  # the last one's KL is above the limit
         steps = {finished_steps(path): path for path in Path(trainer.args.output_dir).glob("checkpoint-*")}
-        newest = steps.get(max((step for step in steps if step < limit), default=0), "none")
+        newest = steps.get(max((step for step in steps if step <= usable), default=0), "none")
         if isinstance(error, FloatingPointError):
             fail(f"{error}; the last good checkpoint: {newest}")
         if not isinstance(error, KLAboveLimit):
             raise
-        print(f"{error}: stopped after update {limit}; the newest checkpoint below it: {newest}")
+        print(f"{error}: stopped after update {done}; the newest checkpoint below it: {newest}")
         return str(error)
     finally:
         for name, handler in handlers.items():
@@ -1681,7 +1691,8 @@ def run_stage(args):
     reward_function = load_reward_function(args.reward_function) if args.reward_function else None
     policy = locate_model(args.model_path, "--model_path")
     reward = locate_model(args.reward_model_path, "--reward_model_path") if args.reward_model_path else None
-    positions = check_models(args, policy, reward)
+    check_models(args, policy, reward)
+    positions = getattr(load_config(policy.base, args).get_text_config(), "max_position_embeddings", math.inf)
     checkpoint = find_checkpoint(args)
     if args.push_to_hub:
         validate_repo_id(Path(args.output_dir).resolve().name)
@@ -1722,9 +1733,10 @@ def run_stage(args):
     run, callback = describe_run(args, policy, prompt_format, counts), RunCallback(args.output_dir)
     trainer = PPOTrainer(
         roles, config, prompt_format, reward_format, reward_function, run,
-        train_dataset=train_rows, eval_dataset=eval_rows, callbacks=[callback, EpisodeBar()],
+        train_dataset=train_rows, eval_dataset=eval_rows, callbacks=[callback],
     )  # fmt: skip
     trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(EpisodeBar())
     if not checkpoint:
         torch.manual_seed(args.seed + 100_003 * config.process_index)  # processes sample different answers
         if args.normalize_reward:

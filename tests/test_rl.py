@@ -380,11 +380,14 @@ def test_a_reward_model_of_another_family_scores_text(
 
 
 @pytest.mark.numerical
-@pytest.mark.parametrize("steps", [1, 4])
-def test_the_rollout_is_that_of_every_text_alone(rl, wide, tmp_path, choose, rollouts, steps):
+@pytest.mark.parametrize(("steps", "own_format"), [(1, False), (4, False), (1, True)])
+def test_the_rollout_is_that_of_every_text_alone(rl, wide, tmp_path, choose, rollouts, steps, own_format):
     """Log-probabilities, entropies, values and scores of four episodes in a pass, or one, with EOS inside the prompt
-    and at the end or not: those of the unpadded texts through PEFT's models. A window keeps texts out of one row."""
+    and at the end or not: those of the unpadded texts through PEFT's models. A window keeps texts out of one row, also
+    where the reward model on the same base reads another format."""
     choose()
+    if own_format:
+        Path(wide["rm"], "run.json").write_text(json.dumps({"prompt_format": "qa"}))
     flags = f"--total_episodes 4 --per_device_train_batch_size {4 // steps} --gradient_accumulation_steps {steps}"
     output = run(rl, *command(wide, tmp_path, flags))[0]
     batches, endings = rollouts[0][1], set()
@@ -398,7 +401,8 @@ def test_the_rollout_is_that_of_every_text_alone(rl, wide, tmp_path, choose, rol
             logprobs, entropy = logprobs_of(wide["sft"], prompt, response)
             scalars = scalars_of(wide["rm"], prompt + response)
             pairs = [(batch.logprobs[i][actions], logprobs), (batch.entropy[i][actions], entropy)]
-            pairs += [(batch.values[i][actions], scalars[len(prompt) - 1 : -1]), (batch.scores[i], scalars[-1])]
+            if not own_format:
+                pairs += [(batch.values[i][actions], scalars[len(prompt) - 1 : -1]), (batch.scores[i], scalars[-1])]
             assert max((ours - theirs).abs().max().item() for ours, theirs in pairs) < 1e-9
             endings.add((response[-1] == STOP, len(response)))
     assert {ended for ended, _ in endings} == {True, False}
@@ -861,8 +865,9 @@ def test_logging_saving_and_evaluation_steps(rl, chain, tmp_path):
 
 
 def test_the_final_checkpoint_and_its_record(rl, chain, tmp_path):
-    """run.json and metrics.json; the tokenizer is there; no draft is left."""
-    train(rl, chain, tmp_path / "out")
+    """run.json and metrics.json; the tokenizer is there; no draft is left; the bar has shown reward, KL and length."""
+    output, errors = run(rl, *command(chain, tmp_path / "out"))
+    assert "kl=0.00, length=" in errors and "objective/kl" not in output
     final = tmp_path / "out" / "final_checkpoint"
     record = json.loads((final / "run.json").read_text())
     assert (record["stage"], record["base_model"], record["parent"]) == ("rl", chain["base"], chain["sft"])
