@@ -77,8 +77,8 @@ def refuse(request, models, tmp_path, monkeypatch):
 FLAGS = [
     (["--bf16", "--fp16"], "--fp16"),
     (["--fp16"], "--fp16"),  # needs a GPU
-    (["--load_in_4bit"], "--load_in_4bit.*--use_lora"),
-    (["--load_in_8bit"], "--load_in_8bit.*--use_lora"),
+    (["--load_in_4bit"], "--use_lora"),
+    (["--load_in_8bit"], "--use_lora"),
     (["--use_lora", "--load_in_4bit", "--load_in_8bit"], "--load_in_4bit.*--load_in_8bit"),
     (["--lr_scheduler_type", "zigzag"], "zigzag"),
     (["--warmup_ratio", "1.5"], "--warmup_ratio.*1.5"),
@@ -149,7 +149,7 @@ def test_flags_that_cannot_be(refuse, places, stage, flags, expected):
         (["--base_model_path", "./nowhere"], "--base_model_path.*nowhere"),
         (["--base_model_path", "{policy}"], "--base_model_path"),
         (["--dtype", "int3"], "--dtype.*int3"),
-        (["--max_shard_size", "big"], "--max_shard_size.*big"),
+        (["--max_shard_size", "big"], "--max_shard_size"),
         (["--output_dir", "{file}"], "--output_dir"),
         (["--output_dir", "{used}"], "--output_dir.*--overwrite_output_dir"),
         (["--out", "x"], "--out"),
@@ -193,8 +193,10 @@ def test_what_scripts_share_has_one_name_type_and_default(request):
     seen = {}
     for stage in TRAINING:
         for action in request.getfixturevalue(stage).build_parser()._actions:
-            kind = getattr(action.type, "__name__", action.type), action.default, action.nargs, action.choices
-            kind = (*kind, action.required, type(action).__name__)
+            value = (
+                action.type("2" if action.dest == "max_length" else "1") if action.type else None
+            )  # an int or a float, however the script checks its range
+            kind = type(value), action.default, action.nargs, action.choices, action.required, type(action).__name__
             if action.dest not in own:
                 assert seen.setdefault(action.dest, kind) == kind, f"{stage}: --{action.dest}"
     assert len(seen) > 50
