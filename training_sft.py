@@ -206,6 +206,7 @@ def build_parser():
     add = parser.add_argument
     add("--model_path", required=True, help="hub id, model directory or LoRA adapter directory")
     add("--dataset_name", required=True, help="hub id, folder, file, or json/parquet/arrow/csv")
+    add("--dataset_config", help="configuration of a hub data set that has several")
     add("--subset", help="data_dir of the data set, e.g. data/finetune")
     add("--split", default="train", help="split to train on, also a slice: train[:95%%]")
     add("--eval_subset", help="data_dir of the evaluation split (that of --subset)")
@@ -335,7 +336,10 @@ def locate_model(args):
     for flag, name in {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}.items():
         if getattr(args, flag) not in (None, adapter[name]):
             fail(f"--{flag} {getattr(args, flag)}: the adapter {path} has {adapter[name]}; leave the flag out")
-    if args.lora_target_modules and set(args.lora_target_modules) != set(adapter["target_modules"]):
+    targets = adapter["target_modules"]
+    if args.lora_target_modules and set(args.lora_target_modules) != (
+        {targets} if isinstance(targets, str) else set(targets)
+    ):
         fail(f"--lora_target_modules: the adapter {path} has its own; leave the flag out")
     return base, folder.resolve(), run
 
@@ -394,6 +398,10 @@ def make_config(args):
     return config
 
 
+def count_steps(checkpoint):
+    return read_json(checkpoint / "trainer_state.json").get("global_step", 0)
+
+
 def find_checkpoint(args):
     """The checkpoint to go on from, or None; a non-empty --output_dir is not overwritten by chance."""
     folder = Path(args.output_dir)
@@ -402,7 +410,7 @@ def find_checkpoint(args):
             fail(f"--output_dir {folder} is not empty; see --resume_from_checkpoint and --overwrite_output_dir")
         return None
     complete = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]  # Trainer writes it last
-    checkpoint = max(complete, key=lambda path: int(path.name[11:]), default=None)
+    checkpoint = max(complete, key=count_steps, default=None)
     if args.resume_from_checkpoint is not True:
         checkpoint = Path(args.resume_from_checkpoint)
     if not checkpoint:
@@ -411,8 +419,11 @@ def find_checkpoint(args):
     if not (checkpoint / "trainer_state.json").is_file():
         fail(f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)")
     run = read_json(checkpoint / "run.json")
-    if run.get("stage") != "sft" or run["versions"].get("scripts") != SCRIPTS:
+    if run.get("stage") != "sft" or run.get("versions", {}).get("scripts") != SCRIPTS:
         fail(f"--resume_from_checkpoint: {checkpoint} is of another stage, or of an earlier version of this script")
+    later = [path for path in complete if count_steps(path) > count_steps(checkpoint)]
+    if later and not args.overwrite_output_dir:
+        fail(f"--resume_from_checkpoint {checkpoint}: {later[0]} is later; --overwrite_output_dir drops it")
     return checkpoint
 
 
@@ -426,80 +437,89 @@ def load_tokenizer(place, args):
 
 
 def load_split(args, subset, split, flag):
-    """One split of the data set, at most --max_samples rows of it."""
-    path, loaders = (
-        args.dataset_name,
-        {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"},
-    )
-    source = {"path": path, "data_dir": subset}
-    if Path(path).suffix in loaders:
-        source = {"path": loaders[Path(path).suffix], "data_files": path}
-    if path in loaders.values() and not Path(subset or "").is_dir():
-        fail(f"--subset {subset} does not exist; with --dataset_name {path} it is a folder of files")
+    """(rows, where): one split of the data set, at most --max_samples rows of it, and its name for messages."""
+    place = Path(args.dataset_name)
+    source, files = args.dataset_name, {"data_dir": subset}
+    if place.is_file():
+        source, files = {".jsonl": "json"}.get(place.suffix, place.suffix[1:]), {"data_files": str(place)}
+    elif (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():  # of save_to_disk
+        parts = read_json(place / "dataset_dict.json").get("splits", ["train"])
+        folders = {part: place / part if (place / part).is_dir() else place for part in parts}
+        source, files = "arrow", {"data_files": {part: f"{folder}/*.arrow" for part, folder in folders.items()}}
+    where = f"{args.dataset_name} {subset or ''}".strip()
+    name, bracket, part = split.partition("[")
     try:
-        names = datasets.get_dataset_split_names(**source)
-        name = re.match(r"\w*", split)[0]
+        names = datasets.get_dataset_split_names(source, args.dataset_config, **files)
         if name not in names and len(names) == 1:  # datasets names splits after files: data/evaluation is `test`
-            print(f"{subset or path} has one split, {names[0]!r}: used for {flag} {split}")
-            split = names[0] + split[len(name) :]
-        elif name not in names:
-            fail(f"{flag} {split}: {subset or path} has the splits {', '.join(names)}")
-        rows = datasets.load_dataset(**source, split=split)
+            print(f"{where} has one split, {names[0]!r}: used for {flag} {split}")
+            name = names[0]
+        if name not in names:
+            fail(f"{flag} {split}: {where} has the splits {', '.join(names)}")
+        rows = datasets.load_dataset(source, args.dataset_config, split=name + bracket + part, **files)
     except Exception as error:  # datasets raises dozens of types
-        fail(f"the data set {path} {subset or ''} cannot be read: {error}")
-    return rows.select(range(min(len(rows), args.max_samples or len(rows))))
+        fail(f"{flag} {split}: {where} cannot be read: {type(error).__name__} {error} {error.__cause__ or ''}")
+    if not len(rows):
+        fail(f"{flag} {split}: {where} is empty; it should have at least one row")
+    return rows.select(range(min(len(rows), args.max_samples or len(rows)))), f"{where} [{name}{bracket}{part}]"
 
 
-def encode_rows(rows, prompt_format, args, split):
+def encode_rows(rows, prompt_format, args, where):
     """(rows as `input_ids` and `labels`, -100 where not trained on, cut to --max_length; counts for run.json).
 
     Left out are rows that are misshapen (at most a tenth), have no answer left, or equal an earlier one."""
     schema = next((schema for schema in SCHEMAS if set(schema) <= set(rows.column_names)), None)
     if not schema:
         needed = "; ".join(" + ".join(schema) for schema in SCHEMAS)
-        fail(f"{split}: the columns are {', '.join(rows.column_names)}; one of these is needed: {needed}")
+        fail(f"{where} has the columns {', '.join(rows.column_names)}; one of these is needed: {needed}")
     max_length, train_on_prompt = args.max_length, args.train_on_prompt  # the whole args would spoil map's cache
 
     def encode_row(row):
         messages = row.get("messages")
         if schema != ("messages",):
             messages = [{"role": role, "content": row[name]} for role, name in zip(("user", "assistant"), schema)]
+        bad = [name for name in schema if not row[name] or (isinstance(row[name], str) and not row[name].strip())]
         try:
             check_messages(messages, last="assistant")
             ids, mask = prompt_format.encode(messages)
         except ValueError as error:
-            reason = str(error).partition(", not ")[0]
+            reason = f"column {' + '.join(bad or schema)} {error}".partition(", not ")[0]
             return {"reason": reason, "digest": "", "cut": False, "input_ids": [], "labels": []}
         labels = [token if trained or train_on_prompt else -100 for token, trained in zip(ids, mask)]
         labels = [-100, *labels[1:max_length]]  # the first token follows nothing
         return {
-            "reason": "" if set(labels) - {-100} else f"no answer within {max_length} tokens",
+            "reason": "" if set(labels) - {-100} else f"no answer within --max_length {max_length} tokens",
             "digest": hashlib.sha256(repr(ids).encode()).hexdigest(),
             "cut": len(ids) > max_length,
             "input_ids": ids[:max_length],
             "labels": labels,
         }
 
-    encoded = rows.map(encode_row, remove_columns=rows.column_names, desc="Tokenizing")
-    kept, left_out, seen = [], {}, {""}
+    workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = min(workers, len(rows) // 2000) or None  # where there is work for several
+    encoded = rows.map(encode_row, remove_columns=rows.column_names, num_proc=workers, desc="Tokenizing")
+    kept, left_out, seen = [], {}, set()  # left_out: {reason: numbers of the rows}
     for i, (reason, digest) in enumerate(zip(encoded["reason"], encoded["digest"])):
-        reason = "equal to an earlier row" if digest in seen - {""} else reason
-        left_out.setdefault(reason, []).append(i)
-        seen.add(digest)
-    kept = left_out.pop("", [])
-    reasons = [f"{len(found)} ({reason}; rows {', '.join(map(str, found[:3]))})" for reason, found in left_out.items()]
-    left = (
-        f"{split}: schema {' + '.join(schema)}, format {prompt_format.name}; left out: {', '.join(reasons) or 'none'}"
-    )
-    if not kept or list(encoded["digest"]).count("") > len(rows) / 10:
-        fail(f"{left}; {len(kept)} of {len(rows)} rows are left to train on")
+        reason = "equal to an earlier row" if digest in seen else reason
+        if reason:
+            left_out.setdefault(reason, []).append(i)
+        else:
+            kept.append(i)
+        if digest:
+            seen.add(digest)
+    misshapen = list(encoded["digest"]).count("")
     encoded = encoded.select(kept)
-    counts = {
-        "rows": len(kept),
-        "cut": sum(encoded["cut"]),
-        "left_out": {name: len(found) for name, found in left_out.items()},
-    }
-    print(f"{left}; {len(kept)} rows kept, {counts['cut']} of them cut to {max_length} tokens")
+    counts = {"rows": len(kept), "cut": sum(encoded["cut"])}
+    counts["left_out"] = {reason: len(numbers) for reason, numbers in left_out.items()}
+    lines = [
+        f"{where}: {len(numbers)} of {len(rows)} rows left out (row {', '.join(map(str, numbers[:3]))}): {reason}"
+        for reason, numbers in left_out.items()
+    ]
+    if not kept or misshapen > len(rows) / 10:
+        fail("; ".join(lines))
+    for line in lines:
+        print(f"warning: {line}")
+    print(f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; {len(kept)} rows kept, {counts['cut']} of "
+          f"them cut to {max_length} tokens")  # fmt: skip
     return encoded.select_columns(["input_ids", "labels"]), counts
 
 
@@ -572,18 +592,12 @@ def load_model(args, base, adapter):
 
 
 def list_linear_layers(model):
-    """Names of the linear layers without the output head.
-
-    Subclasses in model files are routers, which return tuples (PhiMoE, Llama 4); the kernels of Mamba read the weight of
-    out_proj themselves."""
-    plain = ("torch.nn.", "bitsandbytes.", "transformers.pytorch_utils")
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and type(module).__module__.startswith(plain)
-    }
-    left_out = [name for name in linear if model._is_stateful and name.endswith("out_proj")]
-    return [name for name in linear if name not in left_out and linear[name] is not model.get_output_embeddings()]
+    """Names of the linear layers without the output head, without routers (those of PhiMoE and Llama 4 return tuples), and
+    without the out_proj of recurrent layers, whose kernels read the weight themselves."""
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    linear = [(name, module) for name, module in linear if "Router" not in type(module).__name__]
+    names = [name for name, module in linear if module is not model.get_output_embeddings()]
+    return [name for name in names if not (model._is_stateful and name.endswith("out_proj"))]
 
 
 def set_router_loss(config, model):
@@ -608,6 +622,16 @@ def keeps_apart(model):
     alone = model(input_ids=ids[:, 4:], use_cache=False).logits[0].float()
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
     return bool((both - alone).abs().max() <= tolerance * alone.abs().max())
+
+
+@torch.no_grad()
+def uses_plain_head(model):
+    """Whether the logits are those of the head alone: no adapter on it, no factor (Granite) and no cap (Gemma 2)."""
+    ids, head = torch.arange(3, 11, device=model.device)[None], model.get_output_embeddings()
+    output = model.eval()(input_ids=ids, output_hidden_states=True, use_cache=False)
+    if type(head) is not torch.nn.Linear:
+        return False
+    return torch.allclose(head(output.hidden_states[-1]).float(), output.logits.float(), rtol=0.01, atol=0.01)
 
 
 class RunCallback(TrainerCallback):
@@ -640,6 +664,7 @@ class RunCallback(TrainerCallback):
         if not args.fp16 and not torch.nn.utils.get_total_norm(gradients).isfinite():  # float16 scales by overflows
             saved = [int(path.parent.name[11:]) for path in self.output_dir.glob("checkpoint-*/trainer_state.json")]
             last = f"checkpoint-{max(saved)} is the last good one" if saved else "there is no checkpoint yet"
+            print(file=sys.stderr)  # ends the line of the progress bar
             fail(f"the gradient is NaN or infinite in step {state.global_step + 1}; {last}")
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -712,7 +737,10 @@ def open_output_dir(args, history):
 def publish(trainer, args, run, metrics):
     """final_checkpoint/, which appears only when it is complete, and metrics.json."""
     folder, final = Path(args.output_dir), Path(args.output_dir, "final_checkpoint")
-    draft = final.with_suffix(".partial")
+    draft, old = final.with_suffix(".partial"), final.with_suffix(".old")
+    if trainer.is_world_process_zero():
+        shutil.rmtree(draft, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(draft))
     trainer.create_model_card(model_name=folder.resolve().name)
     if not trainer.is_world_process_zero():
@@ -725,8 +753,10 @@ def publish(trainer, args, run, metrics):
     (draft / "README.md").write_text(f"{card}\n## Figures\n\n| | |\n| --- | --- |\n{figures}", encoding="utf-8")
     write_json(draft / "run.json", {**run, "metrics": metrics})
     write_json(folder / "metrics.json", metrics)
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
     os.replace(draft, final)
+    shutil.rmtree(old, ignore_errors=True)
     print(f"saved {final}")
     if args.push_to_hub:
         repo = HfApi().create_repo(folder.resolve().name, exist_ok=True).repo_id
@@ -739,6 +769,7 @@ def explaining(args):
     try:
         yield
     except Exception as error:  # safetensors and torch.save have types of their own for a full disk
+        print(file=sys.stderr)  # ends the line of the progress bar
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             helps = ["use_lora", "gradient_checkpointing", "bf16", "load_in_4bit"]
             flags = " ".join(f"--{name}" for name in helps if not getattr(args, name))
@@ -757,21 +788,24 @@ def main(argv=None):
     config = make_config(args)
     checkpoint = find_checkpoint(args)
 
-    data = load_split(args, args.subset, args.split, "--split")
+    data, where = load_split(args, args.subset, args.split, "--split")
     natural = "chat" if "messages" in data.column_names else "qa"
     try:
         if args.push_to_hub:
             HfApi().whoami()
         model_config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
         tokenizer = load_tokenizer(adapter if adapter and (adapter / "tokenizer_config.json").is_file() else base, args)
-        prompt_format = pick_format(args.prompt_format, natural, parent.get("prompt_format"), tokenizer)
     except (OSError, ValueError) as error:  # of the hub and its cache, too
+        fail(f"--model_path {args.model_path}: {error}")
+    try:
+        prompt_format = pick_format(args.prompt_format, natural, parent.get("prompt_format"), tokenizer)
+    except ValueError as error:
         fail(error)
-    rows, counts = encode_rows(data, prompt_format, args, args.split)
+    rows, counts = encode_rows(data, prompt_format, args, where)
     eval_rows = None
     if args.eval_split or args.eval_subset:
-        data = load_split(args, args.eval_subset or args.subset, args.eval_split or "test", "--eval_split")
-        eval_rows, counts["eval"] = encode_rows(data, prompt_format, args, args.eval_split or "test")
+        data, where = load_split(args, args.eval_subset or args.subset, args.eval_split or "test", "--eval_split")
+        eval_rows, counts["eval"] = encode_rows(data, prompt_format, args, where)
     longest = max(map(len, rows["input_ids"]))
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or longest
     if longest > positions:
@@ -793,6 +827,8 @@ def main(argv=None):
                 "--packing and flash attention: in this model examples that share a row see each other; leave them out"
             )
         config.padding_free = flash and torch.cuda.is_available()
+        if not uses_plain_head(model):
+            config.loss_type = "nll"  # TRL's chunked loss is made of hidden states and the head's weight
         model.generation_config.eos_token_id = prompt_format.stop_ids(model.generation_config)
         run = describe_run(args, base, adapter, prompt_format, counts)
         trainer, callback = make_trainer(args, config, model, rows, eval_rows, tokenizer, run)

@@ -121,28 +121,30 @@ def test_messages_without_a_template_become_question_and_answer(train, plain_lla
 
 
 def test_train_on_prompt_trains_on_everything(train, llama):
-    assert "[[<|im_start|>system\nBe brief." in train(CHATS, llama, "--train_on_prompt", "--dry_run")[0]
+    """All but the first token, which follows nothing."""
+    assert "<|im_start|>[[system\nBe brief." in train(CHATS, llama, "--train_on_prompt", "--dry_run")[0]
 
 
 def test_rows_are_cut_dropped_and_counted(train, tmp_path, plain_llama):
     long = {"prompt": "b", "response": "word " * 50}
     hopeless = {"prompt": "word " * 50, "response": "b"}
     out, _ = train([PAIRS[0], PAIRS[1], PAIRS[0], long, hopeless, PAIRS[1]], plain_llama, "--max_length", 32)
-    assert "left out: 2 (equal to an earlier row; rows 2, 5), 1 (no answer within 32 tokens; rows 4)" in out
+    assert "2 of 6 rows left out (row 2, 5): equal to an earlier row" in out
+    assert "1 of 6 rows left out (row 4): no answer within --max_length 32 tokens" in out
     assert "3 rows kept, 1 of them cut to 32 tokens" in out
     counts = read(tmp_path / "out" / "final_checkpoint" / "run.json")["dataset"]
     assert (counts["rows"], counts["cut"]) == (3, 1)
-    assert counts["left_out"] == {"equal to an earlier row": 2, "no answer within 32 tokens": 1}
+    assert counts["left_out"] == {"equal to an earlier row": 2, "no answer within --max_length 32 tokens": 1}
 
 
 def test_a_tenth_of_the_rows_may_be_misshapen(train, plain_llama):
     good = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(18)]
     bad = [{"prompt": "x", "response": None}, {"prompt": " ", "response": "y"}]
     out, _ = train(good + bad, plain_llama, "--dry_run")
-    assert "1 (should have text of the role 'assistant' in turn 1; rows 18)" in out
-    assert "1 (should have text of the role 'user' in turn 0; rows 19)" in out and "18 rows kept" in out
+    assert "1 of 20 rows left out (row 18): column response should have text of the role 'assistant' in turn 1" in out
+    assert "1 of 20 rows left out (row 19): column prompt should have" in out and "18 rows kept" in out
     _, error = train(good[1:] + bad, plain_llama, "--dry_run", code=2)
-    assert "rows 17" in error and error.endswith("17 of 19 rows are left to train on\n")
+    assert "1 of 19 rows left out (row 17): column response" in error
 
 
 # ---------------------------------------------------------------- the gradient of a step
