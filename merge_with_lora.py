@@ -102,7 +102,7 @@ def find_models(args):
     require(name, f"{adapter / 'adapter_config.json'} names no base model; pass it as --base_model_path")
     base = find_folder(name, "the base model (--base_model_path)", None if args.base_model_path else config.revision)
     for pattern in ("config.json", "model.safetensors*"):
-        require(list(base.glob(pattern)), f"the base model {base} holds no {pattern}")
+        require(list(base.glob(pattern)), f"the base model (--base_model_path) {base} holds no {pattern}")
     recorded = read_json(adapter / "run.json").get("base_digest")
     require(recorded in (None, digest_base(base)), f"the weights of {base} are not those {adapter} was trained on")
     return adapter, config, base

@@ -269,7 +269,7 @@ import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from safetensors import safe_open
@@ -786,13 +786,13 @@ def main(argv=None):
     if args.learning_rate is None:
         args.learning_rate = 2e-4 if args.use_lora else 2e-5
     config = make_config(args)
+    if args.push_to_hub and not get_token():
+        fail("--push_to_hub needs a login: hf auth login")
     checkpoint = find_checkpoint(args)
 
     data, where = load_split(args, args.subset, args.split, "--split")
     natural = "chat" if "messages" in data.column_names else "qa"
     try:
-        if args.push_to_hub:
-            HfApi().whoami()
         model_config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
         tokenizer = load_tokenizer(adapter if adapter and (adapter / "tokenizer_config.json").is_file() else base, args)
     except (OSError, ValueError) as error:  # of the hub and its cache, too

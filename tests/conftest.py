@@ -125,6 +125,8 @@ def float64(monkeypatch):
     """All that asks for float32 computes in float64 (scripts, trl, transformers, torch): there another order of
     additions changes nothing above 1e-9, on any processor."""
     single = torch.get_default_dtype()
+    for table in (torch.storage._dtype_to_storage_type_map, torch.storage._storage_type_to_dtype_map):
+        table()  # torch makes them once; made under the patch they would break every later torch.save
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch, "float", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
