@@ -84,6 +84,7 @@ def run_ours(args):
         "model_path": args.model_path, "dataset_name": args.data, "output_dir": args.folder / "ours", "seed": 1,
         "batch_size": args.batch_size, "max_length": args.max_length, "max_steps": args.max_steps, "logging_steps": 1,
         "learning_rate": 2e-5,
+        "max_samples": args.batch_size * args.max_steps,  # one pass over the same rows; the order is each side's own
     }  # fmt: skip
     argv = [text for name, value in flags.items() for text in (f"--{name}", str(value))] + ["--overwrite_output_dir"]
     argv += ["--use_lora"] * (not args.full) + ["--bf16"] * args.bf16
