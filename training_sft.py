@@ -273,7 +273,15 @@ from huggingface_hub import HfApi, get_token
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    TrainerCallback,
+    TrainerState,
+    set_seed,
+)
 from transformers.integrations import get_available_reporting_integrations
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -838,6 +846,7 @@ def main(argv=None):
         steps = trainer.set_initial_training_values(config, trainer.get_train_dataloader())[-1]
         if state["global_step"] >= steps:  # stopped after its last step: Trainer would take another
             trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             metrics = {name: value for entry in state["log_history"][-2:] for name, value in entry.items()}
         else:
             with disable_input_dtype_casting(model, active=args.use_lora):  # LoRA would keep float32 copies of inputs
