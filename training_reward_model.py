@@ -703,6 +703,8 @@ def load_classifier(base, args):
         use_safetensors=True,  # no pickle
         output_loading_info=True,
     )
+    if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        fail(f"--gradient_checkpointing: transformers has none for {type(model).__name__}")
     model.score.float()
     if "score.weight" in info["missing_keys"]:
         # Scores start near 0, as the last layer of a policy does in Andrychowicz et al. 2021 (arXiv:2006.05990, 3.2).

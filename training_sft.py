@@ -579,6 +579,8 @@ def load_model(args, base, adapter):
         trust_remote_code=args.trust_remote_code,
         use_safetensors=True,  # no pickle
     )
+    if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        fail(f"--gradient_checkpointing: transformers has none for {type(model).__name__}")
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes: no gradients after a pass in eval mode
             module.support_avx512bf16_for_cpu = False
