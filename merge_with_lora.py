@@ -223,9 +223,12 @@ def merge_by_tensor(model, base, adapter, adapter_config, dtype, folder, limit):
         raise NotImplementedError(f"{rest[0]} is tied, or not stored as a tensor of its own")
     split, threads = split_torch_state_dict_into_shards(empty, max_shard_size=limit), torch.get_num_threads()
     torch.set_num_threads(1)  # a block is done before a second thread has woken, and on a busy machine waits for it
-    for file, names in split.filename_to_tensors.items():
-        save_file({n: merge_tensor(n, empty[n].dtype, *sources[n]) for n in names}, folder / file, {"format": "pt"})
-    torch.set_num_threads(threads)
+    try:
+        for file, names in split.filename_to_tensors.items():
+            tensors = {name: merge_tensor(name, empty[name].dtype, *sources[name]) for name in names}
+            save_file(tensors, folder / file, {"format": "pt"})
+    finally:
+        torch.set_num_threads(threads)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
