@@ -644,6 +644,22 @@ def uses_plain_head(model):
     return torch.allclose(head(output.hidden_states[-1]).float(), output.logits.float(), rtol=0.01, atol=0.01)
 
 
+class LongestFirst(torch.utils.data.Sampler):
+    """Shuffled rows, the longest of all first, so that too little memory shows in the first step."""
+
+    def __init__(self, lengths):
+        self.lengths, self.generator = lengths, None
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __iter__(self):
+        order = torch.randperm(len(self.lengths), generator=self.generator).tolist()
+        first = order.index(max(order, key=self.lengths.__getitem__))
+        order[0], order[first] = order[first], order[0]
+        return iter(order)
+
+
 class RunCallback(TrainerCallback):
     """Sets the order of the rows, writes metrics.jsonl and run.json, stops before a gradient that is not finite reaches
     the weights, and turns Ctrl-C and SIGTERM into a saved checkpoint."""
@@ -682,15 +698,15 @@ class RunCallback(TrainerCallback):
             self.interrupted = reduce(torch.tensor(float(self.interrupted), device=args.device), "sum").item() > 0
         if self.interrupted:
             control.should_save = control.should_training_stop = True
+        if control.should_save and state.is_world_process_zero:  # before trainer_state.json, which says: complete
+            folder = self.output_dir / f"checkpoint-{state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "run.json", self.run)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
             with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            write_json(self.output_dir / f"checkpoint-{state.global_step}" / "run.json", self.run)
 
 
 def describe_run(args, base, adapter, prompt_format, counts):
@@ -723,10 +739,11 @@ def make_trainer(args, config, model, rows, eval_rows, tokenizer, run):
     causal_model.config = saved_config  # TRL switches the router's loss on in the one that runs
     for weight, data in trained:  # TRL makes adapters on a quantized base bfloat16, see load_model
         weight.data = data.to(weight.device)
-    # The longest row comes first, so that too little memory shows in the first step.
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    sampler = LengthGroupedSampler(batch, lengths=lengths)
+    sampler = LongestFirst(lengths)
+    if config.per_device_train_batch_size > 1 and not config.padding_free:  # rows of like length need less padding
+        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+        sampler = LengthGroupedSampler(batch, lengths=lengths)  # it begins with the longest too
     trainer._get_train_sampler = lambda dataset=None: sampler
     callback = RunCallback(args.output_dir, run, sampler)
     trainer.add_callback(callback)

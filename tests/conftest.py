@@ -113,9 +113,6 @@ def run(script, *flags, code=0):
             found = stop.code
         except KeyboardInterrupt:
             found = 130
-        except getattr(script, "UserError", ()) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            found = 2
     assert found == code, f"exit code {found}\n{out.getvalue()[-2000:]}\n{err.getvalue()[-2000:]}"
     return out.getvalue(), err.getvalue()
 
