@@ -278,7 +278,6 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.integrations import get_available_reporting_integrations
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.pytorch_utils import Conv1D
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
@@ -801,6 +800,22 @@ def add_lora(args, model, adapter, new_head):
     return model, new_head
 
 
+class LongestFirst(torch.utils.data.Sampler):
+    """Shuffled pairs, the longest of all first, so that too little memory shows in the first step."""
+
+    def __init__(self, lengths):
+        self.lengths, self.generator = lengths, None
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __iter__(self):
+        order = torch.randperm(len(self.lengths), generator=self.generator).tolist()
+        first = order.index(max(order, key=self.lengths.__getitem__))
+        order[0], order[first] = order[first], order[0]
+        return iter(order)
+
+
 class RunCallback(transformers.TrainerCallback):
     """Sets the order of the pairs, writes metrics.jsonl and run.json, stops before a gradient that is not finite reaches
     the weights, and turns Ctrl-C and SIGTERM into a saved checkpoint."""
@@ -830,6 +845,7 @@ class RunCallback(transformers.TrainerCallback):
         if not args.fp16 and not torch.nn.utils.get_total_norm(gradients).isfinite():  # float16 scales by overflows
             saved = [path.parent for path in self.output_dir.glob("checkpoint-*/trainer_state.json")]
             last = max(saved, key=count_steps, default="none was saved")
+            print(file=sys.stderr)  # ends the line of the progress bar
             fail(f"the gradient of step {state.global_step + 1} is NaN or infinite; the last good checkpoint: {last}")
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -876,9 +892,7 @@ def plan_steps(args, config, pairs):
 def make_trainer(args, config, model, rows, collate, prompt_format, run):
     """(RewardTrainer, its RunCallback)."""
     adapter = [(weight, weight.data) for weight in model.parameters() if args.use_lora and weight.requires_grad]
-    # The longest pair comes first, so that too little memory shows in the first step.
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    sampler = LengthGroupedSampler(batch, lengths=rows["train"]["size"][:])
+    sampler = LongestFirst(rows["train"]["size"][:])
     callback = RunCallback(args.output_dir, run, sampler)
     trainer = RewardTrainer(
         model=model,
@@ -906,9 +920,6 @@ def train(trainer, callback, checkpoint):
     try:
         with disable_input_dtype_casting(trainer.model):  # else LoRA keeps float32 copies of inputs
             return trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
-    except BaseException:
-        print(file=sys.stderr)  # the progress bar's line ends here
-        raise
     finally:
         for name, handler in handlers.items():
             signal.signal(name, handler)
@@ -1057,6 +1068,7 @@ def explaining(args):
     try:
         yield
     except Exception as error:  # safetensors and torch.save have types of their own for a full disk
+        print(file=sys.stderr)  # ends the line of the progress bar
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             helps = ["use_lora", "load_in_4bit", "gradient_checkpointing", "bf16"]
             flags = " ".join(f"--{name}" for name in helps if not getattr(args, name))
