@@ -37,8 +37,6 @@ import types
 import warnings
 from pathlib import Path
 
-TRL_VERSION = "1.12.0"  # the last release with PPOTrainer, which training_rl.py needs
-
 
 def fail(message):
     """Say in one line what the user can mend, and leave with exit code 2."""
@@ -192,14 +190,12 @@ def pick_format(requested, natural, recorded, tokenizer):
 def number(kind, low, high=math.inf):
     """An argparse type: an int or float from `low` to `high`."""
 
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
+    def number(text):
+        if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
+        return kind(text)
 
-    parse.__name__ = kind.__name__
-    return parse
+    return number
 
 
 def build_parser():
@@ -208,7 +204,7 @@ def build_parser():
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.error = lambda message: fail(f"{message} (see --help)")
+    parser.error = lambda message: fail(f"{message} (see {parser.prog} --help)")
     add = parser.add_argument
     add("--model_path", required=True, help="hub id, model directory or LoRA adapter directory")
     add("--dataset_name", required=True, help="hub id, folder, file, or json/parquet/arrow/csv")
@@ -228,9 +224,8 @@ def build_parser():
     add("--resume_from_checkpoint", nargs="?", const=True, metavar="DIR", help="go on from DIR, or from the newest")
     add("--dry_run", action="store_true", help="check everything, show the data as it would be trained on, and stop")
     add("--max_samples", type=number(int, 1), help="use at most this many rows of each split")
-    add(
-        "--prompt_format", choices=["auto", "chat", "qa"], default="auto", help="chat template, or Question/Answer text"
-    )
+    formats = ["auto", "chat", "qa"]
+    add("--prompt_format", choices=formats, default="auto", help="chat template, or Question/Answer text")
     add("--bf16", action="store_true", help="bfloat16 mixed precision (frozen weights in bfloat16)")
     add("--fp16", action="store_true", help="float16 mixed precision; needs a GPU")
     add("--use_lora", action="store_true", help="train a LoRA adapter in place of all weights")
@@ -260,37 +255,10 @@ def build_parser():
     return parser
 
 
-def parse_flags(argv=None):
-    """The flags, checked as far as that needs no library."""
-    args = build_parser().parse_args(argv)
-    found = importlib.metadata.version("trl")
-    if found != TRL_VERSION:
-        fail(f"this script needs trl {TRL_VERSION}, found {found}: pip install trl=={TRL_VERSION}")
-    args.adapter = args.model_path if Path(args.model_path, "adapter_config.json").is_file() else None
-    args.use_lora = args.use_lora or args.adapter is not None
-    if args.learning_rate is None:
-        args.learning_rate = 1e-4 if args.use_lora else 1e-5
-    args.eval_split = args.eval_split or ("test" if args.eval_subset else None)
-    quantized, bits = args.load_in_4bit or args.load_in_8bit, 4 if args.load_in_4bit else 8
-    evaluates = "needs pairs to evaluate on: --eval_split or --eval_subset"
-    shards = os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    mistakes = {
-        "--bf16 and --fp16 exclude each other": args.bf16 and args.fp16,
-        "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
-        f"--load_in_{bits}bit needs --use_lora: quantized weights cannot be trained": quantized and not args.use_lora,
-        f"--eval_steps {evaluates}": args.eval_steps and not args.eval_split,
-        f"--eval_only {evaluates}": args.eval_only and not args.eval_split,
-        "--eval_only trains nothing, so nothing can resume": args.eval_only and args.resume_from_checkpoint,
-        "FSDP and ZeRO-3 cut the model in pieces; use DDP (the default of accelerate launch) or ZeRO-2": shards,
-    }
-    for message, is_made in mistakes.items():
-        if is_made:
-            fail(message)
-    return args
-
-
 if __name__ == "__main__":  # before the slow imports: --help and a mistyped flag answer at once
-    parse_flags()
+    build_parser().parse_args()
+    if importlib.metadata.version("trl") != "1.12.0":
+        fail(f"this script needs trl 1.12.0, found {importlib.metadata.version('trl')}: pip install trl==1.12.0")
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # trl 1.12 uses names of before v6
 
@@ -306,30 +274,32 @@ from peft import LoraConfig, PeftConfig, get_peft_model, load_peft_weights, set_
 from peft.helpers import disable_input_dtype_casting
 from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.pytorch_utils import Conv1D
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-COLUMNS = ["row", "chosen_ids", "rejected_ids", "size", "longest"]
-# What the configs of transformers call the tokens that a layer sees
-WINDOWS = (
-    "sliding_window sliding_window_size attention_chunk_size window_size attention_window_size local_attention".split()
-)
+SCRIPTS = 2  # stands in run.json: this version resumes checkpoints of this version
 SCHEMAS = [("prompt", "chosen", "rejected"), ("question", "response_j", "response_k")]
+# What the configs of transformers call the number of tokens that a layer sees
+WINDOWS = ["sliding_window", "sliding_window_size", "attention_chunk_size", "window_size", "attention_window_size"]
+WINDOWS += ["local_attention"]
+PADDING = {"input_ids": 0, "position_ids": 0, "segments": -1, "lasts": 0}
 
 
 def read_json(path):
-    """The JSON object in a file; {} where there is none that can be read."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    """The object in a JSON file, {} where there is none."""
+    return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
 
 
 def write_json(path, value):
     Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def digest_base(base):
@@ -343,156 +313,207 @@ def digest_base(base):
     return hashlib.sha256(rows.float().numpy().tobytes()).hexdigest()[:16]
 
 
-def read_adapter(args):
-    """The LoraConfig of the adapter at --model_path, for a classifier; flags that contradict it are refused."""
-    config = PeftConfig.from_pretrained(args.adapter)
-    if config.peft_type != "LORA":
-        fail(f"--model_path {args.adapter} is a {config.peft_type} adapter; only LoRA adapters can be trained on")
-    has = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
-    for name, found in has.items():
-        if getattr(args, name) not in (None, found):
-            fail(f"--{name} {getattr(args, name)}: the adapter {args.adapter} has {found}; leave the flag out")
-    targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
-    if args.lora_target_modules and set(args.lora_target_modules) != set(targets):
-        fail(f"--lora_target_modules: the adapter {args.adapter} has its own; leave the flag out")
-    # PEFT adds the names of the head each time that it makes a classifier of the config.
-    config.modules_to_save = sorted({*(config.modules_to_save or ())} - {"score", "classifier"}) or None
-    config.inference_mode = False
-    config.task_type = "SEQ_CLS"
-    return config
-
-
 def locate_model(args):
-    """(base, run): the hub id or absolute directory of the full model that --model_path is or is an adapter for, and
-    the run.json beside it, or {}. No weight is loaded."""
-    path, base = Path(args.model_path), args.model_path
-    run = read_json(path / "run.json")
+    """(base model, adapter directory or None, run.json of the earlier stage) behind --model_path.
+
+    Refuses what is not there, and flags that contradict the adapter."""
+    path, folder = args.model_path, Path(args.model_path)
+    if not folder.is_dir():
+        if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
+            fail(f"--model_path {path} does not exist; it should be a model directory or a hub id")
+        return path, None, {}
+    run, adapter = read_json(folder / "run.json"), read_json(folder / "adapter_config.json")
     stage = run.get("parent_stage") if run.get("stage") == "merge" else run.get("stage")
     if args.eval_only and stage not in (None, "reward"):
         fail(f"--model_path {path} is of the stage {stage!r}, not a reward model")
-    if args.adapter:
-        base = read_adapter(args).base_model_name_or_path or ""
-    elif path.is_dir() and not (path / "config.json").is_file():
-        inside = [child.parent for child in sorted(path.glob("*/*config.json"))]
-        fail(f"--model_path {path} holds no model{f'; did you mean {inside[0]}?' if inside else ''}")
-    if Path(base).is_dir():
-        if args.adapter and run.get("base_digest") not in (None, digest_base(base)):
-            fail(f"the base model {base} has other weights than the one that the adapter {path} was trained on")
-        return str(Path(base).resolve()), run
-    if Path(base).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base):
-        what = "the base model (base_model_name_or_path) of the adapter " if args.adapter else ""
-        fail(f"--model_path {path}: {what}{base!r} is not there; it should be a model directory or a hub id")
-    return base, run
+    if not adapter:
+        if not (folder / "config.json").is_file():
+            fail(f"--model_path {path} holds neither config.json nor adapter_config.json")
+        return str(folder.resolve()), None, run
+    base = adapter["base_model_name_or_path"]
+    if not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") > 1 or base.startswith(".")):
+        fail(f"--model_path {path} is an adapter for the base model {base}, which is not there")
+    if run.get("base_digest") not in (None, digest_base(base)):
+        fail(f"--model_path {path}: the base model {base} has other weights than the one that it was trained on")
+    if adapter["peft_type"] != "LORA" or adapter.get("alora_invocation_tokens"):
+        fail(f"--model_path {path} is no plain LoRA adapter; only those can be trained on")
+    for flag, name in {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}.items():
+        if getattr(args, flag) not in (None, adapter[name]):
+            fail(f"--{flag} {getattr(args, flag)}: the adapter {path} has {adapter[name]}; leave the flag out")
+    targets = adapter["target_modules"]
+    targets = {targets} if isinstance(targets, str) else set(targets)
+    if args.lora_target_modules and set(args.lora_target_modules) != targets:
+        fail(f"--lora_target_modules: the adapter {path} has its own; leave the flag out")
+    return str(Path(base).resolve()) if Path(base).is_dir() else base, folder.resolve(), run
 
 
-def finished_steps(checkpoint):
-    """The optimizer steps of a checkpoint; 0 if it was never completed: Trainer writes trainer_state.json last."""
-    return read_json(Path(checkpoint, "trainer_state.json")).get("global_step", 0)
+def check_flags(args):
+    """Refuse flags that exclude each other, and what is not installed."""
+    if args.bf16 and args.fp16:
+        fail("--bf16 and --fp16 exclude each other")
+    if args.fp16 and not torch.cuda.is_available():
+        fail("--fp16 needs a GPU; on a CPU use --bf16, or neither")
+    if args.load_in_4bit and args.load_in_8bit:
+        fail("--load_in_4bit and --load_in_8bit exclude each other")
+    if (args.load_in_4bit or args.load_in_8bit) and not args.use_lora:
+        fail("quantized weights cannot be trained themselves: add --use_lora")
+    for name in ("eval_steps", "eval_only"):
+        if getattr(args, name) and not args.eval_split:
+            fail(f"--{name} needs pairs to evaluate on: --eval_split or --eval_subset")
+    if args.eval_only and args.resume_from_checkpoint:
+        fail("--eval_only trains nothing, so nothing can resume")
+    if os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        fail("FSDP and ZeRO-3 cut the model in pieces; use DDP (the default of accelerate launch) or ZeRO-2")
+    for name in set(args.report_to) - {"none", "all", *get_available_reporting_integrations()}:
+        fail(f"--report_to {name}: not installed; pip install {name}")
+
+
+def make_config(args):
+    """RewardConfig from the flags that have its fields' names, and --set."""
+    # On a CPU a batch runs pair by pair: the same gradient, the memory of one pair, about a tenth slower.
+    at_once = args.per_device_train_batch_size if torch.accelerator.is_available() else 1
+    fields = {field.name for field in dataclasses.fields(RewardConfig) if field.init}
+    values = {name: value for name, value in vars(args).items() if name in fields}
+    values |= {
+        "per_device_train_batch_size": at_once,
+        "per_device_eval_batch_size": at_once,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps * args.per_device_train_batch_size // at_once,
+        "max_steps": args.max_steps or -1,
+        "max_length": None,  # longer pairs are left out already
+        "disable_dropout": False,  # see switch_off
+        "warmup_steps": min(args.warmup_ratio, 0.999999),  # below 1: a fraction of the steps
+        "eval_strategy": "steps" if args.eval_steps else "no",
+        "save_strategy": "steps",
+        "use_cpu": not torch.accelerator.is_available(),
+        "logging_nan_inf_filter": False,  # a NaN is to be seen
+        "push_to_hub": False,  # at the end, by publish()
+    }
+    for pair in args.set:
+        name, equals, text = pair.partition("=")
+        if not equals or name not in fields or name in values:
+            fail(f"--set {pair}: should be FIELD=VALUE, of a field of RewardConfig that has no flag of its own")
+        try:
+            values[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+        except ValueError:
+            values[name] = text
+    try:
+        config = RewardConfig(**values)
+    except (ValueError, TypeError) as error:
+        fail(f"RewardConfig: {error}")
+    config._n_gpu = min(config.n_gpu, 1)  # one process drives one GPU (no DataParallel); several: accelerate launch
+    return config
+
+
+def count_steps(checkpoint):
+    """Optimizer steps of a checkpoint; 0 for one that was never completed: Trainer writes trainer_state.json last."""
+    return read_json(checkpoint / "trainer_state.json").get("global_step", 0)
 
 
 def find_checkpoint(args):
-    """The checkpoint to resume from, or None; an --output_dir in use is refused, and a checkpoint of something else."""
-    folder, checkpoint = Path(args.output_dir), args.resume_from_checkpoint
-    newest = max(folder.glob("checkpoint-*"), key=finished_steps, default=folder)
-    if not checkpoint:
-        if folder.exists() and not args.overwrite_output_dir and (folder.is_file() or any(folder.iterdir())):
-            fail(f"--output_dir {folder} is not empty: pass --resume_from_checkpoint or --overwrite_output_dir")
+    """The checkpoint to go on from, or None; a non-empty --output_dir is not overwritten by chance."""
+    folder = Path(args.output_dir)
+    if not args.resume_from_checkpoint:
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not args.overwrite_output_dir):
+            fail(f"--output_dir {folder} is not empty; see --resume_from_checkpoint and --overwrite_output_dir")
         return None
-    if checkpoint is True:
-        checkpoint = newest
-        if not finished_steps(newest):
-            print(f"no complete checkpoint in {folder}: starting from the beginning")
-            return None
-    run = read_json(Path(checkpoint, "run.json"))
-    if not finished_steps(checkpoint):
+    complete = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
+    newest = max(complete, key=count_steps, default=None)
+    checkpoint = newest if args.resume_from_checkpoint is True else Path(args.resume_from_checkpoint)
+    if not checkpoint:
+        print(f"no complete checkpoint in {folder}: starting from the beginning")
+        return None
+    if not count_steps(checkpoint):
         fail(f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)")
-    if run.get("stage") != "reward" or run.get("versions", {}).get("scripts") != 2:
-        fail(f"--resume_from_checkpoint {checkpoint} is of another stage or an earlier version ({run.get('stage')})")
-    if finished_steps(newest) > finished_steps(checkpoint) and not args.overwrite_output_dir:
+    run = read_json(checkpoint / "run.json")
+    if run.get("stage") != "reward" or run.get("versions", {}).get("scripts") != SCRIPTS:
+        fail(f"--resume_from_checkpoint: {checkpoint} is of another stage, or of an earlier version of this script")
+    if newest and count_steps(newest) > count_steps(checkpoint) and not args.overwrite_output_dir:
         fail(f"--resume_from_checkpoint {checkpoint}: {newest} is later; --overwrite_output_dir drops it")
-    return Path(checkpoint)
+    return checkpoint
 
 
-def clear_output_dir(args, checkpoint):
-    """Remove checkpoints that were never completed, with --overwrite_output_dir also those after `checkpoint`, and from
-    metrics.jsonl what the checkpoint does not know of."""
-    state = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
-    for path in Path(args.output_dir).glob("checkpoint-*"):
-        later = finished_steps(path) > state.get("global_step", 0)
-        if not finished_steps(path) or (later and args.overwrite_output_dir):
+def open_output_dir(args, checkpoint):
+    """Make --output_dir ready: no checkpoint that is incomplete, or later than the one to go on from, and metrics.jsonl
+    as that one knows it."""
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = read_json(checkpoint / "trainer_state.json") if checkpoint else {"global_step": 0, "log_history": []}
+    for path in folder.glob("checkpoint-*"):
+        if not 0 < count_steps(path) <= state["global_step"]:
             shutil.rmtree(path)
-    lines = [json.dumps({"step": entry["step"], **entry}) + "\n" for entry in state.get("log_history", [])]
-    Path(args.output_dir, "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+    lines = [json.dumps({"step": entry["step"], **entry}) + "\n" for entry in state["log_history"]]
+    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def load_split(args, subset, split, flag):
-    """(data, where): one split of the data set, at most --max_samples rows of it, and its name for messages."""
+    """(rows, where): one split of the data set, at most --max_samples rows of it, and its name for messages."""
     place = Path(args.dataset_name)
     source, files = args.dataset_name, {"data_dir": subset}
     if place.is_file():
-        source, files = {"jsonl": "json"}.get(place.suffix[1:], place.suffix[1:]), {"data_files": str(place)}
+        source, files = {".jsonl": "json"}.get(place.suffix, place.suffix[1:]), {"data_files": str(place)}
     elif (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():  # of save_to_disk
-        folders = {name: name for name in read_json(place / "dataset_dict.json").get("splits", [])} or {"train": "."}
-        files = {"data_files": {name: f"{place}/{folder}/*.arrow" for name, folder in folders.items()}}
-        source = "arrow"
-    name, bracket, part = split.partition("[")
+        parts = read_json(place / "dataset_dict.json").get("splits", ["train"])
+        folders = {part: place / part if (place / part).is_dir() else place for part in parts}
+        source, files = "arrow", {"data_files": {part: f"{folder}/*.arrow" for part, folder in folders.items()}}
     where = f"{args.dataset_name} {subset or ''}".strip()
+    name, bracket, part = split.partition("[")
     try:
         names = datasets.get_dataset_split_names(source, args.dataset_config, **files)
-        if name not in names and len(names) == 1:  # data/evaluation loads as `test`, whatever one asks for
+        if name not in names and len(names) == 1:  # datasets names splits after files: data/evaluation is `test`
             print(f"{where} has one split, {names[0]!r}: used for {flag} {split}")
             name = names[0]
         if name not in names:
             fail(f"{flag} {split}: {where} has the splits {', '.join(names)}")
-        data = datasets.load_dataset(source, args.dataset_config, split=name + bracket + part, **files)
+        rows = datasets.load_dataset(source, args.dataset_config, split=name + bracket + part, **files)
     except Exception as error:  # datasets raises dozens of types
         fail(f"{flag} {split}: {where} cannot be read: {type(error).__name__} {error} {error.__cause__ or ''}")
-    if not len(data):
+    if not len(rows):
         fail(f"{flag} {split}: {where} is empty; it should have at least one row")
-    return data.select(range(min(len(data), args.max_samples or len(data)))), f"{where} [{name}{bracket}{part}]"
+    return rows.select(range(min(len(rows), args.max_samples or len(rows)))), f"{where} [{name}{bracket}{part}]"
 
 
 def read_pair(row, schema):
     """(chosen, rejected): the row as two conversations. Raises ValueError with what is wrong with it."""
-    prompt, *sides = schema
+    question_column, *sides = schema
     pair = [row[side] for side in sides]
     if not any(isinstance(value, list) for value in pair):  # else each is a conversation, `prompt` repeats its question
         for column in schema:
             if not isinstance(row[column], str) or not row[column].strip():
                 raise ValueError(f"column {column} is {'null' if row[column] is None else 'empty, or no text'}")
-        question = {"role": "user", "content": row[prompt]}
+        question = {"role": "user", "content": row[question_column]}
         pair = [[question, {"role": "assistant", "content": answer}] for answer in pair]
     for side, messages in zip(sides, pair):
         try:
             check_messages(messages, last="assistant")
         except ValueError as error:  # without the text, so that rows with one mistake are counted together
             raise ValueError(f"column {side} {str(error).partition(', not ')[0]}") from error
-    chosen, rejected = ([{"role": turn["role"], "content": turn["content"]} for turn in turns] for turns in pair)
+    chosen, rejected = ([(turn["role"], turn["content"]) for turn in messages] for messages in pair)
     if chosen[:-1] != rejected[:-1]:
         raise ValueError(f"columns {sides[0]} and {sides[1]} differ before the last turn")
     if not isinstance(row.get("margin", 0), int | float) or not math.isfinite(row.get("margin", 0)):
         raise ValueError("column margin is no number")
-    return chosen, rejected
+    return pair
 
 
 def encode_pairs(data, where, prompt_format, args):
-    """The pairs of `data` as `chosen_ids` and `rejected_ids`, and `margin` if the data have it; with the columns `row`,
-    its number; `size`, tokens, those that both texts begin with counted once; `longest`, tokens of the longer text.
+    """(pairs as `chosen_ids` and `rejected_ids`, and `margin` if the data have it; counts for run.json).
 
-    Left out and counted: pairs with a text over --max_length tokens (a cut answer is not the one that was judged),
-    pairs of two equal texts, and rows that are no pair, unless these are more than a tenth: then the run stops."""
+    Beside them stand `row`, the row's number; `size`, tokens, those that both texts begin with counted once; `longest`,
+    tokens of the longer text. Left out are rows that are no pair (at most a tenth), pairs with a text over --max_length
+    (a cut answer is not the one that was judged), of two equal texts, or equal to an earlier pair."""
     schema = next((schema for schema in SCHEMAS if set(schema) <= set(data.column_names)), None)
     if not schema:
         needed = "; ".join(" + ".join(schema) for schema in SCHEMAS)
         fail(f"{where} has the columns {', '.join(data.column_names)}; one of these is needed: {needed}")
-    too_long, equal = f"longer than --max_length {args.max_length}", "of two equal texts"
 
-    def encode(row, number):
+    max_length = args.max_length  # the whole args would spoil map's cache
+
+    def encode_pair(row, number):
         try:
             chosen, rejected = (prompt_format.encode(messages)[0] for messages in read_pair(row, schema))
-            problem = equal if chosen == rejected else ""
+            reason = "of two equal texts" if chosen == rejected else ""
         except ValueError as error:
-            chosen, rejected, problem = [], [], str(error)
+            chosen, rejected, reason = [], [], str(error)
         longest = max(len(chosen), len(rejected))
         return {
             "row": number,
@@ -500,56 +521,69 @@ def encode_pairs(data, where, prompt_format, args):
             "rejected_ids": rejected,
             "size": len(chosen) + len(rejected) - len(os.path.commonprefix([chosen, rejected])),
             "longest": longest,
-            "problem": too_long if longest > args.max_length else problem,
+            "reason": f"longer than --max_length {max_length}" if longest > max_length else reason,
+            "digest": digest([chosen, rejected, row.get("margin")]),
         }
 
     others = [name for name in data.column_names if name != "margin"]
-    workers = min((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(data) // 2000)
-    rows = data.map(encode, with_indices=True, remove_columns=others, num_proc=workers or None, desc="Tokenizing")
-    numbers = {}
-    for number, problem in enumerate(rows["problem"]):
-        numbers.setdefault(problem, []).append(number)
-    kept = rows.select(numbers.pop("", [])).remove_columns("problem")
-    reasons = [f"{len(found)} {problem} (rows {str(found[:3])[1:-1]})" for problem, found in numbers.items()]
-    left_out = "; ".join(reasons) or "none"
-    broken = sum(len(found) for problem, found in numbers.items() if problem not in (too_long, equal))
-    if broken > len(rows) / 10 or not len(kept):
-        fail(f"{where}: {broken} of {len(rows)} rows are no pairs, {len(kept)} are left to use: {left_out}")
+    workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = min(workers, len(data) // 2000) or None  # where there is work for several
+    rows = data.map(encode_pair, with_indices=True, remove_columns=others, num_proc=workers, desc="Tokenizing")
+    kept, left_out, seen = [], {}, set()  # left_out: {reason: numbers of the rows}
+    for i, (reason, pair) in enumerate(zip(rows["reason"], rows["digest"])):
+        if not reason and pair in seen:
+            reason = "equal to an earlier pair"
+        seen.add(pair)
+        if reason:
+            left_out.setdefault(reason, []).append(i)
+        else:
+            kept.append(i)
+    reasons = [f"{len(found)} {reason} (rows {str(found[:3])[1:-1]})" for reason, found in left_out.items()]
+    reasons = "; ".join(reasons) or "none"
+    misshapen = list(rows["longest"]).count(0)
+    if misshapen > len(rows) / 10 or not kept:
+        fail(f"{where}: {misshapen} of {len(rows)} rows are no pairs, {len(kept)} are left to use: {reasons}")
     print(f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; {len(kept)} of {len(rows)} pairs kept")
-    print(f"  left out: {left_out}{'; the column margin is used' if 'margin' in rows.column_names else ''}")
-    return kept
+    print(f"  left out: {reasons}{'; the column margin is used' if 'margin' in rows.column_names else ''}")
+    counts = {"where": where, "rows": len(kept), "left_out": {name: len(found) for name, found in left_out.items()}}
+    return rows.select(kept).remove_columns(["reason", "digest"]), counts
+
+
+def show_pairs(rows, tokenizer):
+    """Two pairs as text: what both begin with, then the end of each in double brackets."""
+    for row in (rows[i] for i in sorted({0, len(rows) // 2})):
+        shared = len(os.path.commonprefix([row["chosen_ids"], row["rejected_ids"]]))
+        beginning = tokenizer.decode(row["chosen_ids"][:shared])
+        ends = [f"[[{side}: {tokenizer.decode(row[side + '_ids'][shared:])}]]" for side in ("chosen", "rejected")]
+        print("\n".join([f"--- row {row['row']}", beginning, *ends]))
 
 
 def lay_out(texts):
     """Several texts in one row: what all begin with once, then the end of each, at least a token.
 
-    Returns four lists: token ids; positions, which go on after the beginning in each end; segments, 0 for the beginning
-    and n for the end of text n; and where the last token of each text stands."""
+    Beside the ids stand positions, which go on after the beginning in each end; segments, 0 for the beginning and n for
+    the end of text n; and where the last token of each text stands."""
     shared = min(len(os.path.commonprefix(texts)), min(map(len, texts)) - 1)
-    ids = texts[0][:shared]
-    positions = list(range(shared))
-    segments = [0] * shared
-    lasts = []
+    row = {"input_ids": texts[0][:shared], "position_ids": list(range(shared)), "segments": [0] * shared, "lasts": []}
     for n, text in enumerate(texts, 1):
-        ids = ids + text[shared:]
-        positions += range(shared, len(text))
-        segments += [n] * (len(text) - shared)
-        lasts.append(len(ids) - 1)
-    return ids, positions, segments, lasts
+        row["input_ids"] = row["input_ids"] + text[shared:]
+        row["position_ids"] += range(shared, len(text))
+        row["segments"] += [n] * (len(text) - shared)
+        row["lasts"].append(len(row["input_ids"]) - 1)
+    return row
 
 
 def collate_shared(rows):
     """A batch in which each row is a pair, padded to the longest row."""
-
-    def stack(lists, padding):
-        return pad_sequence([torch.tensor(values) for values in lists], batch_first=True, padding_value=padding)
-
-    ids, positions, segments, lasts = zip(*(lay_out([row["chosen_ids"], row["rejected_ids"]]) for row in rows))
-    batch = {"input_ids": stack(ids, 0), "position_ids": stack(positions, 0), "segments": stack(segments, -1)}
+    pairs = [lay_out([row["chosen_ids"], row["rejected_ids"]]) for row in rows]
+    batch = {}
+    for name, padding in PADDING.items():
+        tensors = [torch.tensor(pair[name]) for pair in pairs]
+        batch[name] = pad_sequence(tensors, batch_first=True, padding_value=padding)
     batch["attention_mask"] = (batch["segments"] >= 0).long()  # RewardTrainer counts tokens by it
     if "margin" in rows[0]:
         batch["margin"] = torch.tensor([row["margin"] for row in rows])
-    return {**batch, "lasts": torch.tensor(lasts)}
+    return batch
 
 
 def run_rows(model, input_ids, position_ids, segments):
@@ -564,23 +598,24 @@ def run_rows(model, input_ids, position_ids, segments):
     return output.last_hidden_state
 
 
-def score_texts(self, input_ids, attention_mask, position_ids=None, segments=None, lasts=None, **kwargs):
-    """In place of the classifier's forward: scores (texts, 1) at the last token, all chosen before all rejected texts.
+def score_texts(model, input_ids, attention_mask, position_ids=None, segments=None, lasts=None, **kwargs):
+    """The classifier's forward, put there in load_classifier: scores (texts, 1) at the last token, all chosen before all rejected texts.
 
     The classifier's own looks for the last token that is not padding, and passes over an EOS that serves as padding.
     The head works in float32: in bfloat16, scores near 2 would come in steps of 0.016."""
     if segments is None:  # each text has a row of its own
-        hidden = self.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        hidden = model.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         lasts = attention_mask.sum(1, keepdim=True) - 1
     else:
-        hidden = run_rows(self, input_ids, position_ids, segments)
+        hidden = run_rows(model, input_ids, position_ids, segments)
     rows = torch.arange(len(hidden), device=hidden.device)[:, None]
+    ends = hidden[rows, lasts].transpose(0, 1).flatten(0, 1)  # `lasts`: (rows, texts in a row)
     with torch.autocast(hidden.device.type, enabled=False):
-        return SequenceClassifierOutput(logits=self.score(hidden[rows, lasts].transpose(0, 1).flatten(0, 1).float()))
+        return SequenceClassifierOutput(logits=model.score(ends.float()))
 
 
-def tell_apart(model, rows, args):
-    """Why two texts of `rows` cannot share a row in this classifier; "" where that computes the same.
+def why_not_share(model, rows, args):
+    """Why two texts of `rows` cannot share a row in this classifier; None where that computes the same.
 
     The mask of such a row stands in for all of the model's own, so no layer may have a narrower one, or carry a state
     from one end to the next. Tried on the pair with the longest row, between two short texts."""
@@ -588,73 +623,81 @@ def tell_apart(model, rows, args):
     layers = set(getattr(config, "layer_types", None) or ())
     if model._is_stateful or layers - {"full_attention", "sliding_attention", "chunked_attention"}:
         return "its layers carry a state from token to token"
-    windows = [getattr(config, name, None) for name in WINDOWS]
-    if "local" not in getattr(config, "attention_layers", ["local"]):  # GPT-Neo without windows
-        windows = []
     longest = max(rows["longest"])
-    if any(isinstance(window, int) and 0 < window < longest for window in windows):
+    windows = [getattr(config, name, None) for name in WINDOWS]
+    local = "local" in getattr(config, "attention_layers", ["local"])  # GPT-Neo has a window_size with and without
+    if local and any(isinstance(window, int) and 0 < window < longest for window in windows):
         return f"its attention has a window that the longest text, {longest} tokens, exceeds"
     row = rows[int(np.argmax(rows["size"]))]
     pair = [row["chosen_ids"], row["rejected_ids"]]
-    short = pair[0][: lay_out(pair)[2].count(0) + 1]
+    short = pair[0][: lay_out(pair)["segments"].count(0) + 1]
     texts = [short, *pair, short]
-    ids, positions, segments, _ = (torch.tensor([values], device=model.device) for values in lay_out(texts))
-    dtype, mixed = precision(args, model.device)
-    with torch.no_grad(), mixed:
+    laid = {name: torch.tensor([values], device=model.device) for name, values in lay_out(texts).items()}
+    segments = laid["segments"][0]
+    tolerance = 1e-3 if precision(args) == torch.float32 else 0.05
+    with torch.no_grad(), mixed_precision(args, model.device):
         try:
-            hidden = run_rows(model, ids, positions, segments)[0]
+            hidden = run_rows(model, laid["input_ids"], laid["position_ids"], laid["segments"])[0]
         except Exception as error:
             return f"it takes no such mask ({type(error).__name__})"
         for n, text in enumerate(texts, 1):
             alone = model.base_model(torch.tensor([text], device=model.device), use_cache=False).last_hidden_state[0]
-            error = (hidden[(segments[0] == 0) | (segments[0] == n)] - alone).abs().max() / alone.abs().max()
-            if not error < (1e-3 if dtype == torch.float32 else 0.05):
+            together = hidden[(segments == 0) | (segments == n)]
+            error = (together - alone).abs().max() / alone.abs().max()
+            if not error < tolerance:
                 return f"tried on the longest pair, hidden states differ by {error:.0%}"
-    return ""
+    return None
 
 
-def precision(args, device="cpu"):
-    """(type of activations and frozen weights, the context of mixed precision in which training runs)."""
-    kind = torch.float16 if args.fp16 else torch.bfloat16
-    mixed = args.fp16 or args.bf16
-    return kind if mixed else torch.float32, torch.autocast(torch.device(device).type, kind, mixed)
+def precision(args):
+    """The type of activations and of frozen weights."""
+    if args.fp16:
+        return torch.float16
+    return torch.bfloat16 if args.bf16 else torch.float32
 
 
-def check_model(base, args, rows):
+def mixed_precision(args, device):
+    """The context in which training runs, for passes outside of it."""
+    return torch.autocast(device.type, precision(args), args.fp16 or args.bf16)
+
+
+def check_model(args, config, rows):
     """Refuse a model that can be no reward model or is too short for `rows`; warn where its weights do not fit."""
-    config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
     model = None
     with torch.device("meta"), contextlib.suppress(ValueError):  # of a list of all classes that transformers has
         model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=args.trust_remote_code)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         name = (config.architectures or [config.model_type])[0]
         fail(f"{name} has no sequence classifier in transformers; training_rl.py rewards it by --reward_function")
-    positions, longest = getattr(config.get_text_config(), "max_position_embeddings", math.inf), max(rows["longest"])
+    longest = max(rows["longest"])
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or longest
     if longest > positions:
-        fail(f"--max_length {args.max_length}: the model has {positions} positions, a text {longest} tokens")
-    frozen = 0.55 if args.load_in_4bit else precision(args)[0].itemsize  # bytes; NF4 with its scales
-    each = frozen if args.use_lora or args.eval_only else 16  # weight, gradient, two moments of AdamW
-    needed = each * sum(parameter.numel() for parameter in model.parameters()) / 1e9
-    free = (torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available) / 1e9
+        fail(f"--max_length {args.max_length}: the model has {positions} positions, the longest text {longest} tokens")
+    size = precision(args).itemsize  # bytes of a weight
+    if args.load_in_4bit or args.load_in_8bit:
+        size = 0.6 if args.load_in_4bit else 1.1
+    if not args.use_lora and not args.eval_only:
+        size = 16  # weight, gradient and AdamW's two moments
+    needed = size * model.num_parameters()
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if needed > free:
-        print(f"warning: weights and optimizer take {needed:.1f} GB, {free:.1f} GB are free", file=sys.stderr)
+        needs = f"weights and optimizer alone take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        print(f"warning: {needs}", file=sys.stderr)
 
 
-def load_tokenizer(base, run, args):
-    """The format with its tokenizer, whose padding ends no text, where there is a token to spare.
+def load_format(args, base, adapter, run):
+    """The PromptFormat; its tokenizer pads with a token that ends no text, where there is one to spare.
 
     Libraries that score a padded batch read the last token that is not padding; where EOS is that, it gets lost."""
-    place = args.adapter if args.adapter and Path(args.adapter, "tokenizer_config.json").is_file() else base
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
-        prompt_format = pick_format(args.prompt_format, "chat", run.get("prompt_format"), tokenizer)
-    except (OSError, ValueError) as error:
-        fail(f"--model_path {place}: {error}")
+    place = adapter if adapter and (adapter / "tokenizer_config.json").is_file() else base
+    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
+    prompt_format = pick_format(args.prompt_format, "chat", run.get("prompt_format"), tokenizer)
     ends = prompt_format.stop_ids()
-    special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
-    spare = [number for number in (tokenizer.unk_token_id, *special) if number not in (None, *ends)]
     if tokenizer.pad_token_id in (None, *ends):
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens((spare or [tokenizer.eos_token_id])[0])
+        special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+        spare = [number for number in (tokenizer.unk_token_id, *special) if number not in (None, *ends)]
+        spare.append(tokenizer.eos_token_id)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(spare[0])
     return prompt_format
 
 
@@ -663,9 +706,9 @@ def switch_off(model):
 
     (RewardTrainer's disable_dropout would take --lora_dropout too, and leaves rates that are plain numbers.)"""
     copies = {}
-    for module in list(model.modules())[1:]:
+    for module in model.modules():
         owners = [module]
-        if isinstance(getattr(module, "config", None), transformers.PreTrainedConfig):
+        if module is not model and isinstance(getattr(module, "config", None), transformers.PreTrainedConfig):
             module.config = copy.deepcopy(module.config, copies)  # modules that share a config share its copy
             module.config.output_router_logits = False
             owners.append(module.config)
@@ -678,24 +721,23 @@ def switch_off(model):
             module.support_avx512bf16_for_cpu = False
 
 
-def load_classifier(base, args):
+def load_classifier(args, base):
     """(model, whether its head is new): the base model with a score head, without dropout.
 
     Weights that are trained are float32 (under autocast a bfloat16 AdamW step of 1e-5 would round to nothing); frozen
     ones have the precision the model computes in, the head is always float32."""
-    dtype, _ = precision(args)
     quantization = BitsAndBytesConfig(
         load_in_4bit=args.load_in_4bit,
         load_in_8bit=args.load_in_8bit,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_compute_dtype=precision(args),
     )
-    transformers.set_seed(args.seed)
+    set_seed(args.seed)
     model, info = AutoModelForSequenceClassification.from_pretrained(
         base,
         num_labels=1,
-        dtype=dtype if args.use_lora or args.eval_only else torch.float32,
+        dtype=precision(args) if args.use_lora or args.eval_only else torch.float32,
         attn_implementation=args.attn_implementation,
         quantization_config=quantization if args.load_in_4bit or args.load_in_8bit else None,
         device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else None,
@@ -706,71 +748,92 @@ def load_classifier(base, args):
     if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
         fail(f"--gradient_checkpointing: transformers has none for {type(model).__name__}")
     model.score.float()
-    if "score.weight" in info["missing_keys"]:
+    new_head = "score.weight" in info["missing_keys"]
+    if new_head:
         # Scores start near 0, as the last layer of a policy does in Andrychowicz et al. 2021 (arXiv:2006.05990, 3.2).
         std = 0.01 * getattr(model.config.get_text_config(), "initializer_range", 0.02)  # OPT names it otherwise
         torch.nn.init.normal_(model.score.weight, std=std)
     switch_off(model)
     model.forward = types.MethodType(score_texts, model)
-    return model, "score.weight" in info["missing_keys"]
+    return model, new_head
 
 
-def new_lora(model, args):
-    """The LoraConfig of a new adapter. all-linear: the linear layers, but for the head and for routers, those of PhiMoE
-    and Llama 4 return tuples."""
-    targets = args.lora_target_modules or ["all-linear"]
-    if targets == ["all-linear"]:
-        kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
-        linear = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-        targets = [name for name, module in linear.items() if "Router" not in type(module).__name__]
-        targets.remove("score")
-    return LoraConfig(
-        r=args.lora_r or 16,
-        lora_alpha=32 if args.lora_alpha is None else args.lora_alpha,
-        lora_dropout=args.lora_dropout or 0.0,
-        target_modules=targets if len(targets) > 1 or targets[0].isidentifier() else targets[0],
-        task_type="SEQ_CLS",
-    )
+def list_linear_layers(model):
+    """Names of the linear layers without the score head, without routers (those of PhiMoE and Llama 4 return tuples), and
+    without the out_proj of recurrent layers, whose kernels read the weight themselves."""
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    names = [name for name, module in linear if "Router" not in type(module).__name__ and name != "score"]
+    return [name for name in names if not (model._is_stateful and name.endswith("out_proj"))]
 
 
-def load_model(base, args):
-    """(model, classifier): the reward model, and the same without its adapter, if it has one."""
-    classifier, new_head = load_classifier(base, args)
-    model = classifier
-    transformers.set_seed(args.seed)  # an adapter starts the same, whether the head is new or not
-    if args.use_lora:
+def add_lora(args, model, adapter, new_head):
+    """(model with a new LoRA adapter or the one in `adapter`, whether its head is new).
+
+    An SFT adapter has no head: the classifier's stays."""
+    set_seed(args.seed)  # an adapter starts the same, whether the head is new or not
+    if not adapter:
+        targets = args.lora_target_modules or ["all-linear"]
+        if targets == ["all-linear"]:
+            targets = list_linear_layers(model)
+        lora = LoraConfig(
+            r=args.lora_r or 16,
+            lora_alpha=32 if args.lora_alpha is None else args.lora_alpha,
+            lora_dropout=args.lora_dropout or 0.0,
+            target_modules=targets[0] if len(targets) == 1 and not targets[0].isidentifier() else targets,
+            task_type="SEQ_CLS",
+        )
         try:
-            model = get_peft_model(classifier, read_adapter(args) if args.adapter else new_lora(classifier, args))
+            return get_peft_model(model, lora), new_head
         except ValueError as error:
             fail(f"--lora_target_modules: {error}")
-    if args.adapter:
-        weights, name = load_peft_weights(args.adapter, "cpu"), "base_model.model.score.weight"
-        new_head = new_head and name not in weights
-        head = model.get_parameter("base_model.model.score.original_module.weight")  # PEFT wants one, SFT's has none
-        for left in set_peft_model_state_dict(model, {name: head, **weights}).unexpected_keys:
-            fail(f"the adapter {args.adapter} does not fit {base}: there is no place for {left}")
-    if new_head and args.eval_only:
-        fail(f"--eval_only: {args.model_path} has no score head; it should be a trained reward model")
-    print(f"score head: {'new' if new_head else 'that of ' + args.model_path}")
-    return model, classifier
+    lora = PeftConfig.from_pretrained(adapter)
+    lora.task_type, lora.inference_mode = "SEQ_CLS", False
+    # PEFT adds the names of the head each time that it makes a classifier of the config.
+    lora.modules_to_save = sorted({*(lora.modules_to_save or ())} - {"score", "classifier"}) or None
+    model = get_peft_model(model, lora)
+    weights, name = load_peft_weights(adapter, "cpu"), "base_model.model.score.weight"
+    new_head = new_head and name not in weights
+    weights.setdefault(name, model.get_parameter("base_model.model.score.original_module.weight"))
+    lost = set_peft_model_state_dict(model, weights).unexpected_keys
+    if lost:
+        fail(f"the adapter {adapter} does not fit its base model: there is no place for {lost[0]}")
+    return model, new_head
+
+
+class LongestFirst(torch.utils.data.Sampler):
+    """Shuffled pairs, the longest of all first, so that too little memory shows in the first step."""
+
+    def __init__(self, lengths):
+        self.lengths, self.generator = lengths, None
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __iter__(self):
+        order = torch.randperm(len(self.lengths), generator=self.generator).tolist()
+        first = order.index(max(order, key=self.lengths.__getitem__))
+        order[0], order[first] = order[first], order[0]
+        return iter(order)
 
 
 class RunCallback(transformers.TrainerCallback):
-    """Writes metrics.jsonl, puts run.json into checkpoints, stops before a gradient that is not finite reaches the
-    weights, and turns Ctrl-C and SIGTERM into a saved checkpoint."""
+    """Sets the order of the pairs, writes metrics.jsonl and run.json, stops before a gradient that is not finite reaches
+    the weights, and turns Ctrl-C and SIGTERM into a saved checkpoint."""
 
-    def __init__(self, output_dir, run):
-        self.output_dir = Path(output_dir)
-        self.run = run
-        self.interrupted = False
+    def __init__(self, output_dir, run, sampler):
+        self.output_dir, self.run, self.sampler, self.interrupted = Path(output_dir), run, sampler, False
 
     def interrupt(self, signum, frame):
         self.interrupted = True
-        signal.signal(signum, signal.default_int_handler)
+        signal.signal(signum, signal.default_int_handler)  # the second one leaves at once
         print("\nstopping after this step and saving a checkpoint; once more to leave at once", file=sys.stderr)
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)  # a resumed run logs and saves by its own flags
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """The order follows from seed and epoch alone, so that a resumed run meets the same pairs."""
+        self.sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
@@ -778,17 +841,16 @@ class RunCallback(transformers.TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
         if not args.fp16 and not torch.nn.utils.get_total_norm(gradients).isfinite():  # float16 scales by overflows
-            newest = max(self.output_dir.glob("checkpoint-*"), key=finished_steps, default="none was saved")
-            step = state.global_step + 1
-            raise FloatingPointError(
-                f"the gradient of step {step} is NaN or infinite; the last good checkpoint: {newest}"
-            )
+            saved = [path.parent for path in self.output_dir.glob("checkpoint-*/trainer_state.json")]
+            last = max(saved, key=count_steps, default="none was saved")
+            print(file=sys.stderr)  # ends the line of the progress bar
+            fail(f"the gradient of step {state.global_step + 1} is NaN or infinite; the last good checkpoint: {last}")
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.world_size > 1:  # all stop after the same step
-            self.interrupted = bool(reduce(torch.tensor(float(self.interrupted), device=args.device), "sum"))
+            self.interrupted = reduce(torch.tensor(float(self.interrupted), device=args.device), "sum").item() > 0
         if self.interrupted:
             control.should_save = control.should_training_stop = True
         if control.should_save and state.is_world_process_zero:  # before trainer_state.json, which says: complete
@@ -797,92 +859,41 @@ class RunCallback(transformers.TrainerCallback):
             write_json(folder / "run.json", self.run)
 
 
-def make_config(args):
-    """RewardConfig from the flags that have its fields' names, and --set."""
-    # On a CPU a batch runs pair by pair: the same gradient, the memory of one pair, about a tenth slower.
-    at_once = args.per_device_train_batch_size if torch.accelerator.is_available() else 1
-    fields = {field.name for field in dataclasses.fields(RewardConfig) if field.init}
-    values = {name: value for name, value in vars(args).items() if name in fields}
-    values |= {
-        "per_device_train_batch_size": at_once,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps * args.per_device_train_batch_size // at_once,
-        "per_device_eval_batch_size": at_once,
-        "max_steps": args.max_steps or -1,
-        "max_length": None,  # longer pairs are left out already
-        "disable_dropout": False,  # see switch_off
-        "train_sampling_strategy": "sequential",  # see order_pairs
-        "warmup_steps": min(args.warmup_ratio, 0.999999),  # below 1: a fraction of the steps
-        "eval_strategy": "steps" if args.eval_steps else "no",
-        "save_strategy": "steps",
-        "use_cpu": not torch.accelerator.is_available(),
-        "logging_nan_inf_filter": False,  # a NaN is to be seen
-        "push_to_hub": False,  # at the end, see publish
-    }
-    for pair in args.set:
-        name, equals, text = pair.partition("=")
-        if not equals or name not in fields or name in values:
-            near = sorted(fields, key=lambda field: -len(os.path.commonprefix([field, name])))[:3]
-            fail(f"--set {pair} should be FIELD=VALUE, a field of RewardConfig without a flag; near it: {near}")
-        try:
-            values[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
-        except ValueError:
-            values[name] = text
-    if args.fp16 and not torch.cuda.is_available():
-        fail("--fp16 needs a GPU; on a CPU use --bf16, or neither")
-    for name in set(args.report_to) - {"none", "all", *get_available_reporting_integrations()}:
-        fail(f"--report_to {name}: not installed; pip install {name}")
-    try:
-        config = RewardConfig(**values)
-    except (ValueError, TypeError) as error:
-        fail(f"RewardConfig: {error}")
-    config._n_gpu = min(config.n_gpu, 1)  # one process drives one GPU (no DataParallel); several: accelerate launch
-    return config
-
-
-def order_pairs(pairs, config, args):
-    """The pairs in the order of the run, shuffled, the longest before all others: too little memory shows in the first
-    step. Sets the number of steps."""
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * config.world_size
-    if args.per_device_train_batch_size > len(pairs):
-        fail(f"--per_device_train_batch_size {args.per_device_train_batch_size} is larger than the {len(pairs)} pairs")
-    config.max_steps = args.max_steps or math.ceil(args.num_train_epochs * math.ceil(len(pairs) / batch))
-    tokens = sum(map(len, pairs["chosen_ids"])) + sum(map(len, pairs["rejected_ids"]))
-    print(
-        f"{config.max_steps} steps of {batch} pairs; an epoch has {len(pairs)} pairs, {tokens} tokens, "
-        f"{sum(pairs['size'])} with what the two texts of a pair begin with counted once"
-    )
-    order = np.random.default_rng(args.seed).permutation(len(pairs))
-    longest = np.argsort(pairs["size"], kind="stable")[-config.per_device_train_batch_size * config.world_size :]
-    return pairs.select(np.concatenate([longest[::-1], order[~np.isin(order, longest)]]))
-
-
-def describe_run(base, run, args, prompt_format, counts):
+def describe_run(args, base, adapter, parent, prompt_format, counts):
     """run.json: what the next stage, and whoever finds the checkpoint, needs to know."""
-
-    def digest(value):
-        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
     tokenizer = prompt_format.tokenizer
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
     return {
         "stage": "reward",
         "base_model": base,
         "base_digest": digest_base(base) if args.use_lora else None,
-        "parent": str(Path(args.model_path).resolve()) if args.adapter else base,
-        "parent_stage": run.get("stage"),
+        "parent": str(adapter or base),
+        "parent_stage": parent.get("stage"),
         "prompt_format": prompt_format.name,
         "chat_template_hash": digest(tokenizer.chat_template) if prompt_format.name == "chat" else None,
         "tokenizer_hash": digest(tokenizer.get_vocab()),
         "dataset": {"name": args.dataset_name, "subset": args.subset, **counts},
         "arguments": vars(args),
-        "versions": {"scripts": 2, **{name: importlib.metadata.version(name) for name in packages}},
+        "versions": {"scripts": SCRIPTS, **{name: importlib.metadata.version(name) for name in packages}},
     }
 
 
-def train(model, args, config, rows, prompt_format, collate, callback, checkpoint):
-    """Train from the checkpoint, if there is one, to the last step; returns (trainer, its metrics)."""
-    adapter = [parameter for parameter in model.parameters() if args.use_lora and parameter.requires_grad]
-    weights = [parameter.data for parameter in adapter]
+def plan_steps(args, config, pairs):
+    """Set the number of steps, and say what an epoch holds."""
+    if args.per_device_train_batch_size > len(pairs):
+        fail(f"--per_device_train_batch_size {args.per_device_train_batch_size} is larger than the {len(pairs)} pairs")
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * config.world_size
+    config.max_steps = args.max_steps or math.ceil(args.num_train_epochs * math.ceil(len(pairs) / batch))
+    tokens = sum(map(len, pairs["chosen_ids"])) + sum(map(len, pairs["rejected_ids"]))
+    print(f"{config.max_steps} steps of {batch} pairs; an epoch has {len(pairs)} pairs, {tokens} tokens, "
+          f"{sum(pairs['size'])} with what the two texts of a pair begin with counted once")  # fmt: skip
+
+
+def make_trainer(args, config, model, rows, collate, prompt_format, run):
+    """(RewardTrainer, its RunCallback)."""
+    adapter = [(weight, weight.data) for weight in model.parameters() if args.use_lora and weight.requires_grad]
+    sampler = LongestFirst(rows["train"]["size"][:])
+    callback = RunCallback(args.output_dir, run, sampler)
     trainer = RewardTrainer(
         model=model,
         args=config,
@@ -892,20 +903,23 @@ def train(model, args, config, rows, prompt_format, collate, callback, checkpoin
         data_collator=collate,
         callbacks=[callback],
     )
-    for parameter, data in zip(adapter, weights):  # RewardTrainer rounds them to bfloat16 on a quantized base
-        parameter.data = data.to(parameter.device)
+    trainer._get_train_sampler = lambda dataset=None: sampler
+    for weight, data in adapter:  # RewardTrainer rounds them to bfloat16 on a quantized base
+        weight.data = data.to(weight.device)
     if prompt_format.tokenizer.pad_token_id in prompt_format.stop_ids():  # RewardTrainer writes it into the config
         model.config.pad_token_id = None
-    if checkpoint and finished_steps(checkpoint) >= config.max_steps:  # Trainer would take one more step
+    return trainer, callback
+
+
+def train(trainer, callback, checkpoint):
+    """The metrics of training from the checkpoint, if there is one, to the last step."""
+    if checkpoint and count_steps(checkpoint) >= trainer.args.max_steps:  # Trainer would take one more step
         trainer._load_from_checkpoint(str(checkpoint))
-        return trainer, {}
+        return {}
     handlers = {name: signal.signal(name, callback.interrupt) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with disable_input_dtype_casting(model, active=bool(adapter)):  # else LoRA keeps float32 copies of inputs
-            return trainer, trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
-    except BaseException:
-        print(file=sys.stderr)  # the progress bar's line ends here
-        raise
+        with disable_input_dtype_casting(trainer.model):  # else LoRA keeps float32 copies of inputs
+            return trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
     finally:
         for name, handler in handlers.items():
             signal.signal(name, handler)
@@ -913,8 +927,8 @@ def train(model, args, config, rows, prompt_format, collate, callback, checkpoin
 
 def publish(trainer, args, run, metrics):
     """metrics.json and final_checkpoint/, which appears when it is complete; with --push_to_hub it is uploaded."""
-    output_dir, name = Path(args.output_dir), Path(args.output_dir).resolve().name
-    final, draft, old = (output_dir / f"final_checkpoint{ending}" for ending in ("", ".partial", ".old"))
+    folder, final = Path(args.output_dir), Path(args.output_dir, "final_checkpoint")
+    draft, old, name = final.with_suffix(".partial"), final.with_suffix(".old"), folder.resolve().name
     for leftover in (draft, old):
         shutil.rmtree(leftover, ignore_errors=True)
     trainer.model.save_pretrained(draft)
@@ -922,17 +936,17 @@ def publish(trainer, args, run, metrics):
     write_json(draft / "run.json", {**run, "metrics": metrics})
     trainer.hub_model_id = name
     trainer.create_model_card(model_name=name)  # TRL puts it beside the checkpoints
-    card = (output_dir / "README.md").read_text(encoding="utf-8")
+    card = (folder / "README.md").read_text(encoding="utf-8")
     card = card.replace("[None](https://huggingface.co/None)", f"`{run['base_model']}`")  # a base model on disk
-    figures = [f"| {name} | {value:.4g} |" for name, value in metrics.items() if isinstance(value, int | float)]
-    figures = "\n".join(["", "| figure | |", "| --- | --- |", *figures, "", "### Framework versions"])
-    (draft / "README.md").write_text(card.replace("### Framework versions", figures), encoding="utf-8")
-    (output_dir / "README.md").unlink()
+    figures = [f"| {name} | {value:.4g} |\n" for name, value in metrics.items() if isinstance(value, int | float)]
+    card += f"\n## Figures\n\n| | |\n| --- | --- |\n{''.join(figures)}"
+    (draft / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").unlink()
+    write_json(folder / "metrics.json", metrics)
     if final.exists():
         os.replace(final, old)
     os.replace(draft, final)
     shutil.rmtree(old, ignore_errors=True)
-    write_json(output_dir / "metrics.json", metrics)
     print(f"saved {final}")
     if args.push_to_hub:
         repo = HfApi().create_repo(name, exist_ok=True).repo_id
@@ -940,54 +954,60 @@ def publish(trainer, args, run, metrics):
 
 
 def score_pairs(model, rows, collate, args):
-    """Scores (2, pairs), chosen and rejected, in the order of `rows`; batches hold up to 4096 tokens."""
+    """Scores (2, pairs), chosen and rejected, in the order of `rows`."""
     longest, scores = rows["longest"][:], np.zeros((2, len(rows)))
     order = sorted(range(len(rows)), key=lambda row: -longest[row])
     model.eval()
     while order:
-        size = max(1, 2048 // longest[order[0]])
+        size = max(1, 2048 // longest[order[0]])  # pairs in a batch, whose texts have 4096 tokens at most
         batch, order = order[:size], order[size:]
         inputs = {name: value.to(model.device) for name, value in collate([rows[row] for row in batch]).items()}
-        with torch.no_grad(), precision(args, model.device)[1]:
+        with torch.no_grad(), mixed_precision(args, model.device):
             scores[:, batch] = model(**inputs).logits.view(2, -1).cpu().numpy()
-    if not np.isfinite(scores).all():
-        fail(f"the scores of row {rows[int(np.isfinite(scores).all(axis=0).argmin())]['row']} are NaN or infinite")
+    finite = np.isfinite(scores).all(axis=0)
+    if not finite.all():
+        fail(f"the scores of row {rows[int(finite.argmin())]['row']} are NaN or infinite")
     return scores
+
+
+def wilson_interval(accuracy, pairs):
+    """The 95% interval of an accuracy, [low, high] (Wilson 1927)."""
+    z = 1.96
+    center = accuracy + z * z / (2 * pairs)
+    spread = z * math.sqrt(accuracy * (1 - accuracy) / pairs + z * z / (4 * pairs * pairs))
+    return [(center + side) / (1 + z * z / pairs) for side in (-spread, spread)]
 
 
 def make_report(scores, length_difference):
     """What the `scores` (2, pairs), chosen and rejected, say; `length_difference`: chosen - rejected, in tokens.
 
     Calibration is that of the model's confidence in the side that it prefers, sigmoid(|margin|), in ten bins from 0.5
-    to 1; a tie is half right there, and wrong in the accuracy. The interval is Wilson's (1927), the calibration error
-    that of Guo et al. 2017 (arXiv:1706.04599)."""
+    to 1; a tie is half right there, and wrong in the accuracy. The error is that of Guo et al. 2017 (arXiv:1706.04599)."""
     margin, difference = scores[0] - scores[1], np.asarray(length_difference)
     right, pairs = margin > 0, len(margin)
-    z, accuracy = 1.96, float(right.mean())
-    center = accuracy + z * z / (2 * pairs)
-    spread = z * math.sqrt(accuracy * (1 - accuracy) / pairs + z * z / (4 * pairs * pairs))
 
     def describe(which):
-        """Pairs and accuracy of some of the pairs; None of none."""
         return {"pairs": int(which.sum()), "accuracy": float(right[which].mean()) if which.any() else None}
 
     confidence, hit = 1 / (1 + np.exp(-np.abs(margin))), right + 0.5 * (margin == 0)
-    bins, reliability = np.minimum((confidence - 0.5) * 20, 9).astype(int), []
+    bins = np.minimum((confidence - 0.5) * 20, 9).astype(int)
+    reliability = []
     for number in np.unique(bins).tolist():
         inside = bins == number
         figures = {"confidence": float(confidence[inside].mean()), "accuracy": float(hit[inside].mean())}
         reliability.append({"from": 0.5 + number / 20, "pairs": int(inside.sum()), **figures})
-    error = sum(row["pairs"] / pairs * abs(row["confidence"] - row["accuracy"]) for row in reliability)
     varied = margin.std() > 0 and difference.std() > 0
     return {
         "pairs": pairs,
-        "accuracy": accuracy,
-        "accuracy_interval": [(center - spread) / (1 + z * z / pairs), (center + spread) / (1 + z * z / pairs)],
+        "accuracy": float(right.mean()),
+        "accuracy_interval": wilson_interval(float(right.mean()), pairs),
         "ties": int((margin == 0).sum()),
         "loss": float(np.logaddexp(0, -margin).mean()),
         "mean_margin": float(margin.mean()),
         "mean_score": float(scores.mean()),
-        "calibration_error": error,
+        "calibration_error": sum(
+            row["pairs"] / pairs * abs(row["confidence"] - row["accuracy"]) for row in reliability
+        ),
         "reliability": reliability,
         "length_bias": {
             "chosen_longer": describe(difference > 0),
@@ -997,26 +1017,31 @@ def make_report(scores, length_difference):
     }
 
 
-def evaluate_pairs(model, rows, collate, args, where):
-    """(report, scores) on the evaluation pairs; the report is printed.
-
-    Up to 64 pairs are scored again with their sides swapped: the preference has to follow."""
-    scores = score_pairs(model, rows, collate, args)
-    report = make_report(scores, [len(row["chosen_ids"]) - len(row["rejected_ids"]) for row in rows])
+def swap_sides(model, rows, collate, args, scores):
+    """Up to 64 pairs scored again with their sides swapped: the preference has to follow."""
     some = rows.select(range(min(64, len(rows))))
     swapped = some.rename_columns({"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"})
     again, first = score_pairs(model, swapped, collate, args)[::-1], scores[:, : len(some)]
-    agreement = float((np.sign(again[0] - again[1]) == np.sign(first[0] - first[1])).mean())
-    report["swapped"] = {"pairs": len(some), "agreement": agreement, "difference": float(np.abs(again - first).max())}
+    agree = np.sign(again[0] - again[1]) == np.sign(first[0] - first[1])
+    return {
+        "pairs": len(some), "agreement": float(agree.mean()), "difference": float(np.abs(again - first).max())
+    }  # fmt: skip
 
-    (low, high), bias = report["accuracy_interval"], report["length_bias"]
+
+def evaluate_pairs(model, rows, collate, args, where):
+    """(report, scores) on the evaluation pairs; the report is printed."""
+    scores = score_pairs(model, rows, collate, args)
+    report = make_report(scores, [len(row["chosen_ids"]) - len(row["rejected_ids"]) for row in rows])
+    report["swapped"] = swap_sides(model, rows, collate, args, scores)
+    low, high = report["accuracy_interval"]
+    bias, swapped = report["length_bias"], report["swapped"]
     lines = [
         ("accuracy", report["accuracy"], f"95% interval {low:.3f} to {high:.3f}; {report['ties']} ties"),
         ("  chosen is longer", bias["chosen_longer"]["accuracy"], f"{bias['chosen_longer']['pairs']} pairs"),
         ("  chosen is shorter", bias["chosen_shorter"]["accuracy"], f"{bias['chosen_shorter']['pairs']} pairs"),
         ("margin and length", bias["correlation"], "correlation of the differences in score and in tokens"),
         ("mean margin", report["mean_margin"], f"score_chosen - score_rejected; loss {report['loss']:.3f}"),
-        ("sides swapped", agreement, f"agree, of {len(some)} pairs"),
+        ("sides swapped", swapped["agreement"], f"agree, of {swapped['pairs']} pairs"),
         ("calibration error", report["calibration_error"], "of confidence sigmoid(|margin|); accuracy from"),
         *((f"  {row['from']:.2f}", row["accuracy"], f"{row['pairs']} pairs") for row in report["reliability"]),
     ]
@@ -1028,98 +1053,115 @@ def evaluate_pairs(model, rows, collate, args, where):
     return report, scores
 
 
-def run_stage(args):
-    """The run that `args` ask for, step by step."""
-    base, parent = locate_model(args)
-    checkpoint = find_checkpoint(args)
-    config = make_config(args)
-    if args.push_to_hub:
-        HfApi().whoami()
-    prompt_format = load_tokenizer(base, parent, args)
+def write_scores(folder, rows, scores, report):
+    """What --eval_only leaves: scores.jsonl, a line for each pair, and metrics.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "scores.jsonl", "w", encoding="utf-8") as file:
+        for row, chosen, rejected in zip(rows["row"], *scores.tolist()):
+            file.write(json.dumps({"row": row, "score_chosen": chosen, "score_rejected": rejected}) + "\n")
+    write_json(folder / "metrics.json", {"accuracy": report["accuracy"], "report": report})
 
-    wanted = {} if args.eval_only else {"train": (args.subset, args.train_split)}
-    if args.eval_split:
-        wanted["eval"] = (args.eval_subset or args.subset, args.eval_split)
-    rows, counts = {}, {}
-    with PartialState().main_process_first():
-        for name, (subset, split) in wanted.items():
-            data, where = load_split(args, subset, split, f"--{name}_split")
-            rows[name] = encode_pairs(data, where, prompt_format, args)
-            counts[name] = {"where": where, "rows": len(rows[name])}
-    every_row = datasets.concatenate_datasets([split.select_columns(COLUMNS) for split in rows.values()])
-    check_model(base, args, every_row)
-    if not args.eval_only:
-        rows["train"] = order_pairs(rows["train"], config, args)
-    if args.dry_run:
-        for row in (every_row[number] for number in sorted({0, len(every_row) // 2})):
-            shared = len(os.path.commonprefix([row["chosen_ids"], row["rejected_ids"]]))
-            pieces = row["chosen_ids"][:shared], row["chosen_ids"][shared:], row["rejected_ids"][shared:]
-            begin, chosen, rejected = map(prompt_format.tokenizer.decode, pieces)
-            print(f"--- row {row['row']}\n{begin}\n[[chosen: {chosen}]]\n[[rejected: {rejected}]]")
-        print("dry run: everything fits; nothing was loaded or written")
-        return
 
-    model, classifier = load_model(base, args)
-    if not (args.load_in_4bit or args.load_in_8bit):
-        model.to(config.device)
-    reason, collate = tell_apart(classifier.eval(), every_row, args), collate_shared
-    if reason:
-        print(f"{classifier.config.model_type}: each text of a pair has a row of its own: {reason}")
-        collate = DataCollatorForPreference(prompt_format.tokenizer.pad_token_id)
-    output_dir, is_first = Path(args.output_dir), PartialState().is_main_process
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if args.eval_only:
-        report, scores = evaluate_pairs(model, rows["eval"], collate, args, counts["eval"]["where"])
-        if is_first:
-            lines = zip(rows["eval"]["row"], *scores.tolist())
-            lines = [{"row": row, "score_chosen": chosen, "score_rejected": other} for row, chosen, other in lines]
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            (output_dir / "scores.jsonl").write_text(text, encoding="utf-8")
-            write_json(output_dir / "metrics.json", {"accuracy": report["accuracy"], "report": report})
-        return
-
-    if is_first:
-        clear_output_dir(args, checkpoint)
-    run = describe_run(base, parent, args, prompt_format, counts)
-    callback = RunCallback(output_dir, run)
-    metrics = {}
-    if "eval" in rows:
-        scores = score_pairs(model, rows["eval"], collate, args)
-        metrics["accuracy_before"] = float((scores[0] > scores[1]).mean())
-        print(f"accuracy before training {metrics['accuracy_before']:.3f}")
-    trainer, figures = train(model, args, config, rows, prompt_format, collate, callback, checkpoint)
-    if callback.interrupted:
-        print(f"\nsaved; go on with the same command and --resume_from_checkpoint ({output_dir})", file=sys.stderr)
-        raise SystemExit(130)
-    metrics |= figures
-    if "eval" in rows:
-        report, _ = evaluate_pairs(model, rows["eval"], collate, args, counts["eval"]["where"])
-        metrics |= {"accuracy": report["accuracy"], "report": report}
-    if is_first:
-        publish(trainer, args, run, metrics)
-    trainer.accelerator.wait_for_everyone()
+@contextlib.contextmanager
+def explaining(args):
+    """One line in place of a traceback where memory or disk is full."""
+    try:
+        yield
+    except Exception as error:  # safetensors and torch.save have types of their own for a full disk
+        print(file=sys.stderr)  # ends the line of the progress bar
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            helps = ["use_lora", "load_in_4bit", "gradient_checkpointing", "bf16"]
+            flags = " ".join(f"--{name}" for name in helps if not getattr(args, name))
+            fail(f"no memory left; what helps, the most first: {flags} --per_device_train_batch_size 1")
+        if re.search("No space left|os error 28|PytorchStreamWriter failed", str(error)):
+            fail("no space left to save; what was saved before is complete")
+        raise
 
 
 def main(argv=None):
-    args = parse_flags(argv)
-    if os.environ.get("RANK", "0") != "0":
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # of several processes the first one talks
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
+    args = build_parser().parse_args(argv)
+    base, adapter, parent = locate_model(args)
+    args.use_lora |= adapter is not None
+    if args.learning_rate is None:
+        args.learning_rate = 1e-4 if args.use_lora else 1e-5
+    if args.eval_subset and not args.eval_split:
+        args.eval_split = "test"
+    check_flags(args)
+    config = make_config(args)
+    checkpoint = find_checkpoint(args)
     try:
-        run_stage(args)
-    except torch.OutOfMemoryError as error:
-        helps = "--use_lora, --load_in_4bit, --gradient_checkpointing, a smaller --per_device_train_batch_size, --bf16"
-        fail(f"no memory left on the device; what helps, the most first: {helps} ({error})")
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except (OSError, FloatingPointError) as error:
-        fail(error)
-    except Exception as error:
-        if not re.search("No space left|os error 28|PytorchStreamWriter failed", str(error)):
-            raise
-        fail(f"no space left to save; what was saved before is complete ({error})")
+        if args.push_to_hub:
+            HfApi().whoami()
+        model_config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+        prompt_format = load_format(args, base, adapter, parent)
+    except (OSError, ValueError) as error:  # of the hub and its cache, too
+        fail(f"--model_path {args.model_path}: {error}")
+
+    splits = {} if args.eval_only else {"train": (args.subset, args.train_split)}
+    if args.eval_split:
+        splits["eval"] = (args.eval_subset or args.subset, args.eval_split)
+    rows, counts = {}, {}
+    with PartialState().main_process_first():
+        for name, (subset, split) in splits.items():
+            data, where = load_split(args, subset, split, f"--{name}_split")
+            rows[name], counts[name] = encode_pairs(data, where, prompt_format, args)
+    columns = ["row", "chosen_ids", "rejected_ids", "size", "longest"]
+    every_row = datasets.concatenate_datasets([split.select_columns(columns) for split in rows.values()])
+    check_model(args, model_config, every_row)
+    if not args.eval_only:
+        plan_steps(args, config, rows["train"])
+    if args.dry_run:
+        show_pairs(every_row, prompt_format.tokenizer)
+        print("dry run: everything fits; nothing was loaded or written")
+        return
+
+    with explaining(args):
+        classifier, new_head = load_classifier(args, base)
+        model = classifier
+        if args.use_lora:
+            model, new_head = add_lora(args, classifier, adapter, new_head)
+        if new_head and args.eval_only:
+            fail(f"--eval_only: {args.model_path} has no score head; it should be a trained reward model")
+        print(f"score head: {'new' if new_head else 'that of ' + args.model_path}")
+        if not (args.load_in_4bit or args.load_in_8bit):
+            model.to(config.device)
+        collate, reason = collate_shared, why_not_share(classifier.eval(), every_row, args)
+        if reason:
+            print(f"{classifier.config.model_type}: each text of a pair has a row of its own: {reason}")
+            collate = DataCollatorForPreference(prompt_format.tokenizer.pad_token_id)
+        is_first = PartialState().is_main_process
+        if args.eval_only:
+            report, scores = evaluate_pairs(model, rows["eval"], collate, args, counts["eval"]["where"])
+            if is_first:
+                write_scores(Path(args.output_dir), rows["eval"], scores, report)
+            return
+
+        if is_first:
+            open_output_dir(args, checkpoint)
+        metrics = {}
+        if "eval" in rows:
+            scores = score_pairs(model, rows["eval"], collate, args)
+            metrics["accuracy_before"] = float((scores[0] > scores[1]).mean())
+            print(f"accuracy before training {metrics['accuracy_before']:.3f}")
+        run = describe_run(args, base, adapter, parent, prompt_format, counts)
+        trainer, callback = make_trainer(args, config, model, rows, collate, prompt_format, run)
+        metrics |= train(trainer, callback, checkpoint)
+        if callback.interrupted:
+            again = f"--resume_from_checkpoint ({args.output_dir})"
+            print(f"\nsaved; go on with the same command and {again}", file=sys.stderr)
+            sys.exit(130)
+        if "eval" in rows:
+            report, _ = evaluate_pairs(model, rows["eval"], collate, args, counts["eval"]["where"])
+            metrics |= {"accuracy": report["accuracy"], "report": report}
+        if is_first:
+            publish(trainer, args, run, metrics)
+        trainer.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":
-    main()
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # of several processes the first one talks
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

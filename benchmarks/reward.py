@@ -26,6 +26,8 @@ SEED = 1
 
 def run_ours(args, folder):
     """The script's own main, with the clock on train(); what the stock side needs stays in `folder`."""
+    import torch
+
     import training_reward_model as script
 
     train, result = script.RewardTrainer.train, {}
@@ -35,9 +37,11 @@ def run_ours(args, folder):
         output = train(self, **kwargs)
         result.update(output.metrics, processor=time.process_time() - start, history=self.state.log_history)
         result.update(peak_memory())
-        for name in ("train_dataset", "eval_dataset"):
-            if getattr(self, name) is not None:
-                getattr(self, name).save_to_disk(folder / name)
+        sampler = self._get_train_sampler()
+        sampler.generator = torch.Generator().manual_seed(SEED)  # the order of the first epoch
+        self.train_dataset.select(list(sampler)).save_to_disk(folder / "train_dataset")
+        if self.eval_dataset is not None:
+            self.eval_dataset.save_to_disk(folder / "eval_dataset")
         self.processing_class.save_pretrained(folder / "tokenizer")
         return output
 

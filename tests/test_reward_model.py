@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import make_model, make_tokenizer, run, write_rows
+from conftest import SHARED, make_model, make_tokenizer, run, write_rows
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
@@ -115,13 +115,27 @@ def test_rows_that_are_left_out_are_counted_with_their_numbers(reward, llama, tm
     rows[5]["response_k"] = rows[5]["response_j"]
     rows[7]["question"] = None
     rows[8]["response_j"] = "  "
+    rows[9] = rows[1]
     out, _ = run(reward, *flags(llama, write_rows(tmp_path / "a.jsonl", rows), tmp_path / "out"), "--dry_run", "--max_length", 100)  # fmt: skip
-    assert "16 of 20 pairs kept" in out
-    for reason in ("1 longer than --max_length 100 (rows 3)", "1 of two equal texts (rows 5)", "1 column question is null (rows 7)"):  # fmt: skip
+    assert "15 of 20 pairs kept" in out
+    for reason in ("1 longer than --max_length 100 (rows 3)", "1 of two equal texts (rows 5)", "1 equal to an earlier pair (rows 9)", "1 column question is null (rows 7)"):  # fmt: skip
         assert reason in out
-    rows[9]["response_j"] = 5
+    rows[9] = {**PAIRS[0], "response_j": 5}
     _, error = run(reward, *flags(llama, write_rows(tmp_path / "b.jsonl", [{key: str(value) if value == 5 else value for key, value in row.items()} | {"response_j": None if i in (8, 9) else "x"} for i, row in enumerate(rows)]), tmp_path / "out"), code=2)  # fmt: skip
     assert "3 of 20 rows are no pairs" in error and "2 column response_j is null (rows 8, 9)" in error
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not here")
+@pytest.mark.parametrize("place", ["question_response_jk/reward", "chat_preferences", "ultrafeedback_binarized_sample"])
+def test_real_pairs_are_trained_on_and_scored(reward, tmp_path, place):
+    """Each schema as real data have it: every pair that is kept is scored, and the scores are finite."""
+    base = make_model(tmp_path / "model", max_position_embeddings=4096)
+    more = ["--max_samples", 24, "--max_length", 4096, "--max_steps", 1]
+    splits = ["--train_split", "train_prefs", "--eval_split", "train_prefs"] if "ultra" in place else ["--eval_split", "train"]  # fmt: skip
+    out, _ = run(reward, *flags(base, SHARED / place, tmp_path / "out"), *more, *splits)
+    kept = {int(number) for number in re.findall(r"(\d+) of 24 pairs kept", out)}
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))["report"]
+    assert kept == {report["pairs"]} and report["pairs"] > 12 and math.isfinite(report["loss"])
 
 
 # Scores and gradients
@@ -218,6 +232,22 @@ def test_the_longest_pair_comes_first(reward, llama, pairs, tmp_path):
     first, second, *_ = lines_of(tmp_path / "out" / "metrics.jsonl")
     sizes = [len(a) + len(b) - len(os.path.commonprefix([a, b])) for a, b in encode(reward, llama, PAIRS)]
     assert first["num_tokens"] == max(sizes) and second["num_tokens"] - first["num_tokens"] in sizes
+
+
+def test_each_epoch_has_an_order_of_its_own_which_a_resumed_run_meets_again(reward, llama, pairs, tmp_path):
+    """The tokens of each step tell the pairs apart: all of them in each epoch, the same after the checkpoint."""
+    more = [*flags(llama, pairs, tmp_path / "out"), "--num_train_epochs", 2, "--logging_steps", 1, "--save_steps", 40]
+    run(reward, *more)
+
+    def steps():
+        return [line["loss"] for line in lines_of(tmp_path / "out" / "metrics.jsonl") if "loss" in line]
+
+    losses = steps()
+    tokens = [line["num_tokens"] for line in lines_of(tmp_path / "out" / "metrics.jsonl") if "loss" in line]
+    sizes = np.diff([0, *tokens])
+    assert len(sizes) == 60 and sorted(sizes[:30]) == sorted(sizes[30:]) and list(sizes[:30]) != list(sizes[30:])
+    run(reward, *more, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-40", "--overwrite_output_dir")
+    assert steps() == losses
 
 
 def test_dropout_is_that_of_the_adapter_alone(reward, llama, pairs, tmp_path):
@@ -439,7 +469,7 @@ def test_the_report_is_printed_and_says_where_the_accuracy_may_be_chance(reward,
 
 
 def test_dry_run_loads_and_writes_nothing(reward, llama, pairs, tmp_path, monkeypatch):
-    monkeypatch.setattr(reward, "load_model", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(reward, "load_classifier", lambda *args: pytest.fail("a model was loaded"))
     out, _ = run(reward, *flags(llama, pairs, tmp_path / "out"), "--dry_run", "--per_device_train_batch_size", 4)
     tokens = sum(len(ids) for texts in encode(reward, llama, PAIRS) for ids in texts)
     assert "30 of 30 pairs kept" in out and f"8 steps of 4 pairs; an epoch has 30 pairs, {tokens} tokens" in out
