@@ -636,12 +636,19 @@ def keeps_apart(model):
 
 @torch.no_grad()
 def uses_plain_head(model):
-    """Whether the logits are those of the head alone: no adapter on it, no factor (Granite) and no cap (Gemma 2)."""
-    ids, head = torch.arange(3, 11, device=model.device)[None], model.get_output_embeddings()
-    output = model.eval()(input_ids=ids, output_hidden_states=True, use_cache=False)
+    """Whether TRL's loss in chunks, which takes the head's weight, logit_scale and final_logit_softcapping, sees the
+    model's own logits: no adapter on the head, no other factor (Granite)."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
     if type(head) is not torch.nn.Linear:
         return False
-    return torch.allclose(head(output.hidden_states[-1]).float(), output.logits.float(), rtol=0.01, atol=0.01)
+    ids = torch.arange(3, 11, device=model.device)[None]
+    output = model.eval()(input_ids=ids, output_hidden_states=True, use_cache=False)
+    logits = head(output.hidden_states[-1]).float() * (getattr(config, "logit_scale", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.02
+    return bool((logits - output.logits).abs().max() <= tolerance * logits.abs().max())
 
 
 class LongestFirst(torch.utils.data.Sampler):
@@ -750,14 +757,18 @@ def make_trainer(args, config, model, rows, eval_rows, tokenizer, run):
     return trainer, callback
 
 
-def open_output_dir(args, history):
-    """Make --output_dir ready: nothing of a run that is overwritten, metrics.jsonl as the checkpoint knows it."""
+def open_output_dir(args, state):
+    """Make --output_dir ready: no checkpoint that was never completed, with --overwrite_output_dir none that is later than
+    where the run starts, and metrics.jsonl as that checkpoint's trainer `state` knows it."""
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("checkpoint-*"):
+        later = count_steps(path) > state["global_step"]
+        if not count_steps(path) or (later and args.overwrite_output_dir):
+            shutil.rmtree(path)
     if args.overwrite_output_dir and not args.resume_from_checkpoint:
-        for path in [*folder.glob("checkpoint-*"), folder / "final_checkpoint"]:
-            shutil.rmtree(path, ignore_errors=True)
-    lines = [json.dumps({"step": entry["step"], **entry}) + "\n" for entry in history]
+        shutil.rmtree(folder / "final_checkpoint", ignore_errors=True)
+    lines = [json.dumps({"step": entry["step"], **entry}) + "\n" for entry in state["log_history"]]
     (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
@@ -854,14 +865,15 @@ def main(argv=None):
                 "--packing and flash attention: in this model examples that share a row see each other; leave them out"
             )
         config.padding_free = flash and torch.cuda.is_available()
-        if not uses_plain_head(model):
-            config.loss_type = "nll"  # TRL's chunked loss is made of hidden states and the head's weight
+        if config.loss_type == "chunked_nll" and not uses_plain_head(model):
+            print("the loss is not computed in chunks: the logits of this model are more than its head's output")
+            config.loss_type = "nll"
         model.generation_config.eos_token_id = prompt_format.stop_ids(model.generation_config)
         run = describe_run(args, base, adapter, prompt_format, counts)
         trainer, callback = make_trainer(args, config, model, rows, eval_rows, tokenizer, run)
         state = read_json(checkpoint / "trainer_state.json") if checkpoint else {"log_history": [], "global_step": 0}
         if PartialState().is_main_process:
-            open_output_dir(args, state["log_history"])
+            open_output_dir(args, state)
         steps = trainer.set_initial_training_values(config, trainer.get_train_dataloader())[-1]
         if state["global_step"] >= steps:  # stopped after its last step: Trainer would take another
             trainer._load_from_checkpoint(str(checkpoint))

@@ -163,8 +163,10 @@ def test_a_later_checkpoint_is_not_dropped_unasked(finished):
     back = ["--resume_from_checkpoint", out / "checkpoint-4"]
     assert "--overwrite_output_dir" in run(script, *argv, *back, code=2)[1]
     assert (out / "checkpoint-5" / "trainer_state.json").is_file()
+    stale = out / "checkpoint-5" / "stale"
+    stale.touch()
     run(script, *argv, *back, "--overwrite_output_dir")
-    assert (out / "checkpoint-5" / "trainer_state.json").is_file()
+    assert (out / "checkpoint-5" / "trainer_state.json").is_file() and not stale.exists()
 
 
 def test_overwriting_replaces_this_runs_files_alone(finished):
