@@ -651,6 +651,26 @@ def uses_plain_head(model):
     return bool((logits - output.logits).abs().max() <= tolerance * logits.abs().max())
 
 
+def takes_answers_alone(model):
+    """Whether forward() computes the logits of some positions alone, and hands their labels on to the common loss."""
+    forward = type(model).forward
+    known = inspect.signature(forward).parameters
+    return "logits_to_keep" in known and "kwargs" in known and "self.loss_function(" in inspect.getsource(forward)
+
+
+class AnswersAlone:
+    """A collator that asks for logits only where the next token is trained on: the same loss and gradient, faster."""
+
+    def __init__(self, collate):
+        self.collate = collate
+
+    def __call__(self, rows):
+        batch = self.collate(rows)
+        following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        kept = (following != -100).any(dim=0).nonzero().flatten()
+        return {**batch, "logits_to_keep": kept, "shift_labels": following[:, kept]}
+
+
 class LongestFirst(torch.utils.data.Sampler):
     """Shuffled rows, the longest of all first, so that too little memory shows in the first step."""
 
@@ -746,6 +766,9 @@ def make_trainer(args, config, model, rows, eval_rows, tokenizer, run):
     causal_model.config = saved_config  # TRL switches the router's loss on in the one that runs
     for weight, data in trained:  # TRL makes adapters on a quantized base bfloat16, see load_model
         weight.data = data.to(weight.device)
+    plain_loss = config.loss_type == "nll" and not config.use_liger_kernel and not config.label_smoothing_factor
+    if plain_loss and takes_answers_alone(causal_model):
+        trainer.data_collator = AnswersAlone(trainer.data_collator)
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
     sampler = LongestFirst(lengths)
     if config.per_device_train_batch_size > 1 and not config.padding_free:  # rows of like length need less padding
