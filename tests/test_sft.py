@@ -215,6 +215,21 @@ def test_the_loss_in_chunks_is_for_models_whose_logits_it_knows(train, tmp_path,
     assert "not computed in chunks" not in train(PAIRS, plain_llama, *chunks)[0]
 
 
+def test_logits_are_computed_where_the_next_token_is_trained_on_alone(sft, train, plain_llama, monkeypatch):
+    """Every row of logits has its label; none is computed for the tokens of prompts."""
+    seen, compute_loss = [], sft.SFTTrainer.compute_loss
+
+    def watched(self, model, inputs, return_outputs=False, **kwargs):
+        trained = (inputs["labels"][:, 1:] != -100).any(dim=0).sum().item()
+        loss, outputs = compute_loss(self, model, inputs, return_outputs=True, **kwargs)
+        seen.append((outputs.logits.shape[1], trained, inputs["input_ids"].shape[1]))
+        return (loss, outputs) if return_outputs else loss
+
+    monkeypatch.setattr(sft.SFTTrainer, "compute_loss", watched)
+    train(PAIRS, plain_llama)
+    assert seen and all(computed == trained < whole for computed, trained, whole in seen)
+
+
 def test_two_processes_take_the_step_of_one(sft, tmp_path, llama):
     """A batch of two rows in one process, and of one row in each of two: the same losses, gradients and evaluation."""
     data = write_rows(tmp_path / "train.jsonl", CHATS)
