@@ -83,7 +83,10 @@ def make_models(args, folder):
     config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=4096, eos_token_id=0)
     dtype = torch.float32 if args.float32 else torch.bfloat16
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder / "base")
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # 3B take a CPU minutes
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(folder / "base")
+    del model
     for auto, kind in ((AutoModelForCausalLM, "CAUSAL_LM"), (AutoModelForSequenceClassification, "SEQ_CLS")):
         lora = LoraConfig(r=RANK, lora_alpha=32, target_modules="all-linear", task_type=kind)
         extra = {}
