@@ -265,23 +265,15 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optio
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # trl 1.12 uses names of before v6
 
 import datasets
+import peft
 import psutil
 import torch
+import transformers
 from accelerate import PartialState
 from accelerate.utils import reduce
 from huggingface_hub import HfApi, get_token
-from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from safetensors import safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    TrainerCallback,
-    TrainerState,
-    set_seed,
-)
 from transformers.integrations import get_available_reporting_integrations
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -291,7 +283,7 @@ from trl import SFTConfig, SFTTrainer
 logging.getLogger("trl.trainer.sft_trainer").setLevel(logging.ERROR)  # keeps_apart() tests what it warns of
 
 SCHEMAS = [("messages",), ("question", "response_j"), ("prompt", "response"), ("prompt", "chosen")]
-SCRIPTS = 2  # stands in run.json: this version resumes checkpoints of this version
+SCRIPTS = 3  # stands in run.json: this version resumes checkpoints of this version
 
 
 def read_json(path):
@@ -341,14 +333,13 @@ def locate_model(args):
         fail(f"--model_path {path}: the base model {base} is not the one that this adapter was trained on")
     if adapter["peft_type"] != "LORA" or adapter.get("alora_invocation_tokens"):
         fail(f"--model_path {path} is no plain LoRA adapter; only those can be trained on")
-    for flag, name in {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}.items():
-        if getattr(args, flag) not in (None, adapter[name]):
-            fail(f"--{flag} {getattr(args, flag)}: the adapter {path} has {adapter[name]}; leave the flag out")
-    targets = adapter["target_modules"]
-    if args.lora_target_modules and set(args.lora_target_modules) != (
-        {targets} if isinstance(targets, str) else set(targets)
-    ):
-        fail(f"--lora_target_modules: the adapter {path} has its own; leave the flag out")
+    for name in ("r", "lora_alpha", "lora_dropout", "target_modules"):
+        flag = name if name.startswith("lora") else f"lora_{name}"
+        asked, there = getattr(args, flag), adapter[name]
+        if name == "target_modules" and asked:
+            asked, there = set(asked), {there} if isinstance(there, str) else set(there)
+        if asked not in (None, there):
+            fail(f"--{flag}: the adapter {path} has its own, {adapter[name]}; leave the flag out")
     return base, folder.resolve(), run
 
 
@@ -357,14 +348,15 @@ def make_config(args):
     quantized = args.load_in_4bit or args.load_in_8bit
     sharded = os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
     missing = set(args.report_to) - {"none", "all", *get_available_reporting_integrations()}
+    evaluated = args.eval_split or args.eval_subset
     problems = {
         "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
         "quantized weights cannot be trained themselves: add --use_lora": quantized and not args.use_lora,
         "--fp16 needs a GPU; on a CPU use --bf16, or neither": args.fp16 and not torch.cuda.is_available(),
-        "--eval_steps needs --eval_split or --eval_subset": args.eval_steps
-        and not (args.eval_split or args.eval_subset),
+        "--eval_steps needs --eval_split or --eval_subset": args.eval_steps and not evaluated,
         "FSDP and ZeRO-3 cut the model in pieces, which this script cannot check; use DDP or ZeRO-2": sharded,
         f"--report_to: not installed: {', '.join(missing)}": missing,
+        "--push_to_hub needs a login: hf auth login": args.push_to_hub and not get_token(),
     }
     for problem, there in problems.items():
         if there:
@@ -379,8 +371,7 @@ def make_config(args):
         "max_steps": args.max_steps or -1,
         "max_length": args.max_length if args.packing else None,  # rows are cut already
         "eval_packing": False,
-        # TRL's chunked loss fills chunks of 256 tokens up, which takes longer than one row's logits
-        "loss_type": None if gpu else "nll",
+        "loss_type": "nll",  # TRL's loss in chunks leaves out what some models do to their logits (Granite)
         "use_liger_kernel": torch.cuda.is_available() and is_liger_kernel_available(),
         "warmup_steps": min(args.warmup_ratio, 0.999999),  # below 1: a fraction of the steps
         "eval_strategy": "steps" if args.eval_steps else "no",
@@ -406,38 +397,46 @@ def make_config(args):
     return config
 
 
-def count_steps(checkpoint):
-    return read_json(checkpoint / "trainer_state.json").get("global_step", 0)
-
-
 def find_checkpoint(args):
-    """The checkpoint to go on from, or None; a non-empty --output_dir is not overwritten by chance."""
-    folder = Path(args.output_dir)
-    if not args.resume_from_checkpoint:
-        if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not args.overwrite_output_dir:
-            fail(f"--output_dir {folder} is not empty; see --resume_from_checkpoint and --overwrite_output_dir")
-        return None
-    complete = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]  # Trainer writes it last
-    checkpoint = max(complete, key=count_steps, default=None)
-    if args.resume_from_checkpoint is not True:
-        checkpoint = Path(args.resume_from_checkpoint)
-    if not checkpoint:
+    """(checkpoint to go on from or None, its trainer_state.json); what is in --output_dir is not replaced by chance."""
+    folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    states = [path for path in folder.glob("checkpoint-*/trainer_state.json")]  # Trainer writes it last: complete
+    steps = {path.parent: read_json(path)["global_step"] for path in states}
+    if not wanted and not args.overwrite_output_dir and (folder.is_file() or any(folder.glob("*"))):
+        fail(f"--output_dir {folder} is not empty; see --resume_from_checkpoint and --overwrite_output_dir")
+    if wanted is True and not steps:
         print(f"no complete checkpoint in {folder}: starting from the beginning")
-        return None
-    if not (checkpoint / "trainer_state.json").is_file():
+    if not wanted or (wanted is True and not steps):
+        return None, {"global_step": 0, "log_history": []}
+    checkpoint = max(steps, key=steps.get) if wanted is True else Path(wanted)
+    state, run = read_json(checkpoint / "trainer_state.json"), read_json(checkpoint / "run.json")
+    if not state:
         fail(f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)")
-    run = read_json(checkpoint / "run.json")
     if run.get("stage") != "sft" or run.get("versions", {}).get("scripts") != SCRIPTS:
         fail(f"--resume_from_checkpoint: {checkpoint} is of another stage, or of an earlier version of this script")
-    later = [path for path in complete if count_steps(path) > count_steps(checkpoint)]
+    later = [path for path in steps if steps[path] > state["global_step"]]
     if later and not args.overwrite_output_dir:
         fail(f"--resume_from_checkpoint {checkpoint}: {later[0]} is later; --overwrite_output_dir drops it")
-    return checkpoint
+    return checkpoint, state
+
+
+def open_output_dir(args, state):
+    """Make --output_dir ready: without checkpoints that are not complete or later than where the run starts, and with
+    metrics.jsonl as that checkpoint's trainer `state` knows it."""
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("checkpoint-*"):
+        if not 0 < read_json(path / "trainer_state.json").get("global_step", 0) <= state["global_step"]:
+            shutil.rmtree(path)
+    if args.overwrite_output_dir and not args.resume_from_checkpoint:
+        shutil.rmtree(folder / "final_checkpoint", ignore_errors=True)
+    lines = [json.dumps({"step": entry["step"], **entry}) + "\n" for entry in state["log_history"]]
+    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def load_tokenizer(place, args):
     """The tokenizer; a missing pad token is a token that it already has, so that no embedding is added."""
-    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
     if tokenizer.pad_token_id is None:
         reserved = "<|finetune_right_pad_id|>"  # Llama 3.x keeps this one free for padding
         tokenizer.pad_token = reserved if reserved in tokenizer.get_vocab() else tokenizer.eos_token
@@ -485,12 +484,12 @@ def encode_rows(rows, prompt_format, args, where):
         messages = row.get("messages")
         if schema != ("messages",):
             messages = [{"role": role, "content": row[name]} for role, name in zip(("user", "assistant"), schema)]
-        bad = [name for name in schema if not row[name] or (isinstance(row[name], str) and not row[name].strip())]
         try:
             check_messages(messages, last="assistant")
             ids, mask = prompt_format.encode(messages)
         except ValueError as error:
-            reason = f"column {' + '.join(bad or schema)} {error}".partition(", not ")[0]
+            empty = [name for name in schema if not row[name] or not str(row[name]).strip()]
+            reason = f"column {' + '.join(empty or schema)} {error}".partition(", not ")[0]
             return {"reason": reason, "digest": "", "cut": False, "input_ids": [], "labels": []}
         labels = [token if trained or train_on_prompt else -100 for token, trained in zip(ids, mask)]
         labels = [-100, *labels[1:max_length]]  # the first token follows nothing
@@ -505,55 +504,52 @@ def encode_rows(rows, prompt_format, args, where):
     workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = min(workers, len(rows) // 2000) or None  # where there is work for several
     encoded = rows.map(encode_row, remove_columns=rows.column_names, num_proc=workers, desc="Tokenizing")
-    kept, left_out, seen = [], {}, set()  # left_out: {reason: numbers of the rows}
+    by_reason, seen = {}, set()  # {why they are left out: numbers of the rows}, "" for those that are kept
     for i, (reason, digest) in enumerate(zip(encoded["reason"], encoded["digest"])):
-        reason = "equal to an earlier row" if digest in seen else reason
-        if reason:
-            left_out.setdefault(reason, []).append(i)
-        else:
-            kept.append(i)
-        if digest:
-            seen.add(digest)
-    misshapen = list(encoded["digest"]).count("")
-    encoded = encoded.select(kept)
-    counts = {"rows": len(kept), "cut": sum(encoded["cut"])}
-    counts["left_out"] = {reason: len(numbers) for reason, numbers in left_out.items()}
+        if digest in seen:
+            reason = reason or "equal to an earlier row"
+        seen.add(digest)
+        by_reason.setdefault(reason, []).append(i)
+    kept = encoded.select(by_reason.pop("", []))
     lines = [
         f"{where}: {len(numbers)} of {len(rows)} rows left out (row {', '.join(map(str, numbers[:3]))}): {reason}"
-        for reason, numbers in left_out.items()
+        for reason, numbers in by_reason.items()
     ]
-    if not kept or misshapen > len(rows) / 10:
+    if not len(kept) or list(encoded["digest"]).count("") > len(rows) / 10:
         fail("; ".join(lines))
     for line in lines:
         print(f"warning: {line}")
+    left_out = {reason: len(numbers) for reason, numbers in by_reason.items()}
+    counts = {"rows": len(kept), "cut": sum(kept["cut"]), "left_out": left_out}
     print(f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; {len(kept)} rows kept, {counts['cut']} of "
           f"them cut to {max_length} tokens")  # fmt: skip
-    return encoded.select_columns(["input_ids", "labels"]), counts
+    return kept.select_columns(["input_ids", "labels"]), counts
 
 
 def show_rows(rows, tokenizer):
     """Two rows as text, what is trained on in double brackets."""
     for i in sorted({0, len(rows) // 2}):
+        print(f"--- row {i} of {len(rows)}, {len(rows[i]['input_ids'])} tokens")
         pairs = zip(rows[i]["input_ids"], rows[i]["labels"])
-        text = f"--- row {i} of {len(rows)}, {len(rows[i]['input_ids'])} tokens\n"
         for trained, group in itertools.groupby(pairs, key=lambda pair: pair[1] != -100):
             piece = tokenizer.decode([token for token, _ in group])
-            text += f"[[{piece}]]" if trained else piece
-        print(text)
+            print(f"[[{piece}]]" if trained else piece, end="")
+        print()
 
 
 def warn_of_memory(args, config):
     """Say so where weights and optimizer state alone exceed the memory that is free."""
     with torch.device("meta"):
-        weights = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code).num_parameters()
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
     size = 2 if args.bf16 or args.fp16 else 4  # bytes
     if args.load_in_4bit or args.load_in_8bit:
         size = 0.6 if args.load_in_4bit else 1.1
     if not args.use_lora:
         size = 16  # weight, gradient and AdamW's two moments
+    need = model.num_parameters() * size
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    if weights * size > free:
-        print(f"warning: weights and optimizer alone take {weights * size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    if need > free:
+        print(f"warning: weights and optimizer alone take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
 
 def load_model(args, base, adapter):
@@ -563,14 +559,14 @@ def load_model(args, base, adapter):
     ones have the precision the model computes in."""
     compute = torch.float16 if args.fp16 else torch.float32
     compute = torch.bfloat16 if args.bf16 else compute
-    quantization = BitsAndBytesConfig(
+    quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=args.load_in_4bit,
         load_in_8bit=args.load_in_8bit,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
     )
-    model = AutoModelForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         base,
         dtype=compute if args.use_lora else torch.float32,
         attn_implementation=args.attn_implementation,
@@ -585,20 +581,20 @@ def load_model(args, base, adapter):
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes: no gradients after a pass in eval mode
             module.support_avx512bf16_for_cpu = False
     if adapter:
-        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        return peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
     if not args.use_lora:
         return model
     targets = args.lora_target_modules or ["all-linear"]
     if targets == ["all-linear"]:
         targets = list_linear_layers(model)
-    lora = LoraConfig(
+    lora = peft.LoraConfig(
         r=args.lora_r or 16,
         lora_alpha=32 if args.lora_alpha is None else args.lora_alpha,
         lora_dropout=args.lora_dropout or 0.0,
         target_modules=targets[0] if len(targets) == 1 and not targets[0].isidentifier() else targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)
+    return peft.get_peft_model(model, lora)
 
 
 def list_linear_layers(model):
@@ -634,23 +630,6 @@ def keeps_apart(model):
     return bool((both - alone).abs().max() <= tolerance * alone.abs().max())
 
 
-@torch.no_grad()
-def uses_plain_head(model):
-    """Whether TRL's loss in chunks, which takes the head's weight, logit_scale and final_logit_softcapping, sees the
-    model's own logits: no adapter on the head, no other factor (Granite)."""
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    if type(head) is not torch.nn.Linear:
-        return False
-    ids = torch.arange(3, 11, device=model.device)[None]
-    output = model.eval()(input_ids=ids, output_hidden_states=True, use_cache=False)
-    logits = head(output.hidden_states[-1]).float() * (getattr(config, "logit_scale", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap:
-        logits = cap * torch.tanh(logits / cap)
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.02
-    return bool((logits - output.logits).abs().max() <= tolerance * logits.abs().max())
-
-
 def takes_answers_alone(model):
     """Whether forward() computes the logits of some positions alone, and hands their labels on to the common loss."""
     forward = type(model).forward
@@ -671,23 +650,7 @@ class AnswersAlone:
         return {**batch, "logits_to_keep": kept, "shift_labels": following[:, kept]}
 
 
-class LongestFirst(torch.utils.data.Sampler):
-    """Shuffled rows, the longest of all first, so that too little memory shows in the first step."""
-
-    def __init__(self, lengths):
-        self.lengths, self.generator = lengths, None
-
-    def __len__(self):
-        return len(self.lengths)
-
-    def __iter__(self):
-        order = torch.randperm(len(self.lengths), generator=self.generator).tolist()
-        first = order.index(max(order, key=self.lengths.__getitem__))
-        order[0], order[first] = order[first], order[0]
-        return iter(order)
-
-
-class RunCallback(TrainerCallback):
+class RunCallback(transformers.TrainerCallback):
     """Sets the order of the rows, writes metrics.jsonl and run.json, stops before a gradient that is not finite reaches
     the weights, and turns Ctrl-C and SIGTERM into a saved checkpoint."""
 
@@ -740,6 +703,7 @@ def describe_run(args, base, adapter, prompt_format, counts):
     """run.json: what the next stage, and whoever finds the checkpoint, needs to know."""
     tokenizer = prompt_format.tokenizer
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+    versions = {name: importlib.metadata.version(name) for name in packages}
     return {
         "stage": "sft",
         "base_model": base,
@@ -750,13 +714,17 @@ def describe_run(args, base, adapter, prompt_format, counts):
         "tokenizer_hash": digest(tokenizer.get_vocab()),
         "dataset": {"name": args.dataset_name, "subset": args.subset, "split": args.split, **counts},
         "arguments": vars(args),
-        "versions": {**{name: importlib.metadata.version(name) for name in packages}, "scripts": SCRIPTS},
+        "versions": {**versions, "scripts": SCRIPTS},
     }
 
 
-def make_trainer(args, config, model, rows, eval_rows, tokenizer, run):
+def make_trainer(config, model, rows, eval_rows, tokenizer, run):
     """(SFTTrainer, its RunCallback)."""
-    causal_model = model.get_base_model() if args.use_lora else model
+    causal_model = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    flash = "flash" in causal_model.config._attn_implementation
+    if (config.packing or flash) and not keeps_apart(causal_model):
+        fail("--packing and flash attention: in this model examples that share a row see each other; leave them out")
+    config.padding_free = flash and torch.cuda.is_available()
     set_router_loss(config, causal_model)
     trained = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
     saved_config = copy.deepcopy(causal_model.config)
@@ -769,30 +737,14 @@ def make_trainer(args, config, model, rows, eval_rows, tokenizer, run):
     plain_loss = config.loss_type == "nll" and not config.use_liger_kernel and not config.label_smoothing_factor
     if plain_loss and takes_answers_alone(causal_model):
         trainer.data_collator = AnswersAlone(trainer.data_collator)
+    # Rows of like length need little padding; the longest come first, so that too little memory shows in the first step.
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
-    sampler = LongestFirst(lengths)
-    if config.per_device_train_batch_size > 1 and not config.padding_free:  # rows of like length need less padding
-        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-        sampler = LengthGroupedSampler(batch, lengths=lengths)  # it begins with the longest too
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    sampler = LengthGroupedSampler(batch, lengths=lengths)
     trainer._get_train_sampler = lambda dataset=None: sampler
-    callback = RunCallback(args.output_dir, run, sampler)
+    callback = RunCallback(config.output_dir, run, sampler)
     trainer.add_callback(callback)
     return trainer, callback
-
-
-def open_output_dir(args, state):
-    """Make --output_dir ready: no checkpoint that was never completed, with --overwrite_output_dir none that is later than
-    where the run starts, and metrics.jsonl as that checkpoint's trainer `state` knows it."""
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("checkpoint-*"):
-        later = count_steps(path) > state["global_step"]
-        if not count_steps(path) or (later and args.overwrite_output_dir):
-            shutil.rmtree(path)
-    if args.overwrite_output_dir and not args.resume_from_checkpoint:
-        shutil.rmtree(folder / "final_checkpoint", ignore_errors=True)
-    lines = [json.dumps({"step": entry["step"], **entry}) + "\n" for entry in state["log_history"]]
-    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def publish(trainer, args, run, metrics):
@@ -807,7 +759,6 @@ def publish(trainer, args, run, metrics):
     if not trainer.is_world_process_zero():
         return
     (draft / "training_args.bin").unlink()  # a pickle
-    trainer.processing_class.save_pretrained(draft)
     trainer.model.generation_config.save_pretrained(draft)  # where answers end
     figures = "".join(f"| {name} | {value} |\n" for name, value in metrics.items())
     card = (folder / "README.md").read_text(encoding="utf-8")
@@ -847,21 +798,16 @@ def main(argv=None):
     if args.learning_rate is None:
         args.learning_rate = 2e-4 if args.use_lora else 2e-5
     config = make_config(args)
-    if args.push_to_hub and not get_token():
-        fail("--push_to_hub needs a login: hf auth login")
-    checkpoint = find_checkpoint(args)
+    checkpoint, state = find_checkpoint(args)
 
     data, where = load_split(args, args.subset, args.split, "--split")
-    natural = "chat" if "messages" in data.column_names else "qa"
     try:
-        model_config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+        model_config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
         tokenizer = load_tokenizer(adapter if adapter and (adapter / "tokenizer_config.json").is_file() else base, args)
+        natural = "chat" if "messages" in data.column_names else "qa"
+        prompt_format = pick_format(args.prompt_format, natural, parent.get("prompt_format"), tokenizer)
     except (OSError, ValueError) as error:  # of the hub and its cache, too
         fail(f"--model_path {args.model_path}: {error}")
-    try:
-        prompt_format = pick_format(args.prompt_format, natural, parent.get("prompt_format"), tokenizer)
-    except ValueError as error:
-        fail(error)
     rows, counts = encode_rows(data, prompt_format, args, where)
     eval_rows = None
     if args.eval_split or args.eval_subset:
@@ -871,8 +817,6 @@ def main(argv=None):
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or longest
     if longest > positions:
         fail(f"--max_length {args.max_length}: the model has {positions} positions, the longest row {longest} tokens")
-    if args.batch_size > len(rows):
-        fail(f"--batch_size {args.batch_size} is larger than the data set ({len(rows)} rows)")
     warn_of_memory(args, model_config)
     if args.dry_run:
         show_rows(rows, tokenizer)
@@ -880,35 +824,23 @@ def main(argv=None):
         return
 
     with explaining(args):
-        set_seed(args.seed)  # a new adapter starts at random
+        transformers.set_seed(args.seed)  # a new adapter starts at random
         model = load_model(args, base, adapter)
-        flash = "flash" in (args.attn_implementation or "")
-        if (args.packing or flash) and not keeps_apart(model.get_base_model() if args.use_lora else model):
-            fail(
-                "--packing and flash attention: in this model examples that share a row see each other; leave them out"
-            )
-        config.padding_free = flash and torch.cuda.is_available()
-        if config.loss_type == "chunked_nll" and not uses_plain_head(model):
-            print("the loss is not computed in chunks: the logits of this model are more than its head's output")
-            config.loss_type = "nll"
         model.generation_config.eos_token_id = prompt_format.stop_ids(model.generation_config)
         run = describe_run(args, base, adapter, prompt_format, counts)
-        trainer, callback = make_trainer(args, config, model, rows, eval_rows, tokenizer, run)
-        state = read_json(checkpoint / "trainer_state.json") if checkpoint else {"log_history": [], "global_step": 0}
+        trainer, callback = make_trainer(config, model, rows, eval_rows, tokenizer, run)
         if PartialState().is_main_process:
             open_output_dir(args, state)
         steps = trainer.set_initial_training_values(config, trainer.get_train_dataloader())[-1]
         if state["global_step"] >= steps:  # stopped after its last step: Trainer would take another
             trainer._load_from_checkpoint(str(checkpoint))
-            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             metrics = {name: value for entry in state["log_history"][-2:] for name, value in entry.items()}
         else:
             with disable_input_dtype_casting(model, active=args.use_lora):  # LoRA would keep float32 copies of inputs
                 metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
         if callback.interrupted:
-            print(
-                f"saved; go on with the same command and --resume_from_checkpoint ({args.output_dir})", file=sys.stderr
-            )
+            print(f"saved; go on with --resume_from_checkpoint ({args.output_dir})", file=sys.stderr)
             sys.exit(130)
         if eval_rows:
             metrics |= trainer.evaluate()

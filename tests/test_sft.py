@@ -20,8 +20,6 @@ from transformers import (
     BloomForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MixtralConfig,
@@ -197,22 +195,6 @@ def test_each_answer_token_counts_the_same_and_no_row_sees_another(train, tmp_pa
     for name, weight in found.named_parameters():
         assert (weight - wanted[name]).abs().max() < 1e-9, name
     assert losses(tmp_path / "out") == [(1, pytest.approx(loss, rel=1e-9))]
-
-
-def test_the_loss_in_chunks_is_for_models_whose_logits_it_knows(train, tmp_path, plain_llama):
-    """Granite divides its logits, which TRL's loss in chunks does not know: the plain loss, and a line. Llama keeps it."""
-    config = GraniteConfig(
-        vocab_size=len(make_tokenizer(False)), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, logits_scaling=8.0,
-    )  # fmt: skip
-    granite = tmp_path / "granite"
-    GraniteForCausalLM(config).save_pretrained(granite)
-    make_tokenizer(False).save_pretrained(granite)
-    chunks = ["--set", "loss_type=chunked_nll"]
-    train(PAIRS, granite, out="plain")
-    assert "not computed in chunks" in train(PAIRS, granite, *chunks, out="chunks")[0]
-    assert same(*(weights(tmp_path / out / "final_checkpoint") for out in ("plain", "chunks")))
-    assert "not computed in chunks" not in train(PAIRS, plain_llama, *chunks)[0]
 
 
 def test_logits_are_computed_where_the_next_token_is_trained_on_alone(sft, train, plain_llama, monkeypatch):
