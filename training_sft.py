@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import glob
 import hashlib
 import importlib.metadata
 import inspect
@@ -43,18 +44,26 @@ def fail(message):
 
 
 # >>> text: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_text.py)
-def check_messages(messages, last):
-    """Raise ValueError unless `messages` are texts of system (may be left out), user, assistant, user, ..., `last`."""
-    if not isinstance(messages, list) or not messages or not all(isinstance(turn, dict) for turn in messages):
-        raise ValueError("should be a list of {role, content} with at least one turn")
-    system = messages[0].get("role") == "system"
+def read_messages(messages, last):
+    """`messages` as texts of system (may be left out), user, assistant, user, ..., `last`; raises ValueError.
+
+    `developer` is system, a system turn without text is none, a number is its JSON text."""
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+        raise ValueError("should be a list of {role, content}")
+    turns = []
     for i, turn in enumerate(messages):
         role, content = turn.get("role"), turn.get("content")
-        expected = "system" if system and i == 0 else ("user", "assistant")[(i - system) % 2]
-        if role != expected or not isinstance(content, str) or not (content.strip() or role == "system"):
-            raise ValueError(f"should have text of the role {expected!r} in turn {i}, not {str(turn)[:80]}")
-    if role != last:
-        raise ValueError(f"should end with the role {last!r}, not {role!r}")
+        role = "system" if role == "developer" else role
+        content = json.dumps(content) if isinstance(content, int | float) else content
+        if role == "system" and not str(content or "").strip():
+            continue
+        expected = ("user", "assistant") if turns and turns[-1]["role"] != "system" else ("system", "user")
+        if role not in expected or not isinstance(content, str) or not content.strip():
+            raise ValueError(f"should have text of the role {' or '.join(expected)} in turn {i}, not {str(turn)[:80]}")
+        turns.append({"role": role, "content": content})
+    if not turns or turns[-1]["role"] != last:
+        raise ValueError(f"should end with the role {last}, not {str(messages[-1:])[:80]}")
+    return turns
 
 
 class PromptFormat:
@@ -68,6 +77,8 @@ class PromptFormat:
     def __init__(self, tokenizer, name):
         """Raises ValueError for a tokenizer without EOS, and for a template that does not write answers."""
         self.tokenizer, self.name = tokenizer, name
+        self.end = self.tail = ""  # of a turn: its last token, and what follows that
+        self.has_runs = False  # of turns of one role
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no EOS token, so no answer could ever end")
         bare, ids = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
@@ -94,14 +105,21 @@ class PromptFormat:
         following = self._render([question, answer, question]).partition(mark)[2]
         ends = re.compile(rf"\s*({'|'.join(map(re.escape, tokens))})+")
         self.end = next((found[0] for found in map(ends.match, (self.after, following)) if found), "")
-        try:
-            self.has_system = "\ue002" in self._render([system, question, answer])
-        except ValueError:
-            self.has_system = False
+        self.tail = self.after[len(self.end) :] if self.end else ""
+        self.has_system = self._takes([system, question, answer])
+        self.has_runs = self._takes([question, question, answer, answer])
 
-    def _render(self, messages, open_end=False):
+    def _takes(self, messages):
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_end)
+            text = self._render(messages)
+        except ValueError:
+            return False
+        return all(text.count(turn["content"]) == messages.count(turn) for turn in messages)
+
+    def _render(self, messages, open_end=False, tools=None):
+        write = self.tokenizer.apply_chat_template
+        try:
+            text = write(messages, tools=tools, tokenize=False, add_generation_prompt=open_end)
         except Exception as error:  # templates refuse roles and orders with exceptions of their own
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
         return text.removesuffix(self.thought) if open_end else text
@@ -110,9 +128,13 @@ class PromptFormat:
         """Put U+E000 after each character of what looks like a special token, and after U+E000 itself."""
         return re.sub(f"{self.special.pattern}|\ue000", lambda found: re.sub("(?s)(.)", "\\1\ue000", found[0]), text)
 
-    def _write(self, messages, open_end):
+    def _write(self, turns, open_end, tools):
         """The text, its contents guarded, and where in it [start, end, start, end, ...] the assistant writes."""
-        messages = [{"role": turn["role"], "content": self._guard(turn["content"])} for turn in messages]
+        messages = []
+        for role, content in ((turn["role"], self._guard(turn["content"])) for turn in turns):
+            if messages and role == messages[-1]["role"] and (role == "system" or not self.has_runs):
+                content = f"{messages.pop()['content']}\n\n{content}"
+            messages.append({"role": role, "content": content})
         if self.name == "qa":  # earlier turns join the question
             texts = [turn["content"] for turn in messages if turn["content"]]
             answer = "" if open_end else f" {texts.pop()}"
@@ -121,14 +143,14 @@ class PromptFormat:
         if messages[0]["role"] == "system" and not self.has_system:  # Gemma 2: it opens the first question
             system, question, *rest = messages
             messages = [{**question, "content": f"{system['content']}\n\n{question['content']}"}, *rest]
-        text, cuts = self._render(messages, open_end), []
+        text, cuts = self._render(messages, open_end, tools), []
         for i, turn in enumerate(messages):
             content = "".join(turn["content"].split())  # templates trim contents, and set thoughts in lines
             if turn["role"] != "assistant" and content not in "".join(text.split()):
                 raise ValueError(f"the chat template leaves out text of turn {i} ({turn['role']})")
             if turn["role"] != "assistant":
                 continue
-            prompt, shown = self._render(messages[:i], open_end=True), self._render(messages[: i + 1])
+            prompt, shown = self._render(messages[:i], True, tools), self._render(messages[: i + 1], False, tools)
             body, last = shown.removesuffix(self.after), i == len(messages) - 1
             text = body + self.end if last else text
             whole = shown == body + self.after and body.startswith(prompt) and "".join(body.split()).endswith(content)
@@ -147,11 +169,12 @@ class PromptFormat:
             ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
         return ids
 
-    def encode(self, messages, open_end=False):
+    def encode(self, messages, open_end=False, tools=None):
         """Token ids, and 1 for each that the assistant wrote (else 0), two lists; raises ValueError.
 
-        `messages`: dicts with `role` and `content`. With `open_end` the ids are a prompt that an answer follows."""
-        text, cuts = self._write(messages, open_end)
+        `messages`: of read_messages(); `tools`: JSON schemas that chat templates describe. With `open_end` the ids are a
+        prompt that an answer follows."""
+        text, cuts = self._write(messages, open_end, tools)
         ids = list(self.bos) if self.name == "qa" else []  # a chat template writes its own
         mask, done = [0] * len(ids), 0
         for n, cut in enumerate([*cuts, len(text)]):
@@ -167,11 +190,18 @@ class PromptFormat:
             ids, mask = [*ids, self.tokenizer.eos_token_id], [*mask, 1]
         return ids, mask
 
+    def end_id(self):
+        """The id that ends an answer in this format."""
+        return self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[0][-1]
+
+    def tail_ids(self):
+        """Ids of what a chat template writes after that token: in ChatML a line break."""
+        return self._read(self.end + self.tail)[len(self._read(self.end)) :]
+
     def stop_ids(self, generation_config=None):
-        """Every id that ends an answer: the tokenizer's EOS, the model's, and the one that ends a chat turn."""
+        """Every id that may end an answer: the format's, the tokenizer's EOS, and those of the model."""
         eos = getattr(generation_config, "eos_token_id", None)
-        turn = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[0][-1]
-        return sorted({self.tokenizer.eos_token_id, turn, *(eos if isinstance(eos, list) else [eos])} - {None})
+        return sorted({self.end_id(), self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
 
 
 def pick_format(requested, natural, recorded, tokenizer):
@@ -265,6 +295,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optio
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # trl 1.12 uses names of before v6
 
 import datasets
+import pandas
 import peft
 import psutil
 import torch
@@ -283,6 +314,14 @@ from trl import SFTConfig, SFTTrainer
 logging.getLogger("trl.trainer.sft_trainer").setLevel(logging.ERROR)  # keeps_apart() tests what it warns of
 
 SCHEMAS = [("messages",), ("question", "response_j"), ("prompt", "response"), ("prompt", "chosen")]
+KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+# A JSON Lines file is read in one piece, for a column's type may show late; NA and None in CSV are text.
+READERS = {"csv": {"keep_default_na": False}, "json": {"chunksize": 1 << 30}, "parquet": {}, "arrow": {}}
+# What a resumed run may change and say nothing; what it may not change, for the result would be neither run.
+FREE_ON_RESUME = """output_dir overwrite_output_dir resume_from_checkpoint max_steps num_train_epochs logging_steps save_steps
+    save_total_limit eval_split eval_subset eval_steps report_to push_to_hub dry_run""".split()
+SAME_ON_RESUME = """model_path dataset_name dataset_config subset split max_samples prompt_format train_on_prompt max_length
+    packing batch_size gradient_accumulation_steps use_lora""".split()
 SCRIPTS = 3  # stands in run.json: this version resumes checkpoints of this version
 
 
@@ -414,6 +453,13 @@ def find_checkpoint(args):
         fail(f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)")
     if run.get("stage") != "sft" or run.get("versions", {}).get("scripts") != SCRIPTS:
         fail(f"--resume_from_checkpoint: {checkpoint} is of another stage, or of an earlier version of this script")
+    was, now = run["arguments"], json.loads(json.dumps(vars(args), default=str))
+    changed = [name for name in now if name not in FREE_ON_RESUME and now[name] != was.get(name)]
+    words = ", ".join(f"--{name} {now[name]} (was {was.get(name)})" for name in changed)
+    if set(changed) & set(SAME_ON_RESUME):
+        fail(f"--resume_from_checkpoint {checkpoint}: {words}: that would be neither run; resume with the same flags")
+    if changed:
+        print(f"resuming with other flags than before: {words}")
     later = [path for path in steps if steps[path] > state["global_step"]]
     if later and not args.overwrite_output_dir:
         fail(f"--resume_from_checkpoint {checkpoint}: {later[0]} is later; --overwrite_output_dir drops it")
@@ -443,26 +489,40 @@ def load_tokenizer(place, args):
     return tokenizer
 
 
-def load_split(args, subset, split, flag):
-    """(rows, where): one split of the data set, at most --max_samples rows of it, and its name for messages."""
-    place = Path(args.dataset_name)
-    source, files = args.dataset_name, {"data_dir": subset}
-    if place.is_file():
-        source, files = {".jsonl": "json"}.get(place.suffix, place.suffix[1:]), {"data_files": str(place)}
+def find_source(name, subset):
+    """(path, other arguments) of datasets.load_dataset for a file, a folder, a kind of files in `subset`, or a hub id."""
+    place = Path(subset or "") if name in READERS else Path(name, subset or "")
+    source, files = name, {"data_dir": subset and glob.escape(subset) if name in READERS else subset}
+    kinds = {KINDS.get(path.suffix) for path in place.rglob("*")} - {None}
+    if Path(name).is_file():
+        suffix = Path(name.removesuffix(".gz")).suffix
+        source, files = KINDS.get(suffix, suffix[1:]), {"data_files": glob.escape(name)}
     elif (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():  # of save_to_disk
         parts = read_json(place / "dataset_dict.json").get("splits", ["train"])
-        folders = {part: place / part if (place / part).is_dir() else place for part in parts}
+        folders = {part: glob.escape(str(place / part if (place / part).is_dir() else place)) for part in parts}
         source, files = "arrow", {"data_files": {part: f"{folder}/*.arrow" for part, folder in folders.items()}}
+    elif Path(name).is_dir() and len(kinds) == 1 and not Path(name, "README.md").is_file():  # that names configurations
+        source, files = kinds.pop(), {"data_dir": glob.escape(str(place))}
+    return source, {**files, **READERS.get(source, {})}
+
+
+def load_split(args, subset, split, flag):
+    """(rows, where): one split of the data set, at most --max_samples rows of it, and its name for messages."""
+    source, options = find_source(args.dataset_name, subset)
     where = f"{args.dataset_name} {subset or ''}".strip()
     name, bracket, part = split.partition("[")
     try:
-        names = datasets.get_dataset_split_names(source, args.dataset_config, **files)
+        if source == "csv":  # all is text, letter by letter
+            files = datasets.load_dataset_builder(source, **options).config.data_files
+            columns = pandas.read_csv(next(iter(files.values()))[0], nrows=0).columns
+            options["features"] = datasets.Features({column: datasets.Value("string") for column in columns})
+        names = datasets.get_dataset_split_names(source, args.dataset_config, **options)
         if name not in names and len(names) == 1:  # datasets names splits after files: data/evaluation is `test`
             print(f"{where} has one split, {names[0]!r}: used for {flag} {split}")
             name = names[0]
         if name not in names:
             fail(f"{flag} {split}: {where} has the splits {', '.join(names)}")
-        rows = datasets.load_dataset(source, args.dataset_config, split=name + bracket + part, **files)
+        rows = datasets.load_dataset(source, args.dataset_config, split=name + bracket + part, **options)
     except Exception as error:  # datasets raises dozens of types
         fail(f"{flag} {split}: {where} cannot be read: {type(error).__name__} {error} {error.__cause__ or ''}")
     if not len(rows):
@@ -481,15 +541,15 @@ def encode_rows(rows, prompt_format, args, where):
     max_length, train_on_prompt = args.max_length, args.train_on_prompt  # the whole args would spoil map's cache
 
     def encode_row(row):
-        messages = row.get("messages")
+        messages, tools = row.get("messages"), row.get("tools")
         if schema != ("messages",):
             messages = [{"role": role, "content": row[name]} for role, name in zip(("user", "assistant"), schema)]
         try:
-            check_messages(messages, last="assistant")
-            ids, mask = prompt_format.encode(messages)
+            tools = json.loads(tools) if isinstance(tools, str) else tools
+            ids, mask = prompt_format.encode(read_messages(messages, last="assistant"), tools=tools)
         except ValueError as error:
             empty = [name for name in schema if not row[name] or not str(row[name]).strip()]
-            reason = f"column {' + '.join(empty or schema)} {error}".partition(", not ")[0]
+            reason = f"column {' + '.join(empty or schema)} {'is empty' if empty else error}".partition(", not ")[0]
             return {"reason": reason, "digest": "", "cut": False, "input_ids": [], "labels": []}
         labels = [token if trained or train_on_prompt else -100 for token, trained in zip(ids, mask)]
         labels = [-100, *labels[1:max_length]]  # the first token follows nothing
@@ -552,8 +612,17 @@ def warn_of_memory(args, config):
         print(f"warning: weights and optimizer alone take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
 
-def load_model(args, base, adapter):
-    """The model, with its adapter if it has one.
+def count_embeddings(adapter):
+    """Rows of the embeddings that an adapter directory brings along, None where it has none."""
+    if not adapter:
+        return None
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if re.search(r"(embed|wte|lm_head)\w*(\.base_layer)?\.weight$", name)]
+        return file.get_slice(names[0]).get_shape()[0] if names else None
+
+
+def load_model(args, base, adapter, embeddings):
+    """The model, with its adapter if it has one, and at least as many embeddings as asked for.
 
     Weights that are trained are float32 (under autocast a bfloat16 AdamW step of 3e-6 would round to nothing); frozen
     ones have the precision the model computes in."""
@@ -575,6 +644,10 @@ def load_model(args, base, adapter):
         trust_remote_code=args.trust_remote_code,
         use_safetensors=True,  # no pickle
     )
+    if embeddings > model.get_input_embeddings().weight.shape[0] or count_embeddings(adapter):
+        model.resize_token_embeddings(embeddings)
+    if not model.generation_config.do_sample:  # what only sampling reads is not saved beside it (Llama 2 has it)
+        model.generation_config.update(temperature=None, top_p=None, top_k=None)
     if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
         fail(f"--gradient_checkpointing: transformers has none for {type(model).__name__}")
     for module in model.modules():
@@ -769,7 +842,8 @@ def publish(trainer, args, run, metrics):
         os.replace(final, old)
     os.replace(draft, final)
     shutil.rmtree(old, ignore_errors=True)
-    print(f"saved {final}")
+    size = sum(path.stat().st_size for path in final.glob("*.safetensors"))
+    print(f"saved {final} ({'adapter' if args.use_lora else 'all weights, float32'}, {size / 1e9:.3g} GB)")
     if args.push_to_hub:
         repo = HfApi().create_repo(folder.resolve().name, exist_ok=True).repo_id
         print(f"uploaded {HfApi().upload_folder(repo_id=repo, folder_path=final)}")
@@ -808,11 +882,19 @@ def main(argv=None):
         prompt_format = pick_format(args.prompt_format, natural, parent.get("prompt_format"), tokenizer)
     except (OSError, ValueError) as error:  # of the hub and its cache, too
         fail(f"--model_path {args.model_path}: {error}")
+    if prompt_format.name == "chat":  # so that every reader of the checkpoint stops where a turn ends
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(prompt_format.end_id())
     rows, counts = encode_rows(data, prompt_format, args, where)
     eval_rows = None
     if args.eval_split or args.eval_subset:
         data, where = load_split(args, args.eval_subset or args.subset, args.eval_split or "test", "--eval_split")
         eval_rows, counts["eval"] = encode_rows(data, prompt_format, args, where)
+    if getattr(model_config, "quantization_config", None) and not args.use_lora:
+        fail(f"--model_path {base} is stored in {model_config.quantization_config['quant_method']}: add --use_lora")
+    embeddings = count_embeddings(adapter) or model_config.get_text_config().vocab_size
+    if len(tokenizer) > embeddings and args.use_lora:
+        fail(f"--model_path {args.model_path}: {len(tokenizer)} tokens, but embeddings for {embeddings}: the new ones would "
+             "not be trained; leave --use_lora out, and they are added")  # fmt: skip
     longest = max(map(len, rows["input_ids"]))
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or longest
     if longest > positions:
@@ -825,7 +907,7 @@ def main(argv=None):
 
     with explaining(args):
         transformers.set_seed(args.seed)  # a new adapter starts at random
-        model = load_model(args, base, adapter)
+        model = load_model(args, base, adapter, max(embeddings, len(tokenizer)))
         model.generation_config.eos_token_id = prompt_format.stop_ids(model.generation_config)
         run = describe_run(args, base, adapter, prompt_format, counts)
         trainer, callback = make_trainer(config, model, rows, eval_rows, tokenizer, run)

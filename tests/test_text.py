@@ -31,9 +31,9 @@ def test_the_block_is_the_same_in_every_training_script():
 
 @pytest.fixture(scope="module")
 def block():
-    """The names of the block, run alone: of its script it uses `import re` and nothing else."""
+    """The names of the block, run alone: of its script it uses `import json, re` and nothing else."""
     module = types.ModuleType("text_block")
-    module.re = re
+    module.json, module.re = json, re
     exec(compile(read_block("training_sft.py"), "text block", "exec"), vars(module))
     return module
 
@@ -61,7 +61,7 @@ class Words:
             ids += [piece] if piece in self.all_special_tokens else re.findall(r" ?[^ ]+| +", piece)
         return {"input_ids": ids if split_special_tokens else [word for word in ids if word]}
 
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt, tools=None):
         text = "".join(f"{turn['role'][0].upper()}: {turn['content']}<eos>" for turn in messages)
         return "<bos>" + text + "A:" * add_generation_prompt
 
@@ -103,27 +103,74 @@ def test_special_tokens_in_data_stay_text(block, name):
 @pytest.mark.parametrize(
     ("messages", "problem"),
     [
-        ([], "should be a list of {role, content} with at least one turn"),
+        ([], "should end with the role assistant"),
         (None, "should be a list"),
         (["a"], "should be a list"),
-        ([user("a"), assistant(" \n")], "text of the role 'assistant' in turn 1"),
-        ([user(None), assistant("b")], "text of the role 'user' in turn 0"),
-        ([user("a"), user("b")], "text of the role 'assistant' in turn 1, not {'role': 'user', 'content': 'b'}"),
-        ([assistant("b")], "text of the role 'user' in turn 0"),
-        ([{"from": "human", "value": "a"}], "text of the role 'user' in turn 0"),
-        ([user("a")], "should end with the role 'assistant', not 'user'"),
-        ([{"role": "system", "content": "a"}], "should end with the role 'assistant', not 'system'"),
+        ([user("a"), assistant(" \n")], "text of the role user or assistant in turn 1"),
+        ([user(None), assistant("b")], "text of the role system or user in turn 0"),
+        ([user([{"type": "text", "text": "a"}]), assistant("b")], "text of the role system or user in turn 0"),
+        (
+            [user("a"), {"role": "system", "content": "s"}, assistant("b")],
+            "text of the role user or assistant in turn 1",
+        ),
+        ([assistant("b")], "text of the role system or user in turn 0, not {'role': 'assistant', 'content': 'b'}"),
+        ([{"from": "human", "value": "a"}], "text of the role system or user in turn 0"),
+        ([user("a")], "should end with the role assistant, not [{'role': 'user', 'content': 'a'}]"),
+        ([{"role": "system", "content": "a"}], "should end with the role assistant"),
     ],
 )
 def test_conversations_that_are_refused(block, messages, problem):
     with pytest.raises(ValueError, match=re.escape(problem)):
-        block.check_messages(messages, last="assistant")
+        block.read_messages(messages, last="assistant")
 
 
 def test_conversations_that_are_taken(block):
-    block.check_messages([user("a"), assistant("b")], last="assistant")
-    block.check_messages([{"role": "system", "content": ""}, user("a"), assistant("b")], last="assistant")
-    block.check_messages([user("a"), assistant("b"), user("c")], last="user")
+    """As they come: a system turn without text is none, `developer` is system, numbers are their JSON text."""
+    pair = [user("a"), assistant("b")]
+    for empty in ("", None, " "):
+        assert block.read_messages([{"role": "system", "content": empty}, *pair], last="assistant") == pair
+    developer = block.read_messages([{"role": "developer", "content": "s", "name": "x"}, *pair], last="assistant")
+    assert developer == [{"role": "system", "content": "s"}, *pair]
+    assert block.read_messages([user(1.5), assistant(True)], last="assistant") == [user("1.5"), assistant("true")]
+    assert block.read_messages([*pair, user("c"), user("d")], last="user") == [*pair, user("c"), user("d")]
+
+
+@pytest.mark.parametrize("name", ["llama3_2", "gemma"])
+def test_turns_of_one_role_in_a_row_stay_where_the_template_takes_them(block, name):
+    """Llama 3 takes two questions or two answers in a row; templates that insist on turns get them joined."""
+    chat_format = block.PromptFormat(templates.make_tokenizer(name), "chat")
+    twice = [user("one"), user("two"), assistant("three"), assistant("four")]
+    joined = [user("one\n\ntwo"), assistant("three\n\nfour")]
+    ids, mask = chat_format.encode(twice)
+    assert (ids == chat_format.encode(joined)[0]) == (name != "llama3_2")
+    text = chat_format.tokenizer.apply_chat_template(twice if name == "llama3_2" else joined, tokenize=False)
+    assert chat_format.tokenizer.decode(ids) == text.removesuffix(chat_format.tail)
+    answers = chat_format.tokenizer.decode([token for token, trained in zip(ids, mask) if trained])
+    assert (
+        answers.count(chat_format.end) == (2 if name == "llama3_2" else 1) and "three" in answers and "four" in answers
+    )
+
+
+def test_tools_are_handed_to_the_template(block):
+    chat_format = block.PromptFormat(templates.make_tokenizer("qwen2_5"), "chat")
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}]
+    ids, mask = chat_format.encode([user("a"), assistant("b")], tools=tools)
+    text = chat_format.tokenizer.decode(ids)
+    assert '"look_up"' in text
+    assert [token for token, trained in zip(ids, mask) if trained] == chat_format.encode([user("a"), assistant("b")])[
+        0
+    ][-2:]
+
+
+@pytest.mark.parametrize(("name", "tail"), [("qwen2_5", "\n"), ("gemma", "\n"), ("llama3_2", ""), ("glm4moe", "")])
+def test_the_whole_text_of_a_template_is_ours_and_its_tail(block, name, tail):
+    """What others render and tokenize at once is encode() + tail_ids()."""
+    chat_format = block.PromptFormat(templates.make_tokenizer(name), "chat")
+    chat = [user("Why?"), assistant("So.")]
+    ids = chat_format.encode(chat)[0] + chat_format.tail_ids()
+    assert chat_format.tokenizer.decode(chat_format.tail_ids()) == tail
+    if name != "glm4moe":  # ends with the token of the next turn
+        assert ids == chat_format.tokenizer.apply_chat_template(chat, return_dict=False)
 
 
 def test_the_format_is_what_is_asked_for_or_recorded_or_natural(block):
