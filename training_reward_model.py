@@ -21,7 +21,6 @@ AutoPeftModelForSequenceClassification loads it (AutoModelForSequenceClassificat
 # ///
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -280,6 +279,7 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 SCRIPTS = 2  # stands in run.json: this version resumes checkpoints of this version
+WINDOWS = "(window|window_size|chunk_size|local_attention)$"  # what configs call the tokens that a layer sees
 SCHEMAS = [("prompt", "chosen", "rejected"), ("question", "response_j", "response_k")]
 
 
@@ -363,6 +363,7 @@ def make_config(args):
         "warmup_steps": min(args.warmup_ratio, 0.999999),  # below 1: a fraction of the steps
         "eval_strategy": "steps" if args.eval_steps else "no",
         "use_cpu": not gpu,
+        "data_seed": args.seed,  # the order of the pairs follows from it and the epoch
         "logging_nan_inf_filter": False,  # a NaN is to be seen
         "push_to_hub": False,  # at the end, by publish()
     }
@@ -467,12 +468,14 @@ def read_pair(row, schema):
     return pair
 
 
-def encode_pairs(data, where, prompt_format, max_length):
+def load_pairs(args, prompt_format, subset, side):
     """(pairs as `chosen_ids` and `rejected_ids`, and `margin` if the data have it; counts for run.json).
 
     Beside them stand `row`, the row's number; `size`, tokens, those that both texts begin with counted once; `longest`,
     tokens of the longer text. Left out are rows that are no pair (at most a tenth), pairs with a text over --max_length
     (a cut answer is not the one that was judged), of two equal texts, or equal to an earlier pair."""
+    data, where = load_split(args, subset, getattr(args, f"{side}_split"), f"--{side}_split")
+    max_length = args.max_length  # the whole args would spoil map's cache
     schema = next((schema for schema in SCHEMAS if set(schema) <= set(data.column_names)), None)
     if not schema:
         needed = "; ".join(" + ".join(schema) for schema in SCHEMAS)
@@ -485,15 +488,11 @@ def encode_pairs(data, where, prompt_format, max_length):
         except ValueError as error:
             chosen, rejected, reason = [], [], str(error)
         longest = max(len(chosen), len(rejected))
-        return {
-            "row": number,
-            "chosen_ids": chosen,
-            "rejected_ids": rejected,
-            "size": len(chosen) + len(rejected) - len(os.path.commonprefix([chosen, rejected])),
-            "longest": longest,
-            "reason": f"longer than --max_length {max_length}" if longest > max_length else reason,
-            "digest": digest([chosen, rejected, row.get("margin")]),
-        }
+        if longest > max_length:
+            reason = f"longer than --max_length {max_length}"
+        size = len(chosen) + len(rejected) - len(os.path.commonprefix([chosen, rejected]))
+        pair = {"row": number, "chosen_ids": chosen, "rejected_ids": rejected, "size": size, "longest": longest}
+        return {**pair, "reason": reason, "digest": digest([chosen, rejected, row.get("margin")])}
 
     others = [name for name in data.column_names if name != "margin"]
     workers = min(os.cpu_count() or 1, len(data) // 2000) or None  # where there is work for several
@@ -521,17 +520,6 @@ def show_pairs(rows, tokenizer):
         print(f"--- row {row['row']}\n{tokenizer.decode(row['chosen_ids'][:shared])}")
         for side in ("chosen", "rejected"):
             print(f"[[{side}: {tokenizer.decode(row[side + '_ids'][shared:])}]]")
-
-
-def plan_steps(args, config, pairs):
-    """Put the number of optimizer steps into the config, and print it with the work that they are."""
-    if args.per_device_train_batch_size > len(pairs):
-        fail(f"--per_device_train_batch_size {args.per_device_train_batch_size} is larger than the {len(pairs)} pairs")
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * config.world_size
-    config.max_steps = args.max_steps or math.ceil(args.num_train_epochs * math.ceil(len(pairs) / batch))
-    tokens = sum(map(len, pairs["chosen_ids"])) + sum(map(len, pairs["rejected_ids"]))
-    print(f"{config.max_steps} steps of {batch} pairs; an epoch has {len(pairs)} pairs, {tokens} tokens, "
-          f"{sum(pairs['size'])} with what the two texts of a pair begin with counted once")  # fmt: skip
 
 
 def collate_shared(rows):
@@ -586,44 +574,55 @@ def run_batch(model, batch, args):
         return model(**inputs)
 
 
-def why_not_share(model, rows, args):
-    """Why two texts of `rows` cannot share a row in this classifier; None where that computes the same.
+def can_share(model, rows, args):
+    """Whether the two texts of a pair can share a row in this classifier, for it to compute the same.
 
     The mask of such a row stands in for all of the model's own, so no layer may have a narrower one, or carry a state
     from one end to the next. Tried on the pair with the longest text."""
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ())
     if model._is_stateful or layers - {"full_attention", "sliding_attention", "chunked_attention"}:
-        return "its layers carry a state from token to token"
+        return False
     longest = int(np.argmax(rows["longest"]))
+    windows = [value for name, value in vars(config).items() if re.search(WINDOWS, name)]
+    if any(isinstance(window, int) and 1 < window < rows["longest"][longest] for window in windows):
+        return False
     pair = rows.select_columns(["chosen_ids", "rejected_ids"])[longest]
-    size = rows["longest"][longest]
-    names = [name for name in vars(config) if re.search("(window|window_size|chunk_size|local_attention)$", name)]
-    windows = [getattr(config, name) for name in names]
-    if any(isinstance(window, int) and 1 < window < size for window in windows):
-        return f"its attention has a window that the longest text, {size} tokens, exceeds"
     try:
         shared = run_batch(model, collate_shared([pair]), args).hidden_states
-    except Exception as error:
-        return f"it takes no such mask ({type(error).__name__})"
+    except Exception:  # it takes no such mask
+        return False
     alone = run_batch(model, DataCollatorForPreference(0)([pair]), args).hidden_states
-    error = (shared - alone).abs().max() / alone.abs().max()
     tolerance = 1e-3 if precision(args) == torch.float32 else 0.05
-    return None if error < tolerance else f"tried on the longest pair, hidden states differ by {error:.0%}"
+    return bool((shared - alone).abs().max() < tolerance * alone.abs().max())
 
 
-def check_model(args, config, rows):
-    """Refuse a model that can be no reward model, or is too short for `rows`."""
-    model, classes = None, transformers.AutoModelForSequenceClassification
-    with torch.device("meta"), contextlib.suppress(ValueError):  # of a list of all classes that transformers has
-        model = classes.from_config(config, trust_remote_code=args.trust_remote_code)
-    if not hasattr(model, "score"):
-        name = (config.architectures or [config.model_type])[0]
+def check_fit(args, config, model_config, rows):
+    """Refuse a model that can be no reward model, or is too short for the pairs; put the number of steps into `config`."""
+    if type(model_config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        name = (model_config.architectures or [model_config.model_type])[0]
         fail(f"{name} has no sequence classifier in transformers; training_rl.py rewards it by --reward_function")
-    longest = max(rows["longest"])
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or longest
+    longest = max(max(split["longest"]) for split in rows.values())
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or longest
     if longest > positions:
         fail(f"--max_length {args.max_length}: the model has {positions} positions, the longest text {longest} tokens")
+    if args.eval_only:
+        return
+    pairs = rows["train"]
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * config.world_size
+    config.max_steps = args.max_steps or math.ceil(args.num_train_epochs * math.ceil(len(pairs) / batch))
+    tokens = sum(map(len, pairs["chosen_ids"])) + sum(map(len, pairs["rejected_ids"]))
+    print(f"{config.max_steps} steps of {batch} pairs; an epoch has {len(pairs)} pairs, {tokens} tokens, "
+          f"{sum(pairs['size'])} with what the two texts of a pair begin with counted once")  # fmt: skip
+
+
+def put_longest_first(pairs, seed):
+    """`pairs` with the longest where Trainer's first epoch begins, so that too little memory shows in the first step."""
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
+    first, longest = order[0].item(), int(np.argmax(pairs["size"]))
+    places = np.arange(len(pairs))
+    places[[first, longest]] = [longest, first]
+    return pairs.select(places)
 
 
 def load_format(args, base, adapter, run):
@@ -640,8 +639,8 @@ def load_format(args, base, adapter, run):
     return prompt_format
 
 
-def load_classifier(args, base, config, device):
-    """(model, whether its head is new): the base model with a score head, without dropout.
+def load_classifier(args, base, adapter, config, device):
+    """(model, whether its head is new): the base model with a score head, without dropout, and the adapter on it.
 
     Weights that are trained are float32 (under autocast a bfloat16 AdamW step of 1e-5 would round to nothing); frozen
     ones have the precision the model computes in, the head is always float32."""
@@ -677,7 +676,7 @@ def load_classifier(args, base, config, device):
         if hasattr(module, "support_avx512bf16_for_cpu"):  # 4 bit, packed in a pass in eval mode: no gradients
             module.support_avx512bf16_for_cpu = False
     model.forward = types.MethodType(score_texts, model)
-    return model, new_head
+    return add_lora(args, model, adapter, new_head) if args.use_lora else (model, new_head)
 
 
 def add_lora(args, model, adapter, new_head):
@@ -709,26 +708,6 @@ def add_lora(args, model, adapter, new_head):
         return peft.get_peft_model(model, lora), new_head
     except ValueError as error:
         fail(f"--lora_target_modules: {error}")
-
-
-class LongestFirst(torch.utils.data.Sampler):
-    """Pairs in an order that follows from seed and epoch alone, so that a resumed run meets it again; the longest of all
-    first, so that too little memory shows in the first step."""
-
-    def __init__(self, lengths, seed):
-        self.lengths, self.seed, self.epoch = lengths, seed, 0
-
-    def __len__(self):
-        return len(self.lengths)
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        longest = int(np.argmax(self.lengths))
-        return iter([longest, *(row for row in order if row != longest)])
 
 
 class RunCallback(transformers.TrainerCallback):
@@ -789,43 +768,61 @@ def describe_run(args, base, adapter, parent, prompt_format, counts):
     }  # fmt: skip
 
 
-def make_trainer(config, model, rows, collate, prompt_format, callback):
-    """The RewardTrainer; warns where training does not fit into memory."""
+def train(args, config, checkpoint, model, rows, collate, prompt_format, run):
+    """(the RewardTrainer after its last step, its metrics); warns where training does not fit into memory."""
     trained = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
     needed = 12 * sum(weight.numel() for weight, _ in trained)  # bytes: float32 gradient and AdamW's two moments
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if needed > free:
         print(f"warning: training takes {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free", file=sys.stderr)
-    tokenizer = prompt_format.tokenizer
-    data = {"train_dataset": rows["train"], "eval_dataset": rows.get("eval"), "data_collator": collate}
-    trainer = RewardTrainer(model, config, processing_class=tokenizer, callbacks=[callback], **data)
-    sampler = LongestFirst(rows["train"]["size"][:], config.seed)
-    trainer._get_train_sampler = lambda dataset=None: sampler
+    callback = RunCallback(Path(args.output_dir), run)
+    trainer = RewardTrainer(
+        model=model,
+        args=config,
+        train_dataset=put_longest_first(rows["train"], config.seed),
+        eval_dataset=rows.get("eval"),
+        processing_class=prompt_format.tokenizer,
+        data_collator=collate,
+        callbacks=[callback],
+    )
     for weight, data in trained:  # RewardTrainer rounds them to bfloat16 on a quantized base
         weight.data = data.to(weight.device)
-    if tokenizer.pad_token_id in prompt_format.stop_ids():  # RewardTrainer writes it into the config
+    if prompt_format.tokenizer.pad_token_id in prompt_format.stop_ids():  # RewardTrainer writes it into the config
         model.config.pad_token_id = None
-    return trainer
+    if checkpoint and count_steps(checkpoint) >= config.max_steps:  # Trainer would take one more step
+        trainer._load_from_checkpoint(str(checkpoint))
+        return trainer, {}
+    with disable_input_dtype_casting(model):  # else LoRA keeps float32 copies of inputs
+        metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
+    if callback.interrupted:
+        print(f"\nsaved; go on with the same command and --resume_from_checkpoint ({args.output_dir})", file=sys.stderr)
+        sys.exit(130)
+    return trainer, metrics
 
 
-def publish(trainer, folder, run, metrics):
-    """metrics.json, and final_checkpoint/ with a model card, which appears when it is complete."""
+def publish(trainer, args, run, metrics):
+    """metrics.json and final_checkpoint/, which appears when it is complete; with --push_to_hub it is uploaded."""
+    folder = Path(args.output_dir)
+    name = folder.resolve().name
     final, draft, card = folder / "final_checkpoint", folder / "final_checkpoint.partial", folder / "README.md"
     shutil.rmtree(draft, ignore_errors=True)
     trainer.model.save_pretrained(draft)
     trainer.processing_class.save_pretrained(draft)
     write_json(draft / "run.json", {**run, "metrics": metrics})
     write_json(folder / "metrics.json", metrics)
-    trainer.hub_model_id = folder.resolve().name
-    trainer.create_model_card(model_name=folder.resolve().name)  # beside the checkpoints
+    trainer.hub_model_id = name
+    trainer.create_model_card(model_name=name)  # TRL puts it beside the checkpoints
     text = card.read_text(encoding="utf-8")
     text = text.replace("[None](https://huggingface.co/None)", f"`{run['base_model']}`")  # a base model on disk
     figures = [f"| {name} | {value:.4g} |\n" for name, value in metrics.items() if isinstance(value, int | float)]
-    card.write_text(f"{text}\n## Figures\n\n| | |\n| --- | --- |\n{''.join(figures)}", encoding="utf-8")
-    os.replace(card, draft / "README.md")
+    (draft / card.name).write_text(f"{text}\n## Figures\n\n| | |\n| --- | --- |\n{''.join(figures)}", encoding="utf-8")
+    card.unlink()
     shutil.rmtree(final, ignore_errors=True)
     os.replace(draft, final)
     print(f"saved {final}")
+    if args.push_to_hub:
+        repo = HfApi().create_repo(name, exist_ok=True).repo_id
+        print(f"uploaded {HfApi().upload_folder(repo_id=repo, folder_path=final)}")
 
 
 def score_pairs(model, rows, collate, args):
@@ -848,38 +845,40 @@ def make_report(scores, longer):
     """What the `scores` (2, pairs), chosen and rejected, say; `longer`: by how many tokens each chosen text is longer.
 
     The accuracy has a 95% interval (Wilson 1927). Calibration is that of the model's confidence in the side that it
-    prefers, sigmoid(|margin|), in ten bins from 0.5 to 1; a tie is half right there, and wrong in the accuracy. The
-    error is that of Guo et al. 2017 (arXiv:1706.04599)."""
+    prefers, sigmoid(|margin|), in ten bins from 0.5 to 1; the error is that of Guo et al. 2017 (arXiv:1706.04599)."""
     margin = scores[0] - scores[1]
-    right, ties, pairs, z = margin > 0, margin == 0, len(margin), 1.96
+    right = margin > 0
+    pairs = len(margin)
     accuracy = right.mean()
+    z = 1.96
     center = accuracy + z * z / (2 * pairs)
     spread = z * math.sqrt(accuracy * (1 - accuracy) / pairs + z * z / (4 * pairs * pairs))
-
-    def describe(which, hits=right):
-        return {"pairs": int(which.sum()), "accuracy": hits[which].mean() if which.any() else None}
-
     confidence = 1 / (1 + np.exp(-np.abs(margin)))
     bins = np.minimum((confidence - 0.5) * 20, 9).astype(int)
-    reliability = [
-        {"from": 0.5 + n / 20, "confidence": confidence[bins == n].mean(), **describe(bins == n, right + 0.5 * ties)}
-        for n in np.unique(bins).tolist()
-    ]
-    errors = [row["pairs"] / pairs * abs(row["confidence"] - row["accuracy"]) for row in reliability]
+    errors = [abs((confidence - right)[bins == number].sum()) for number in range(10)]
+
+    def describe(which):
+        return {"pairs": int(which.sum()), "accuracy": right[which].mean() if which.any() else None}
+
     varied = margin.std() > 0 and longer.std() > 0
-    bias = {"chosen_longer": describe(longer > 0), "chosen_shorter": describe(longer < 0)}
-    bias["correlation"] = np.corrcoef(margin, longer)[0, 1] if varied else None
     return {
         "pairs": pairs,
         "accuracy": accuracy,
         "accuracy_interval": [(center + side) / (1 + z * z / pairs) for side in (-spread, spread)],
-        "ties": int(ties.sum()),
+        "ties": int((margin == 0).sum()),
         "loss": np.logaddexp(0, -margin).mean(),
         "mean_margin": margin.mean(),
         "mean_score": scores.mean(),
-        "calibration_error": sum(errors),
-        "reliability": reliability,
-        "length_bias": bias,
+        "calibration_error": sum(errors) / pairs,
+        "reliability": [
+            {"from": 0.5 + n / 20, "confidence": confidence[bins == n].mean(), **describe(bins == n)}
+            for n in np.unique(bins).tolist()
+        ],
+        "length_bias": {
+            "chosen_longer": describe(longer > 0),
+            "chosen_shorter": describe(longer < 0),
+            "correlation": np.corrcoef(margin, longer)[0, 1] if varied else None,
+        },
     }
 
 
@@ -891,24 +890,14 @@ def evaluate_pairs(model, rows, collate, args, where):
     report = make_report(scores, np.array([len(row["chosen_ids"]) - len(row["rejected_ids"]) for row in rows]))
     some = rows.select(range(min(64, len(rows))))
     swapped = some.rename_columns({"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"})
-    again, first = score_pairs(model, swapped, collate, args)[::-1], scores[:, : len(some)]
-    agreement = (np.sign(again[0] - again[1]) == np.sign(first[0] - first[1])).mean()
-    report["swapped"] = {"pairs": len(some), "agreement": agreement, "difference": np.abs(again - first).max()}
-    low, high = report["accuracy_interval"]
-    longer, shorter, correlation = report["length_bias"].values()
-    lines = [
-        ("accuracy", report["accuracy"], f"95% interval {low:.3f} to {high:.3f}; {report['ties']} ties"),
-        ("  chosen is longer", longer["accuracy"], f"{longer['pairs']} pairs"),
-        ("  chosen is shorter", shorter["accuracy"], f"{shorter['pairs']} pairs"),
-        ("margin and length", correlation, "correlation of the differences in score and in tokens"),
-        ("mean margin", report["mean_margin"], f"score_chosen - score_rejected; loss {report['loss']:.3f}"),
-        ("sides swapped", agreement, f"agree, of {len(some)} pairs"),
-        ("calibration error", report["calibration_error"], "of confidence sigmoid(|margin|); accuracy from"),
-        *((f"  {row['from']:.2f}", row["accuracy"], f"{row['pairs']} pairs") for row in report["reliability"]),
-    ]
+    change = score_pairs(model, swapped, collate, args)[::-1] - scores[:, : len(some)]
+    first = scores[0, : len(some)] - scores[1, : len(some)]
+    agreement = (np.sign(first + change[0] - change[1]) == np.sign(first)).mean()
+    report["swapped"] = {"pairs": len(some), "agreement": agreement, "difference": np.abs(change).max()}
     print(f"report on {len(rows)} pairs of {where}")
-    for name, value, note in lines:
-        print(f"  {name:20} {'    -' if value is None else format(value, '6.3f')}  {note}")
+    for name, value in json.loads(json.dumps(report), parse_float=lambda text: round(float(text), 3)).items():
+        print(f"  {name:18} {value}")
+    low, high = report["accuracy_interval"]
     if low <= 0.5:
         print(f"warning: accuracy {report['accuracy']:.3f} ({low:.3f} to {high:.3f}) may be chance", file=sys.stderr)
     return report, scores
@@ -934,44 +923,36 @@ def main(argv=None):
     config = make_config(args)
     checkpoint = find_checkpoint(args)
     try:
-        model_config = transformers.AutoConfig.from_pretrained(
-            base, num_labels=1, trust_remote_code=args.trust_remote_code
-        )
+        remote = {"trust_remote_code": args.trust_remote_code}
+        model_config = transformers.AutoConfig.from_pretrained(base, num_labels=1, **remote)
         prompt_format = load_format(args, base, adapter, parent)
     except (OSError, ValueError) as error:  # of the hub and its cache, too
         fail(f"--model_path {args.model_path}: {error}")
 
-    splits = {} if args.eval_only else {"train": (args.subset, args.train_split)}
-    if args.eval_split:
-        splits["eval"] = (args.eval_subset or args.subset, args.eval_split)
     rows, counts = {}, {}
     with PartialState().main_process_first():
-        for name, (subset, split) in splits.items():
-            data, where = load_split(args, subset, split, f"--{name}_split")
-            rows[name], counts[name] = encode_pairs(data, where, prompt_format, args.max_length)
+        if not args.eval_only:
+            rows["train"], counts["train"] = load_pairs(args, prompt_format, args.subset, "train")
+        if args.eval_split:
+            rows["eval"], counts["eval"] = load_pairs(args, prompt_format, args.eval_subset or args.subset, "eval")
     every_row = datasets.concatenate_datasets(list(rows.values()))
-    check_model(args, model_config, every_row)
-    if not args.eval_only:
-        plan_steps(args, config, rows["train"])
+    check_fit(args, config, model_config, rows)
     if args.dry_run:
         show_pairs(every_row, prompt_format.tokenizer)
         print("dry run: everything fits; nothing was loaded or written")
         return
 
+    folder = Path(args.output_dir)
+    is_first = PartialState().is_main_process
     try:
-        classifier, new_head = load_classifier(args, base, model_config, config.device)
-        model = classifier
-        if args.use_lora:
-            model, new_head = add_lora(args, classifier, adapter, new_head)
+        model, new_head = load_classifier(args, base, adapter, model_config, config.device)
         if new_head and args.eval_only:
             fail(f"--eval_only: {args.model_path} has no score head; it should be a trained reward model")
         print(f"score head: {'new' if new_head else 'that of ' + args.model_path}")
-        collate, reason = collate_shared, why_not_share(classifier.eval(), every_row, args)
-        if reason:
-            print(f"{classifier.config.model_type}: each text of a pair has a row of its own: {reason}")
+        collate = collate_shared
+        if not can_share(model.eval(), every_row, args):
+            print(f"in a {model.config.model_type} model each text of a pair has a row of its own")
             collate = DataCollatorForPreference(prompt_format.tokenizer.pad_token_id)
-        folder = Path(args.output_dir)
-        is_first = PartialState().is_main_process
         if args.eval_only:
             report, scores = evaluate_pairs(model, rows["eval"], collate, args, counts["eval"]["where"])
             if is_first:
@@ -986,30 +967,17 @@ def main(argv=None):
             metrics["accuracy_before"] = (scores[0] > scores[1]).mean()
             print(f"accuracy before training {metrics['accuracy_before']:.3f}")
         run = describe_run(args, base, adapter, parent, prompt_format, counts)
-        callback = RunCallback(folder, run)
-        trainer = make_trainer(config, model, rows, collate, prompt_format, callback)
-        if checkpoint and count_steps(checkpoint) >= config.max_steps:  # Trainer would take one more step
-            trainer._load_from_checkpoint(str(checkpoint))
-        else:
-            with disable_input_dtype_casting(model):  # else LoRA keeps float32 copies of inputs
-                metrics |= trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
-        if callback.interrupted:
-            print(f"\nsaved; go on with the same command and --resume_from_checkpoint ({folder})", file=sys.stderr)
-            sys.exit(130)
+        trainer, figures = train(args, config, checkpoint, model, rows, collate, prompt_format, run)
+        metrics |= figures
         if "eval" in rows:
             report, _ = evaluate_pairs(model, rows["eval"], collate, args, counts["eval"]["where"])
             metrics |= {"accuracy": report["accuracy"], "report": report}
         if is_first:
-            publish(trainer, folder, run, metrics)
-            if args.push_to_hub:
-                repo = HfApi().create_repo(folder.resolve().name, exist_ok=True).repo_id
-                print(f"uploaded {HfApi().upload_folder(repo_id=repo, folder_path=folder / 'final_checkpoint')}")
+            publish(trainer, args, run, metrics)
         trainer.accelerator.wait_for_everyone()
     except torch.OutOfMemoryError:
-        helps = ["use_lora", "load_in_4bit", "gradient_checkpointing", "bf16"]
-        flags = " ".join(f"--{name}" for name in helps if not getattr(args, name))
         print(file=sys.stderr)  # ends the line of the progress bar
-        fail(f"no memory left; what helps, the most first: {flags} --per_device_train_batch_size 1")
+        fail("no memory left; what helps, the most first: --use_lora, --load_in_4bit, --gradient_checkpointing, --bf16")
 
 
 if __name__ == "__main__":
