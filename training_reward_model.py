@@ -198,11 +198,8 @@ def number(kind, low, high=math.inf):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False, formatter_class=style)
     parser.error = lambda message: fail(f"{message} (see {parser.prog} --help)")
     add = parser.add_argument
     add("--model_path", required=True, help="hub id, model directory or LoRA adapter directory")
@@ -223,8 +220,7 @@ def build_parser():
     add("--resume_from_checkpoint", nargs="?", const=True, metavar="DIR", help="go on from DIR, or from the newest")
     add("--dry_run", action="store_true", help="check everything, show the data as it would be trained on, and stop")
     add("--max_samples", type=number(int, 1), help="use at most this many rows of each split")
-    formats = ["auto", "chat", "qa"]
-    add("--prompt_format", choices=formats, default="auto", help="chat template, or Question/Answer text")
+    add("--prompt_format", choices=["auto", "chat", "qa"], default="auto", help="chat template, or Question/Answer")
     add("--bf16", action="store_true", help="bfloat16 mixed precision (frozen weights in bfloat16)")
     add("--fp16", action="store_true", help="float16 mixed precision; needs a GPU")
     add("--use_lora", action="store_true", help="train a LoRA adapter in place of all weights")
@@ -273,13 +269,13 @@ from huggingface_hub import HfApi, get_token
 from peft.helpers import disable_input_dtype_casting
 from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
-from transformers.integrations import get_available_reporting_integrations
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 SCRIPTS = 2  # stands in run.json: this version resumes checkpoints of this version
 WINDOWS = "(window|window_size|chunk_size|local_attention)$"  # what configs call the tokens that a layer sees
+HEAD = "base_model.model.score.weight"  # in the file of an adapter
 SCHEMAS = [("prompt", "chosen", "rejected"), ("question", "response_j", "response_k")]
 
 
@@ -321,11 +317,12 @@ def locate_model(args):
     if run.get("base_digest") not in (None, digest_base(base)):
         fail(f"--model_path {folder}: the base model {base} has other weights than the one that it was trained on")
     for name in ("r", "lora_alpha", "lora_dropout", "target_modules") if adapter else ():
-        flag = name if name.startswith("lora_") else f"lora_{name}"
-        given = getattr(args, flag)
-        same = {*given} == {*adapter[name]} if isinstance(given, list) else given in (None, adapter[name])
-        if not same:
-            fail(f"--{flag}: the adapter {folder} has its own, {adapter[name]}; leave the flag out")
+        flag = f"lora_{name.removeprefix('lora_')}"
+        own, given = adapter[name], getattr(args, flag)
+        if isinstance(own, list) and given:
+            own, given = sorted(own), sorted(given)
+        if given not in (None, own, [own]):
+            fail(f"--{flag}: the adapter {folder} has its own, {own}; leave the flag out")
     if Path(base).is_dir():
         base = str(Path(base).resolve())
     return base, folder.resolve() if adapter else None, run
@@ -336,7 +333,7 @@ def make_config(args):
     quantized = args.load_in_4bit or args.load_in_8bit
     evaluates = args.eval_steps or args.eval_only
     cut = os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    missing = {*args.report_to} - {"none", "all", *get_available_reporting_integrations()}
+    missing = {*args.report_to} - {"none", "all", *transformers.integrations.get_available_reporting_integrations()}
     problems = {
         "--fp16 needs a GPU; on a CPU use --bf16, or neither": args.fp16 and not torch.cuda.is_available(),
         "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
@@ -425,11 +422,11 @@ def load_split(args, subset, split, flag):
     source, files = args.dataset_name, {"data_dir": subset}
     if place.is_file():
         source, files = place.suffix[1:].replace("jsonl", "json"), {"data_files": str(place)}
-    elif (place / "state.json").is_file():  # of save_to_disk, as is the next
-        source, files = "arrow", {"data_files": f"{place}/*.arrow"}
-    elif (place / "dataset_dict.json").is_file():
+    elif (place / "dataset_dict.json").is_file():  # of save_to_disk, as is the next
         parts = read_json(place / "dataset_dict.json")["splits"]
         source, files = "arrow", {"data_files": {part: f"{place / part}/*.arrow" for part in parts}}
+    elif (place / "state.json").is_file():
+        source, files = "arrow", {"data_files": f"{place}/*.arrow"}
     where = f"{args.dataset_name} {subset or ''}".strip()
     name, bracket, part = split.partition("[")
     try:
@@ -616,15 +613,6 @@ def check_fit(args, config, model_config, rows):
           f"{sum(pairs['size'])} with what the two texts of a pair begin with counted once")  # fmt: skip
 
 
-def put_longest_first(pairs, seed):
-    """`pairs` with the longest where Trainer's first epoch begins, so that too little memory shows in the first step."""
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
-    first, longest = order[0].item(), int(np.argmax(pairs["size"]))
-    places = np.arange(len(pairs))
-    places[[first, longest]] = [longest, first]
-    return pairs.select(places)
-
-
 def load_format(args, base, adapter, run):
     """The PromptFormat; its tokenizer pads with a token that ends no text, where there is one to spare.
 
@@ -653,16 +641,14 @@ def load_classifier(args, base, adapter, config, device):
         bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=precision(args),
     )  # fmt: skip
     transformers.set_seed(args.seed)
+    values = {"config": config, "attn_implementation": args.attn_implementation}
+    values["dtype"] = precision(args) if args.use_lora or args.eval_only else torch.float32
+    if args.load_in_4bit or args.load_in_8bit:
+        values["quantization_config"] = quantization
+    if device.type != "cpu":
+        values["device_map"] = {"": device}
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-        base,
-        config=config,
-        dtype=precision(args) if args.use_lora or args.eval_only else torch.float32,
-        attn_implementation=args.attn_implementation,
-        quantization_config=quantization if args.load_in_4bit or args.load_in_8bit else None,
-        device_map={"": device} if device.type != "cpu" else None,
-        trust_remote_code=args.trust_remote_code,
-        use_safetensors=True,  # no pickle
-        output_loading_info=True,
+        base, use_safetensors=True, output_loading_info=True, trust_remote_code=args.trust_remote_code, **values
     )
     model.config = copy.deepcopy(model.config)
     vars(model.config.get_text_config()).update(saved)
@@ -681,33 +667,29 @@ def load_classifier(args, base, adapter, config, device):
 
 def add_lora(args, model, adapter, new_head):
     """(model with a new LoRA adapter or the one in `adapter`, whether its head is new): an SFT adapter has no head."""
-    transformers.set_seed(args.seed)  # an adapter starts the same, whether the head is new or not
-    if adapter:
-        lora = peft.PeftConfig.from_pretrained(adapter)
-        lora.task_type = "SEQ_CLS"
-        lora.inference_mode = False
-        lora.modules_to_save = sorted({*(lora.modules_to_save or ())} - {"score", "classifier"})  # PEFT adds both
-        model = peft.get_peft_model(model, lora)
-        weights = peft.load_peft_weights(adapter, "cpu")
-        new_head = new_head and "base_model.model.score.weight" not in weights
-        weights.setdefault("base_model.model.score.weight", model.base_model.model.score.original_module.weight)
-        peft.set_peft_model_state_dict(model, weights)
-        return model, new_head
     targets = args.lora_target_modules or ["all-linear"]
     # In some models (PhiMoE) the router is a linear layer, and returns a tuple.
     routers = [name for name, module in model.named_modules() if "Router" in type(module).__name__]
     lora = peft.LoraConfig(
-        r=args.lora_r or 16,
-        lora_alpha=32 if args.lora_alpha is None else args.lora_alpha,
-        lora_dropout=args.lora_dropout or 0.0,
+        r=args.lora_r or 16, lora_alpha=32 if args.lora_alpha is None else args.lora_alpha, task_type="SEQ_CLS",
         target_modules=targets if len(targets) > 1 or targets[0].isidentifier() else targets[0],
-        exclude_modules=routers or None,
-        task_type="SEQ_CLS",
-    )
+        exclude_modules=routers or None, lora_dropout=args.lora_dropout or 0.0,
+    )  # fmt: skip
+    if adapter:
+        lora = peft.PeftConfig.from_pretrained(adapter)
+        lora.task_type, lora.inference_mode = "SEQ_CLS", False
+        lora.modules_to_save = sorted({*(lora.modules_to_save or ())} - {"score", "classifier"})  # PEFT adds both
+    transformers.set_seed(args.seed)  # an adapter starts the same, whether the head is new or not
     try:
-        return peft.get_peft_model(model, lora), new_head
+        model = peft.get_peft_model(model, lora)
     except ValueError as error:
         fail(f"--lora_target_modules: {error}")
+    if adapter:
+        weights = peft.load_peft_weights(adapter, "cpu")
+        new_head = new_head and HEAD not in weights
+        weights.setdefault(HEAD, model.base_model.model.score.original_module.weight)
+        peft.set_peft_model_state_dict(model, weights)
+    return model, new_head
 
 
 class RunCallback(transformers.TrainerCallback):
@@ -724,12 +706,12 @@ class RunCallback(transformers.TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)  # a resumed run logs and saves by its own flags
-        signal.signal(signal.SIGINT, self.interrupt)
-        signal.signal(signal.SIGTERM, self.interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.interrupt)
 
     def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
@@ -775,19 +757,17 @@ def train(args, config, checkpoint, model, rows, collate, prompt_format, run):
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if needed > free:
         print(f"warning: training takes {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free", file=sys.stderr)
+    # The row that Trainer's first epoch begins with becomes the longest: too little memory shows in the first step.
+    order = np.arange(len(rows["train"]))
+    first = torch.randperm(len(order), generator=torch.Generator().manual_seed(config.seed))[0].item()
+    longest = int(np.argmax(rows["train"]["size"]))
+    order[[first, longest]] = order[[longest, first]]
     callback = RunCallback(Path(args.output_dir), run)
-    trainer = RewardTrainer(
-        model=model,
-        args=config,
-        train_dataset=put_longest_first(rows["train"], config.seed),
-        eval_dataset=rows.get("eval"),
-        processing_class=prompt_format.tokenizer,
-        data_collator=collate,
-        callbacks=[callback],
-    )
+    pairs, tokenizer = rows["train"].select(order), prompt_format.tokenizer
+    trainer = RewardTrainer(model, config, collate, pairs, rows.get("eval"), tokenizer, callbacks=[callback])
     for weight, data in trained:  # RewardTrainer rounds them to bfloat16 on a quantized base
         weight.data = data.to(weight.device)
-    if prompt_format.tokenizer.pad_token_id in prompt_format.stop_ids():  # RewardTrainer writes it into the config
+    if tokenizer.pad_token_id in prompt_format.stop_ids():  # RewardTrainer writes it into the config
         model.config.pad_token_id = None
     if checkpoint and count_steps(checkpoint) >= config.max_steps:  # Trainer would take one more step
         trainer._load_from_checkpoint(str(checkpoint))
@@ -855,12 +835,18 @@ def make_report(scores, longer):
     spread = z * math.sqrt(accuracy * (1 - accuracy) / pairs + z * z / (4 * pairs * pairs))
     confidence = 1 / (1 + np.exp(-np.abs(margin)))
     bins = np.minimum((confidence - 0.5) * 20, 9).astype(int)
-    errors = [abs((confidence - right)[bins == number].sum()) for number in range(10)]
 
     def describe(which):
         return {"pairs": int(which.sum()), "accuracy": right[which].mean() if which.any() else None}
 
+    reliability = [
+        {"from": 0.5 + number / 20, "confidence": confidence[bins == number].mean(), **describe(bins == number)}
+        for number in np.unique(bins).tolist()
+    ]
+    errors = [row["pairs"] / pairs * abs(row["confidence"] - row["accuracy"]) for row in reliability]
     varied = margin.std() > 0 and longer.std() > 0
+    bias = {"chosen_longer": describe(longer > 0), "chosen_shorter": describe(longer < 0)}
+    bias["correlation"] = np.corrcoef(margin, longer)[0, 1] if varied else None
     return {
         "pairs": pairs,
         "accuracy": accuracy,
@@ -869,16 +855,9 @@ def make_report(scores, longer):
         "loss": np.logaddexp(0, -margin).mean(),
         "mean_margin": margin.mean(),
         "mean_score": scores.mean(),
-        "calibration_error": sum(errors) / pairs,
-        "reliability": [
-            {"from": 0.5 + n / 20, "confidence": confidence[bins == n].mean(), **describe(bins == n)}
-            for n in np.unique(bins).tolist()
-        ],
-        "length_bias": {
-            "chosen_longer": describe(longer > 0),
-            "chosen_shorter": describe(longer < 0),
-            "correlation": np.corrcoef(margin, longer)[0, 1] if varied else None,
-        },
+        "calibration_error": sum(errors),
+        "reliability": reliability,
+        "length_bias": bias,
     }
 
 
@@ -901,15 +880,6 @@ def evaluate_pairs(model, rows, collate, args, where):
     if low <= 0.5:
         print(f"warning: accuracy {report['accuracy']:.3f} ({low:.3f} to {high:.3f}) may be chance", file=sys.stderr)
     return report, scores
-
-
-def write_scores(folder, rows, scores, report):
-    """What --eval_only leaves: scores.jsonl, a line for each pair, and metrics.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "scores.jsonl", "w", encoding="utf-8") as file:
-        for row, chosen, rejected in zip(rows["row"], *scores.tolist()):
-            file.write(json.dumps({"row": row, "score_chosen": chosen, "score_rejected": rejected}) + "\n")
-    write_json(folder / "metrics.json", {"accuracy": report["accuracy"], "report": report})
 
 
 def main(argv=None):
@@ -955,8 +925,11 @@ def main(argv=None):
             collate = DataCollatorForPreference(prompt_format.tokenizer.pad_token_id)
         if args.eval_only:
             report, scores = evaluate_pairs(model, rows["eval"], collate, args, counts["eval"]["where"])
+            columns = {"row": rows["eval"]["row"], "score_chosen": scores[0], "score_rejected": scores[1]}
             if is_first:
-                write_scores(folder, rows["eval"], scores, report)
+                folder.mkdir(parents=True, exist_ok=True)
+                datasets.Dataset.from_dict(columns).to_json(folder / "scores.jsonl", double_precision=15)
+                write_json(folder / "metrics.json", {"accuracy": report["accuracy"], "report": report})
             return
 
         if is_first:
