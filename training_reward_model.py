@@ -614,9 +614,10 @@ def check_fit(args, config, model_config, rows):
 
 
 def load_format(args, base, adapter, run):
-    """The PromptFormat; its tokenizer pads with a token that ends no text, where there is one to spare.
+    """(the model's config, the PromptFormat); the tokenizer pads with a token that ends no text, if it has one to spare.
 
     Libraries that score a padded batch read the last token that is not padding; where EOS is that, it gets lost."""
+    config = transformers.AutoConfig.from_pretrained(base, num_labels=1, trust_remote_code=args.trust_remote_code)
     place = adapter if adapter and (adapter / "tokenizer_config.json").is_file() else base
     tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
     prompt_format = pick_format(args.prompt_format, "chat", run.get("prompt_format"), tokenizer)
@@ -624,7 +625,7 @@ def load_format(args, base, adapter, run):
     if tokenizer.pad_token_id in (None, *ends):
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         tokenizer.pad_token_id = min(special - {*ends}, default=tokenizer.eos_token_id)
-    return prompt_format
+    return config, prompt_format
 
 
 def load_classifier(args, base, adapter, config, device):
@@ -636,22 +637,21 @@ def load_classifier(args, base, adapter, config, device):
     rates = [name for name, value in settings.items() if "drop" in name and isinstance(value, float)]
     saved = {name: settings[name] for name in {*rates, "output_router_logits"} & {*settings}}
     settings.update(dict.fromkeys(saved, 0.0))  # no dropout, and no auxiliary loss of experts
-    quantization = transformers.BitsAndBytesConfig(
-        load_in_4bit=args.load_in_4bit, load_in_8bit=args.load_in_8bit, bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=precision(args),
-    )  # fmt: skip
-    transformers.set_seed(args.seed)
-    values = {"config": config, "attn_implementation": args.attn_implementation}
-    values["dtype"] = precision(args) if args.use_lora or args.eval_only else torch.float32
+    how = {"config": config, "attn_implementation": args.attn_implementation}
+    how["dtype"] = precision(args) if args.use_lora or args.eval_only else torch.float32
     if args.load_in_4bit or args.load_in_8bit:
-        values["quantization_config"] = quantization
+        how["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=args.load_in_4bit, load_in_8bit=args.load_in_8bit, bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=precision(args),
+        )  # fmt: skip
     if device.type != "cpu":
-        values["device_map"] = {"": device}
+        how["device_map"] = {"": device}
+    transformers.set_seed(args.seed)
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-        base, use_safetensors=True, output_loading_info=True, trust_remote_code=args.trust_remote_code, **values
+        base, use_safetensors=True, output_loading_info=True, **how
     )
     model.config = copy.deepcopy(model.config)
-    vars(model.config.get_text_config()).update(saved)
+    vars(model.config.get_text_config()).update(saved)  # what is saved keeps both
     model.score.float()
     new_head = "score.weight" in info["missing_keys"]
     if new_head:
@@ -668,12 +668,14 @@ def load_classifier(args, base, adapter, config, device):
 def add_lora(args, model, adapter, new_head):
     """(model with a new LoRA adapter or the one in `adapter`, whether its head is new): an SFT adapter has no head."""
     targets = args.lora_target_modules or ["all-linear"]
-    # In some models (PhiMoE) the router is a linear layer, and returns a tuple.
-    routers = [name for name, module in model.named_modules() if "Router" in type(module).__name__]
+    if targets == ["all-linear"]:  # PEFT's would take routers along, which in some models (PhiMoE) return tuples
+        linear = (torch.nn.Linear, transformers.Conv1D)
+        layers = {name: type(layer).__name__ for name, layer in model.named_modules() if isinstance(layer, linear)}
+        targets = [name for name, kind in layers.items() if "Router" not in kind and name != "score"]
     lora = peft.LoraConfig(
         r=args.lora_r or 16, lora_alpha=32 if args.lora_alpha is None else args.lora_alpha, task_type="SEQ_CLS",
         target_modules=targets if len(targets) > 1 or targets[0].isidentifier() else targets[0],
-        exclude_modules=routers or None, lora_dropout=args.lora_dropout or 0.0,
+        lora_dropout=args.lora_dropout or 0.0,
     )  # fmt: skip
     if adapter:
         lora = peft.PeftConfig.from_pretrained(adapter)
@@ -893,9 +895,7 @@ def main(argv=None):
     config = make_config(args)
     checkpoint = find_checkpoint(args)
     try:
-        remote = {"trust_remote_code": args.trust_remote_code}
-        model_config = transformers.AutoConfig.from_pretrained(base, num_labels=1, **remote)
-        prompt_format = load_format(args, base, adapter, parent)
+        model_config, prompt_format = load_format(args, base, adapter, parent)
     except (OSError, ValueError) as error:  # of the hub and its cache, too
         fail(f"--model_path {args.model_path}: {error}")
 
@@ -948,7 +948,9 @@ def main(argv=None):
         if is_first:
             publish(trainer, args, run, metrics)
         trainer.accelerator.wait_for_everyone()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not re.search("out of memory|allocate memory", str(error)):
+            raise
         print(file=sys.stderr)  # ends the line of the progress bar
         fail("no memory left; what helps, the most first: --use_lora, --load_in_4bit, --gradient_checkpointing, --bf16")
 
