@@ -21,7 +21,6 @@ AutoPeftModelForSequenceClassification loads it (AutoModelForSequenceClassificat
 # ///
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -199,11 +198,8 @@ def number(kind, low, high=math.inf):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False, formatter_class=style)
     parser.error = lambda message: fail(f"{message} (see {parser.prog} --help)")
     add = parser.add_argument
     add("--model_path", required=True, help="hub id, model directory or LoRA adapter directory")
@@ -224,8 +220,7 @@ def build_parser():
     add("--resume_from_checkpoint", nargs="?", const=True, metavar="DIR", help="go on from DIR, or from the newest")
     add("--dry_run", action="store_true", help="check everything, show the data as it would be trained on, and stop")
     add("--max_samples", type=number(int, 1), help="use at most this many rows of each split")
-    formats = ["auto", "chat", "qa"]
-    add("--prompt_format", choices=formats, default="auto", help="chat template, or Question/Answer text")
+    add("--prompt_format", choices=["auto", "chat", "qa"], default="auto", help="chat template, or Question/Answer")
     add("--bf16", action="store_true", help="bfloat16 mixed precision (frozen weights in bfloat16)")
     add("--fp16", action="store_true", help="float16 mixed precision; needs a GPU")
     add("--use_lora", action="store_true", help="train a LoRA adapter in place of all weights")
@@ -264,38 +259,33 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 import datasets
 import numpy as np
+import peft
 import psutil
 import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import reduce
-from huggingface_hub import HfApi
-from peft import LoraConfig, PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from huggingface_hub import HfApi, get_token
 from peft.helpers import disable_input_dtype_casting
 from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, set_seed
-from transformers.integrations import get_available_reporting_integrations
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.pytorch_utils import Conv1D
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 SCRIPTS = 2  # stands in run.json: this version resumes checkpoints of this version
+WINDOWS = "(window|window_size|chunk_size|local_attention)$"  # what configs call the tokens that a layer sees
+HEAD = "base_model.model.score.weight"  # in the file of an adapter
 SCHEMAS = [("prompt", "chosen", "rejected"), ("question", "response_j", "response_k")]
-# What the configs of transformers call the number of tokens that a layer sees
-WINDOWS = ["sliding_window", "sliding_window_size", "attention_chunk_size", "window_size", "attention_window_size"]
-WINDOWS += ["local_attention"]
-PADDING = {"input_ids": 0, "position_ids": 0, "segments": -1, "lasts": 0}
 
 
 def read_json(path):
     """The object in a JSON file, {} where there is none."""
-    return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def write_json(path, value):
-    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
 def digest(value):
@@ -314,77 +304,63 @@ def digest_base(base):
 
 
 def locate_model(args):
-    """(base model, adapter directory or None, run.json of the earlier stage) behind --model_path.
-
-    Refuses what is not there, and flags that contradict the adapter."""
-    path, folder = args.model_path, Path(args.model_path)
-    if not folder.is_dir():
-        if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
-            fail(f"--model_path {path} does not exist; it should be a model directory or a hub id")
-        return path, None, {}
-    run, adapter = read_json(folder / "run.json"), read_json(folder / "adapter_config.json")
+    """(base model, adapter directory or None, run.json of the earlier stage) behind --model_path."""
+    folder = Path(args.model_path)
+    run = read_json(folder / "run.json")
+    adapter = read_json(folder / "adapter_config.json")
+    base = adapter.get("base_model_name_or_path", args.model_path)
     stage = run.get("parent_stage") if run.get("stage") == "merge" else run.get("stage")
+    if not Path(base).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base):
+        fail(f"--model_path {folder}: {base} is not there; it should be a model directory or a hub id")
     if args.eval_only and stage not in (None, "reward"):
-        fail(f"--model_path {path} is of the stage {stage!r}, not a reward model")
-    if not adapter:
-        if not (folder / "config.json").is_file():
-            fail(f"--model_path {path} holds neither config.json nor adapter_config.json")
-        return str(folder.resolve()), None, run
-    base = adapter["base_model_name_or_path"]
-    if not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") > 1 or base.startswith(".")):
-        fail(f"--model_path {path} is an adapter for the base model {base}, which is not there")
+        fail(f"--model_path {folder} is of the stage {stage!r}, not a reward model")
     if run.get("base_digest") not in (None, digest_base(base)):
-        fail(f"--model_path {path}: the base model {base} has other weights than the one that it was trained on")
-    if adapter["peft_type"] != "LORA" or adapter.get("alora_invocation_tokens"):
-        fail(f"--model_path {path} is no plain LoRA adapter; only those can be trained on")
-    for flag, name in {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}.items():
-        if getattr(args, flag) not in (None, adapter[name]):
-            fail(f"--{flag} {getattr(args, flag)}: the adapter {path} has {adapter[name]}; leave the flag out")
-    targets = adapter["target_modules"]
-    targets = {targets} if isinstance(targets, str) else set(targets)
-    if args.lora_target_modules and set(args.lora_target_modules) != targets:
-        fail(f"--lora_target_modules: the adapter {path} has its own; leave the flag out")
-    return str(Path(base).resolve()) if Path(base).is_dir() else base, folder.resolve(), run
-
-
-def check_flags(args):
-    """Refuse flags that exclude each other, and what is not installed."""
-    if args.bf16 and args.fp16:
-        fail("--bf16 and --fp16 exclude each other")
-    if args.fp16 and not torch.cuda.is_available():
-        fail("--fp16 needs a GPU; on a CPU use --bf16, or neither")
-    if args.load_in_4bit and args.load_in_8bit:
-        fail("--load_in_4bit and --load_in_8bit exclude each other")
-    if (args.load_in_4bit or args.load_in_8bit) and not args.use_lora:
-        fail("quantized weights cannot be trained themselves: add --use_lora")
-    for name in ("eval_steps", "eval_only"):
-        if getattr(args, name) and not args.eval_split:
-            fail(f"--{name} needs pairs to evaluate on: --eval_split or --eval_subset")
-    if args.eval_only and args.resume_from_checkpoint:
-        fail("--eval_only trains nothing, so nothing can resume")
-    if os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
-        fail("FSDP and ZeRO-3 cut the model in pieces; use DDP (the default of accelerate launch) or ZeRO-2")
-    for name in set(args.report_to) - {"none", "all", *get_available_reporting_integrations()}:
-        fail(f"--report_to {name}: not installed; pip install {name}")
+        fail(f"--model_path {folder}: the base model {base} has other weights than the one that it was trained on")
+    for name in ("r", "lora_alpha", "lora_dropout", "target_modules") if adapter else ():
+        flag = f"lora_{name.removeprefix('lora_')}"
+        own, given = adapter[name], getattr(args, flag)
+        if isinstance(own, list) and given:
+            own, given = sorted(own), sorted(given)
+        if given not in (None, own, [own]):
+            fail(f"--{flag}: the adapter {folder} has its own, {own}; leave the flag out")
+    if Path(base).is_dir():
+        base = str(Path(base).resolve())
+    return base, folder.resolve() if adapter else None, run
 
 
 def make_config(args):
-    """RewardConfig from the flags that have its fields' names, and --set."""
-    # On a CPU a batch runs pair by pair: the same gradient, the memory of one pair, about a tenth slower.
-    at_once = args.per_device_train_batch_size if torch.accelerator.is_available() else 1
+    """RewardConfig from the flags that have its fields' names, and --set; refuses flags that exclude each other."""
+    quantized = args.load_in_4bit or args.load_in_8bit
+    evaluates = args.eval_steps or args.eval_only
+    cut = os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    missing = {*args.report_to} - {"none", "all", *transformers.integrations.get_available_reporting_integrations()}
+    problems = {
+        "--fp16 needs a GPU; on a CPU use --bf16, or neither": args.fp16 and not torch.cuda.is_available(),
+        "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
+        "quantized weights cannot be trained themselves: add --use_lora": quantized and not args.use_lora,
+        "--eval_steps and --eval_only need pairs: --eval_split or --eval_subset": evaluates and not args.eval_split,
+        "--push_to_hub needs a login: hf auth login": args.push_to_hub and not get_token(),
+        "FSDP and ZeRO-3 cut the model in pieces; use DDP (accelerate launch's default) or ZeRO-2": cut,
+        f"--report_to: not installed: {', '.join(missing)}": missing,
+    }
+    for problem, there in problems.items():
+        if there:
+            fail(problem)
+    gpu = torch.accelerator.is_available()
+    pairs = args.per_device_train_batch_size if gpu else 1  # on a CPU one at a time: the same gradient, less memory
     fields = {field.name for field in dataclasses.fields(RewardConfig) if field.init}
     values = {name: value for name, value in vars(args).items() if name in fields}
     values |= {
-        "per_device_train_batch_size": at_once,
-        "per_device_eval_batch_size": at_once,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps * args.per_device_train_batch_size // at_once,
+        "per_device_train_batch_size": pairs,
+        "per_device_eval_batch_size": pairs,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps * args.per_device_train_batch_size // pairs,
         "max_steps": args.max_steps or -1,
         "max_length": None,  # longer pairs are left out already
-        "disable_dropout": False,  # see switch_off
+        "disable_dropout": False,  # it would take --lora_dropout too; see load_classifier
         "warmup_steps": min(args.warmup_ratio, 0.999999),  # below 1: a fraction of the steps
         "eval_strategy": "steps" if args.eval_steps else "no",
-        "save_strategy": "steps",
-        "use_cpu": not torch.accelerator.is_available(),
+        "use_cpu": not gpu,
+        "data_seed": args.seed,  # the order of the pairs follows from it and the epoch
         "logging_nan_inf_filter": False,  # a NaN is to be seen
         "push_to_hub": False,  # at the end, by publish()
     }
@@ -416,26 +392,21 @@ def find_checkpoint(args):
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not args.overwrite_output_dir):
             fail(f"--output_dir {folder} is not empty; see --resume_from_checkpoint and --overwrite_output_dir")
         return None
-    complete = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
-    newest = max(complete, key=count_steps, default=None)
+    newest = max(filter(count_steps, folder.glob("checkpoint-*")), key=count_steps, default=None)
     checkpoint = newest if args.resume_from_checkpoint is True else Path(args.resume_from_checkpoint)
     if not checkpoint:
         print(f"no complete checkpoint in {folder}: starting from the beginning")
         return None
-    if not count_steps(checkpoint):
-        fail(f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)")
     run = read_json(checkpoint / "run.json")
-    if run.get("stage") != "reward" or run.get("versions", {}).get("scripts") != SCRIPTS:
-        fail(f"--resume_from_checkpoint: {checkpoint} is of another stage, or of an earlier version of this script")
+    if not count_steps(checkpoint) or run.get("stage") != "reward" or run["versions"].get("scripts") != SCRIPTS:
+        fail(f"--resume_from_checkpoint: {checkpoint} is no complete checkpoint of this version of this script")
     if newest and count_steps(newest) > count_steps(checkpoint) and not args.overwrite_output_dir:
         fail(f"--resume_from_checkpoint {checkpoint}: {newest} is later; --overwrite_output_dir drops it")
     return checkpoint
 
 
-def open_output_dir(args, checkpoint):
-    """Make --output_dir ready: no checkpoint that is incomplete, or later than the one to go on from, and metrics.jsonl
-    as that one knows it."""
-    folder = Path(args.output_dir)
+def open_output_dir(folder, checkpoint):
+    """Leave no checkpoint that is incomplete, or later than the one to go on from, and metrics.jsonl as that knows it."""
     folder.mkdir(parents=True, exist_ok=True)
     state = read_json(checkpoint / "trainer_state.json") if checkpoint else {"global_step": 0, "log_history": []}
     for path in folder.glob("checkpoint-*"):
@@ -450,11 +421,12 @@ def load_split(args, subset, split, flag):
     place = Path(args.dataset_name)
     source, files = args.dataset_name, {"data_dir": subset}
     if place.is_file():
-        source, files = {".jsonl": "json"}.get(place.suffix, place.suffix[1:]), {"data_files": str(place)}
-    elif (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():  # of save_to_disk
-        parts = read_json(place / "dataset_dict.json").get("splits", ["train"])
-        folders = {part: place / part if (place / part).is_dir() else place for part in parts}
-        source, files = "arrow", {"data_files": {part: f"{folder}/*.arrow" for part, folder in folders.items()}}
+        source, files = place.suffix[1:].replace("jsonl", "json"), {"data_files": str(place)}
+    elif (place / "dataset_dict.json").is_file():  # of save_to_disk, as is the next
+        parts = read_json(place / "dataset_dict.json")["splits"]
+        source, files = "arrow", {"data_files": {part: f"{place / part}/*.arrow" for part in parts}}
+    elif (place / "state.json").is_file():
+        source, files = "arrow", {"data_files": f"{place}/*.arrow"}
     where = f"{args.dataset_name} {subset or ''}".strip()
     name, bracket, part = split.partition("[")
     try:
@@ -464,49 +436,47 @@ def load_split(args, subset, split, flag):
             name = names[0]
         if name not in names:
             fail(f"{flag} {split}: {where} has the splits {', '.join(names)}")
-        rows = datasets.load_dataset(source, args.dataset_config, split=name + bracket + part, **files)
+        split = name + bracket + part
+        rows = datasets.load_dataset(source, args.dataset_config, split=split, **files)
     except Exception as error:  # datasets raises dozens of types
         fail(f"{flag} {split}: {where} cannot be read: {type(error).__name__} {error} {error.__cause__ or ''}")
     if not len(rows):
         fail(f"{flag} {split}: {where} is empty; it should have at least one row")
-    return rows.select(range(min(len(rows), args.max_samples or len(rows)))), f"{where} [{name}{bracket}{part}]"
+    return rows.select(range(min(len(rows), args.max_samples or len(rows)))), f"{where} [{split}]"
 
 
 def read_pair(row, schema):
     """(chosen, rejected): the row as two conversations. Raises ValueError with what is wrong with it."""
-    question_column, *sides = schema
-    pair = [row[side] for side in sides]
-    if not any(isinstance(value, list) for value in pair):  # else each is a conversation, `prompt` repeats its question
-        for column in schema:
-            if not isinstance(row[column], str) or not row[column].strip():
-                raise ValueError(f"column {column} is {'null' if row[column] is None else 'empty, or no text'}")
-        question = {"role": "user", "content": row[question_column]}
-        pair = [[question, {"role": "assistant", "content": answer}] for answer in pair]
-    for side, messages in zip(sides, pair):
+    question, *sides = schema
+    pair = []
+    for side in sides:
+        messages = row[side]
+        if not isinstance(messages, list):  # else it is a whole conversation, and `prompt` repeats its question
+            messages = [{"role": "user", "content": row[question]}, {"role": "assistant", "content": messages}]
         try:
             check_messages(messages, last="assistant")
         except ValueError as error:  # without the text, so that rows with one mistake are counted together
-            raise ValueError(f"column {side} {str(error).partition(', not ')[0]}") from error
-    chosen, rejected = ([(turn["role"], turn["content"]) for turn in messages] for messages in pair)
-    if chosen[:-1] != rejected[:-1]:
-        raise ValueError(f"columns {sides[0]} and {sides[1]} differ before the last turn")
-    if not isinstance(row.get("margin", 0), int | float) or not math.isfinite(row.get("margin", 0)):
-        raise ValueError("column margin is no number")
+            raise ValueError(f"{question} + {side} {str(error).partition(', not ')[0]}") from error
+        pair.append(messages)
+    if pair[0][:-1] != pair[1][:-1]:
+        raise ValueError(f"{sides[0]} and {sides[1]} differ before the last turn")
+    if not isinstance(row.get("margin", 0), int | float):
+        raise ValueError("margin is no number")
     return pair
 
 
-def encode_pairs(data, where, prompt_format, args):
+def load_pairs(args, prompt_format, subset, side):
     """(pairs as `chosen_ids` and `rejected_ids`, and `margin` if the data have it; counts for run.json).
 
     Beside them stand `row`, the row's number; `size`, tokens, those that both texts begin with counted once; `longest`,
     tokens of the longer text. Left out are rows that are no pair (at most a tenth), pairs with a text over --max_length
     (a cut answer is not the one that was judged), of two equal texts, or equal to an earlier pair."""
+    data, where = load_split(args, subset, getattr(args, f"{side}_split"), f"--{side}_split")
+    max_length = args.max_length  # the whole args would spoil map's cache
     schema = next((schema for schema in SCHEMAS if set(schema) <= set(data.column_names)), None)
     if not schema:
         needed = "; ".join(" + ".join(schema) for schema in SCHEMAS)
         fail(f"{where} has the columns {', '.join(data.column_names)}; one of these is needed: {needed}")
-
-    max_length = args.max_length  # the whole args would spoil map's cache
 
     def encode_pair(row, number):
         try:
@@ -515,37 +485,28 @@ def encode_pairs(data, where, prompt_format, args):
         except ValueError as error:
             chosen, rejected, reason = [], [], str(error)
         longest = max(len(chosen), len(rejected))
-        return {
-            "row": number,
-            "chosen_ids": chosen,
-            "rejected_ids": rejected,
-            "size": len(chosen) + len(rejected) - len(os.path.commonprefix([chosen, rejected])),
-            "longest": longest,
-            "reason": f"longer than --max_length {max_length}" if longest > max_length else reason,
-            "digest": digest([chosen, rejected, row.get("margin")]),
-        }
+        if longest > max_length:
+            reason = f"longer than --max_length {max_length}"
+        size = len(chosen) + len(rejected) - len(os.path.commonprefix([chosen, rejected]))
+        pair = {"row": number, "chosen_ids": chosen, "rejected_ids": rejected, "size": size, "longest": longest}
+        return {**pair, "reason": reason, "digest": digest([chosen, rejected, row.get("margin")])}
 
     others = [name for name in data.column_names if name != "margin"]
-    workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = min(workers, len(data) // 2000) or None  # where there is work for several
+    workers = min(os.cpu_count() or 1, len(data) // 2000) or None  # where there is work for several
     rows = data.map(encode_pair, with_indices=True, remove_columns=others, num_proc=workers, desc="Tokenizing")
-    kept, left_out, seen = [], {}, set()  # left_out: {reason: numbers of the rows}
+    found, seen = {"": []}, set()  # {reason to leave them out: numbers of the rows}
     for i, (reason, pair) in enumerate(zip(rows["reason"], rows["digest"])):
-        if not reason and pair in seen:
-            reason = "equal to an earlier pair"
+        reason = "equal to an earlier pair" if pair in seen and not reason else reason
         seen.add(pair)
-        if reason:
-            left_out.setdefault(reason, []).append(i)
-        else:
-            kept.append(i)
-    reasons = [f"{len(found)} {reason} (rows {str(found[:3])[1:-1]})" for reason, found in left_out.items()]
-    reasons = "; ".join(reasons) or "none"
+        found.setdefault(reason, []).append(i)
+    kept = found.pop("")
+    reasons = "; ".join(f"{len(those)} {reason} (rows {str(those[:3])[1:-1]})" for reason, those in found.items())
     misshapen = list(rows["longest"]).count(0)
     if misshapen > len(rows) / 10 or not kept:
         fail(f"{where}: {misshapen} of {len(rows)} rows are no pairs, {len(kept)} are left to use: {reasons}")
     print(f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; {len(kept)} of {len(rows)} pairs kept")
-    print(f"  left out: {reasons}{'; the column margin is used' if 'margin' in rows.column_names else ''}")
-    counts = {"where": where, "rows": len(kept), "left_out": {name: len(found) for name, found in left_out.items()}}
+    print(f"  left out: {reasons or 'none'}{'; the column margin is used' if 'margin' in rows.column_names else ''}")
+    counts = {"where": where, "rows": len(kept), "left_out": {reason: len(those) for reason, those in found.items()}}
     return rows.select(kept).remove_columns(["reason", "digest"]), counts
 
 
@@ -553,100 +514,47 @@ def show_pairs(rows, tokenizer):
     """Two pairs as text: what both begin with, then the end of each in double brackets."""
     for row in (rows[i] for i in sorted({0, len(rows) // 2})):
         shared = len(os.path.commonprefix([row["chosen_ids"], row["rejected_ids"]]))
-        beginning = tokenizer.decode(row["chosen_ids"][:shared])
-        ends = [f"[[{side}: {tokenizer.decode(row[side + '_ids'][shared:])}]]" for side in ("chosen", "rejected")]
-        print("\n".join([f"--- row {row['row']}", beginning, *ends]))
-
-
-def lay_out(texts):
-    """Several texts in one row: what all begin with once, then the end of each, at least a token.
-
-    Beside the ids stand positions, which go on after the beginning in each end; segments, 0 for the beginning and n for
-    the end of text n; and where the last token of each text stands."""
-    shared = min(len(os.path.commonprefix(texts)), min(map(len, texts)) - 1)
-    row = {"input_ids": texts[0][:shared], "position_ids": list(range(shared)), "segments": [0] * shared, "lasts": []}
-    for n, text in enumerate(texts, 1):
-        row["input_ids"] = row["input_ids"] + text[shared:]
-        row["position_ids"] += range(shared, len(text))
-        row["segments"] += [n] * (len(text) - shared)
-        row["lasts"].append(len(row["input_ids"]) - 1)
-    return row
+        print(f"--- row {row['row']}\n{tokenizer.decode(row['chosen_ids'][:shared])}")
+        for side in ("chosen", "rejected"):
+            print(f"[[{side}: {tokenizer.decode(row[side + '_ids'][shared:])}]]")
 
 
 def collate_shared(rows):
-    """A batch in which each row is a pair, padded to the longest row."""
-    pairs = [lay_out([row["chosen_ids"], row["rejected_ids"]]) for row in rows]
-    batch = {}
-    for name, padding in PADDING.items():
-        tensors = [torch.tensor(pair[name]) for pair in pairs]
-        batch[name] = pad_sequence(tensors, batch_first=True, padding_value=padding)
-    batch["attention_mask"] = (batch["segments"] >= 0).long()  # RewardTrainer counts tokens by it
+    """A batch in which each row is a pair: what both texts begin with, then the end of each, at least a token.
+
+    `segments` (rows, length) say what a token is of: 0 the beginning, 1 and 2 the ends, 3 padding."""
+    ids, segments = [], []
+    for row in rows:
+        chosen, rejected = row["chosen_ids"], row["rejected_ids"]
+        shared = min(len(os.path.commonprefix([chosen, rejected])), len(chosen) - 1, len(rejected) - 1)
+        ids.append(torch.tensor(chosen + rejected[shared:]))
+        segments.append(torch.tensor([0] * shared + [1] * (len(chosen) - shared) + [2] * (len(rejected) - shared)))
+    batch = {"input_ids": pad_sequence(ids, True), "segments": pad_sequence(segments, True, padding_value=3)}
+    batch["attention_mask"] = (batch["segments"] < 3).long()  # RewardTrainer counts tokens by it
     if "margin" in rows[0]:
         batch["margin"] = torch.tensor([row["margin"] for row in rows])
     return batch
 
 
-def run_rows(model, input_ids, position_ids, segments):
-    """Last hidden states (rows, length, width) of rows by `lay_out`, padded with segment -1: a token sees what comes
-    before it in the beginning and in its own text."""
-    kind, length = input_ids.device.type, input_ids.shape[1]
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
-    seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
-    seen &= torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()
-    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
-    output = model.base_model(input_ids, attention_mask=mask[:, None], position_ids=position_ids, use_cache=False)
-    return output.last_hidden_state
-
-
-def score_texts(model, input_ids, attention_mask, position_ids=None, segments=None, lasts=None, **kwargs):
-    """The classifier's forward, put there in load_classifier: scores (texts, 1) at the last token, all chosen before all rejected texts.
+def score_texts(model, input_ids, attention_mask, segments=None, **kwargs):
+    """The classifier's forward: scores (texts, 1) at the last token, and hidden states (texts, width) there, all chosen
+    before all rejected texts. With `segments` a token sees the beginning and its own text up to itself.
 
     The classifier's own looks for the last token that is not padding, and passes over an EOS that serves as padding.
     The head works in float32: in bfloat16, scores near 2 would come in steps of 0.016."""
-    if segments is None:  # each text has a row of its own
-        hidden = model.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        lasts = attention_mask.sum(1, keepdim=True) - 1
-    else:
-        hidden = run_rows(model, input_ids, position_ids, segments)
-    rows = torch.arange(len(hidden), device=hidden.device)[:, None]
-    ends = hidden[rows, lasts].transpose(0, 1).flatten(0, 1)  # `lasts`: (rows, texts in a row)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return SequenceClassifierOutput(logits=model.score(ends.float()))
-
-
-def why_not_share(model, rows, args):
-    """Why two texts of `rows` cannot share a row in this classifier; None where that computes the same.
-
-    The mask of such a row stands in for all of the model's own, so no layer may have a narrower one, or carry a state
-    from one end to the next. Tried on the pair with the longest row, between two short texts."""
-    config = model.config.get_text_config()
-    layers = set(getattr(config, "layer_types", None) or ())
-    if model._is_stateful or layers - {"full_attention", "sliding_attention", "chunked_attention"}:
-        return "its layers carry a state from token to token"
-    longest = max(rows["longest"])
-    windows = [getattr(config, name, None) for name in WINDOWS]
-    local = "local" in getattr(config, "attention_layers", ["local"])  # GPT-Neo has a window_size with and without
-    if local and any(isinstance(window, int) and 0 < window < longest for window in windows):
-        return f"its attention has a window that the longest text, {longest} tokens, exceeds"
-    row = rows[int(np.argmax(rows["size"]))]
-    pair = [row["chosen_ids"], row["rejected_ids"]]
-    short = pair[0][: lay_out(pair)["segments"].count(0) + 1]
-    texts = [short, *pair, short]
-    laid = {name: torch.tensor([values], device=model.device) for name, values in lay_out(texts).items()}
-    segments = laid["segments"][0]
-    tolerance = 1e-3 if precision(args) == torch.float32 else 0.05
-    with torch.no_grad(), mixed_precision(args, model.device):
-        try:
-            hidden = run_rows(model, laid["input_ids"], laid["position_ids"], laid["segments"])[0]
-        except Exception as error:
-            return f"it takes no such mask ({type(error).__name__})"
-        for n, text in enumerate(texts, 1):
-            alone = model.base_model(torch.tensor([text], device=model.device), use_cache=False).last_hidden_state[0]
-            together = hidden[(segments == 0) | (segments == n)]
-            error = (together - alone).abs().max() / alone.abs().max()
-            if not error < tolerance:
-                return f"tried on the longest pair, hidden states differ by {error:.0%}"
-    return None
+    kind = input_ids.device.type
+    inputs = {"attention_mask": attention_mask, "use_cache": False}
+    lasts = attention_mask.sum(1)[None] - 1  # (texts in a row, rows)
+    if segments is not None:
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+        seen = ((segments[:, None] == 0) | (segments[:, None] == segments[:, :, None])).tril()
+        inputs["attention_mask"] = torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+        inputs["position_ids"] = (seen.sum(-1) - 1) * attention_mask
+        lasts = torch.stack([(segments <= text).sum(1) - 1 for text in (1, 2)])
+    hidden = model.base_model(input_ids, **inputs).last_hidden_state
+    ends = hidden[torch.arange(len(hidden), device=hidden.device), lasts].flatten(0, 1)
+    with torch.autocast(kind, enabled=False):
+        return SequenceClassifierOutput(logits=model.score(ends.float()), hidden_states=ends)
 
 
 def precision(args):
@@ -656,172 +564,142 @@ def precision(args):
     return torch.bfloat16 if args.bf16 else torch.float32
 
 
-def mixed_precision(args, device):
-    """The context in which training runs, for passes outside of it."""
-    return torch.autocast(device.type, precision(args), args.fp16 or args.bf16)
+def run_batch(model, batch, args):
+    """The model's output for a collated batch, computed as in training."""
+    inputs = {name: value.to(model.device) for name, value in batch.items()}
+    with torch.no_grad(), torch.autocast(model.device.type, precision(args), args.fp16 or args.bf16):
+        return model(**inputs)
 
 
-def check_model(args, config, rows):
-    """Refuse a model that can be no reward model or is too short for `rows`; warn where its weights do not fit."""
-    model = None
-    with torch.device("meta"), contextlib.suppress(ValueError):  # of a list of all classes that transformers has
-        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=args.trust_remote_code)
-    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
-        name = (config.architectures or [config.model_type])[0]
+def can_share(model, rows, args):
+    """Whether the two texts of a pair can share a row in this classifier, for it to compute the same.
+
+    The mask of such a row stands in for all of the model's own, so no layer may have a narrower one, or carry a state
+    from one end to the next. Tried on the pair with the longest text."""
+    config = model.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or ())
+    if model._is_stateful or layers - {"full_attention", "sliding_attention", "chunked_attention"}:
+        return False
+    longest = int(np.argmax(rows["longest"]))
+    windows = [value for name, value in vars(config).items() if re.search(WINDOWS, name)]
+    if any(isinstance(window, int) and 1 < window < rows["longest"][longest] for window in windows):
+        return False
+    pair = rows.select_columns(["chosen_ids", "rejected_ids"])[longest]
+    try:
+        shared = run_batch(model, collate_shared([pair]), args).hidden_states
+    except Exception:  # it takes no such mask
+        return False
+    alone = run_batch(model, DataCollatorForPreference(0)([pair]), args).hidden_states
+    tolerance = 1e-3 if precision(args) == torch.float32 else 0.05
+    return bool((shared - alone).abs().max() < tolerance * alone.abs().max())
+
+
+def check_fit(args, config, model_config, rows):
+    """Refuse a model that can be no reward model, or is too short for the pairs; put the number of steps into `config`."""
+    if type(model_config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        name = (model_config.architectures or [model_config.model_type])[0]
         fail(f"{name} has no sequence classifier in transformers; training_rl.py rewards it by --reward_function")
-    longest = max(rows["longest"])
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or longest
+    longest = max(max(split["longest"]) for split in rows.values())
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or longest
     if longest > positions:
         fail(f"--max_length {args.max_length}: the model has {positions} positions, the longest text {longest} tokens")
-    size = precision(args).itemsize  # bytes of a weight
-    if args.load_in_4bit or args.load_in_8bit:
-        size = 0.6 if args.load_in_4bit else 1.1
-    if not args.use_lora and not args.eval_only:
-        size = 16  # weight, gradient and AdamW's two moments
-    needed = size * model.num_parameters()
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    if needed > free:
-        needs = f"weights and optimizer alone take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        print(f"warning: {needs}", file=sys.stderr)
+    if args.eval_only:
+        return
+    pairs = rows["train"]
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * config.world_size
+    config.max_steps = args.max_steps or math.ceil(args.num_train_epochs * math.ceil(len(pairs) / batch))
+    tokens = sum(map(len, pairs["chosen_ids"])) + sum(map(len, pairs["rejected_ids"]))
+    print(f"{config.max_steps} steps of {batch} pairs; an epoch has {len(pairs)} pairs, {tokens} tokens, "
+          f"{sum(pairs['size'])} with what the two texts of a pair begin with counted once")  # fmt: skip
 
 
 def load_format(args, base, adapter, run):
-    """The PromptFormat; its tokenizer pads with a token that ends no text, where there is one to spare.
+    """(the model's config, the PromptFormat); the tokenizer pads with a token that ends no text, if it has one to spare.
 
     Libraries that score a padded batch read the last token that is not padding; where EOS is that, it gets lost."""
+    config = transformers.AutoConfig.from_pretrained(base, num_labels=1, trust_remote_code=args.trust_remote_code)
     place = adapter if adapter and (adapter / "tokenizer_config.json").is_file() else base
-    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
     prompt_format = pick_format(args.prompt_format, "chat", run.get("prompt_format"), tokenizer)
     ends = prompt_format.stop_ids()
     if tokenizer.pad_token_id in (None, *ends):
-        special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
-        spare = [number for number in (tokenizer.unk_token_id, *special) if number not in (None, *ends)]
-        spare.append(tokenizer.eos_token_id)
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(spare[0])
-    return prompt_format
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        tokenizer.pad_token_id = min(special - {*ends}, default=tokenizer.eos_token_id)
+    return config, prompt_format
 
 
-def switch_off(model):
-    """No dropout, and no router logits for an auxiliary loss; the config that is saved, the top module's, keeps both.
-
-    (RewardTrainer's disable_dropout would take --lora_dropout too, and leaves rates that are plain numbers.)"""
-    copies = {}
-    for module in model.modules():
-        owners = [module]
-        if module is not model and isinstance(getattr(module, "config", None), transformers.PreTrainedConfig):
-            module.config = copy.deepcopy(module.config, copies)  # modules that share a config share its copy
-            module.config.output_router_logits = False
-            owners.append(module.config)
-        for owner in owners:
-            rates = [name for name, value in vars(owner).items() if "drop" in name and isinstance(value, float)]
-            vars(owner).update(dict.fromkeys(rates, 0.0))
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # 4 bit, packed in a pass in eval mode: no gradients
-            module.support_avx512bf16_for_cpu = False
-
-
-def load_classifier(args, base):
-    """(model, whether its head is new): the base model with a score head, without dropout.
+def load_classifier(args, base, adapter, config, device):
+    """(model, whether its head is new): the base model with a score head, without dropout, and the adapter on it.
 
     Weights that are trained are float32 (under autocast a bfloat16 AdamW step of 1e-5 would round to nothing); frozen
     ones have the precision the model computes in, the head is always float32."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=args.load_in_4bit,
-        load_in_8bit=args.load_in_8bit,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=precision(args),
+    settings = vars(config.get_text_config())
+    rates = [name for name, value in settings.items() if "drop" in name and isinstance(value, float)]
+    saved = {name: settings[name] for name in {*rates, "output_router_logits"} & {*settings}}
+    settings.update(dict.fromkeys(saved, 0.0))  # no dropout, and no auxiliary loss of experts
+    how = {"config": config, "attn_implementation": args.attn_implementation}
+    how["dtype"] = precision(args) if args.use_lora or args.eval_only else torch.float32
+    if args.load_in_4bit or args.load_in_8bit:
+        how["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=args.load_in_4bit, load_in_8bit=args.load_in_8bit, bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=precision(args),
+        )  # fmt: skip
+    if device.type != "cpu":
+        how["device_map"] = {"": device}
+    transformers.set_seed(args.seed)
+    model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        base, use_safetensors=True, output_loading_info=True, **how
     )
-    set_seed(args.seed)
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        base,
-        num_labels=1,
-        dtype=precision(args) if args.use_lora or args.eval_only else torch.float32,
-        attn_implementation=args.attn_implementation,
-        quantization_config=quantization if args.load_in_4bit or args.load_in_8bit else None,
-        device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else None,
-        trust_remote_code=args.trust_remote_code,
-        use_safetensors=True,  # no pickle
-        output_loading_info=True,
-    )
-    if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
-        fail(f"--gradient_checkpointing: transformers has none for {type(model).__name__}")
+    model.config = copy.deepcopy(model.config)
+    vars(model.config.get_text_config()).update(saved)  # what is saved keeps both
     model.score.float()
     new_head = "score.weight" in info["missing_keys"]
     if new_head:
         # Scores start near 0, as the last layer of a policy does in Andrychowicz et al. 2021 (arXiv:2006.05990, 3.2).
         std = 0.01 * getattr(model.config.get_text_config(), "initializer_range", 0.02)  # OPT names it otherwise
         torch.nn.init.normal_(model.score.weight, std=std)
-    switch_off(model)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # 4 bit, packed in a pass in eval mode: no gradients
+            module.support_avx512bf16_for_cpu = False
     model.forward = types.MethodType(score_texts, model)
-    return model, new_head
-
-
-def list_linear_layers(model):
-    """Names of the linear layers without the score head, without routers (those of PhiMoE and Llama 4 return tuples), and
-    without the out_proj of recurrent layers, whose kernels read the weight themselves."""
-    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
-    names = [name for name, module in linear if "Router" not in type(module).__name__ and name != "score"]
-    return [name for name in names if not (model._is_stateful and name.endswith("out_proj"))]
+    return add_lora(args, model, adapter, new_head) if args.use_lora else (model, new_head)
 
 
 def add_lora(args, model, adapter, new_head):
-    """(model with a new LoRA adapter or the one in `adapter`, whether its head is new).
-
-    An SFT adapter has no head: the classifier's stays."""
-    set_seed(args.seed)  # an adapter starts the same, whether the head is new or not
-    if not adapter:
-        targets = args.lora_target_modules or ["all-linear"]
-        if targets == ["all-linear"]:
-            targets = list_linear_layers(model)
-        lora = LoraConfig(
-            r=args.lora_r or 16,
-            lora_alpha=32 if args.lora_alpha is None else args.lora_alpha,
-            lora_dropout=args.lora_dropout or 0.0,
-            target_modules=targets[0] if len(targets) == 1 and not targets[0].isidentifier() else targets,
-            task_type="SEQ_CLS",
-        )
-        try:
-            return get_peft_model(model, lora), new_head
-        except ValueError as error:
-            fail(f"--lora_target_modules: {error}")
-    lora = PeftConfig.from_pretrained(adapter)
-    lora.task_type, lora.inference_mode = "SEQ_CLS", False
-    # PEFT adds the names of the head each time that it makes a classifier of the config.
-    lora.modules_to_save = sorted({*(lora.modules_to_save or ())} - {"score", "classifier"}) or None
-    model = get_peft_model(model, lora)
-    weights, name = load_peft_weights(adapter, "cpu"), "base_model.model.score.weight"
-    new_head = new_head and name not in weights
-    weights.setdefault(name, model.get_parameter("base_model.model.score.original_module.weight"))
-    lost = set_peft_model_state_dict(model, weights).unexpected_keys
-    if lost:
-        fail(f"the adapter {adapter} does not fit its base model: there is no place for {lost[0]}")
+    """(model with a new LoRA adapter or the one in `adapter`, whether its head is new): an SFT adapter has no head."""
+    targets = args.lora_target_modules or ["all-linear"]
+    if targets == ["all-linear"]:  # PEFT's would take routers along, which in some models (PhiMoE) return tuples
+        linear = (torch.nn.Linear, transformers.Conv1D)
+        layers = {name: type(layer).__name__ for name, layer in model.named_modules() if isinstance(layer, linear)}
+        targets = [name for name, kind in layers.items() if "Router" not in kind and name != "score"]
+    lora = peft.LoraConfig(
+        r=args.lora_r or 16, lora_alpha=32 if args.lora_alpha is None else args.lora_alpha, task_type="SEQ_CLS",
+        target_modules=targets if len(targets) > 1 or targets[0].isidentifier() else targets[0],
+        lora_dropout=args.lora_dropout or 0.0,
+    )  # fmt: skip
+    if adapter:
+        lora = peft.PeftConfig.from_pretrained(adapter)
+        lora.task_type, lora.inference_mode = "SEQ_CLS", False
+        lora.modules_to_save = sorted({*(lora.modules_to_save or ())} - {"score", "classifier"})  # PEFT adds both
+    transformers.set_seed(args.seed)  # an adapter starts the same, whether the head is new or not
+    try:
+        model = peft.get_peft_model(model, lora)
+    except ValueError as error:
+        fail(f"--lora_target_modules: {error}")
+    if adapter:
+        weights = peft.load_peft_weights(adapter, "cpu")
+        new_head = new_head and HEAD not in weights
+        weights.setdefault(HEAD, model.base_model.model.score.original_module.weight)
+        peft.set_peft_model_state_dict(model, weights)
     return model, new_head
 
 
-class LongestFirst(torch.utils.data.Sampler):
-    """Shuffled pairs, the longest of all first, so that too little memory shows in the first step."""
-
-    def __init__(self, lengths):
-        self.lengths, self.generator = lengths, None
-
-    def __len__(self):
-        return len(self.lengths)
-
-    def __iter__(self):
-        order = torch.randperm(len(self.lengths), generator=self.generator).tolist()
-        first = order.index(max(order, key=self.lengths.__getitem__))
-        order[0], order[first] = order[first], order[0]
-        return iter(order)
-
-
 class RunCallback(transformers.TrainerCallback):
-    """Sets the order of the pairs, writes metrics.jsonl and run.json, stops before a gradient that is not finite reaches
-    the weights, and turns Ctrl-C and SIGTERM into a saved checkpoint."""
+    """Writes metrics.jsonl and run.json, stops before a gradient that is not finite reaches the weights, and turns Ctrl-C
+    and SIGTERM into a saved checkpoint."""
 
-    def __init__(self, output_dir, run, sampler):
-        self.output_dir, self.run, self.sampler, self.interrupted = Path(output_dir), run, sampler, False
+    def __init__(self, folder, run):
+        self.folder, self.run, self.interrupted = folder, run, False
 
     def interrupt(self, signum, frame):
         self.interrupted = True
@@ -830,21 +708,22 @@ class RunCallback(transformers.TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)  # a resumed run logs and saves by its own flags
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.interrupt)
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        """The order follows from seed and epoch alone, so that a resumed run meets the same pairs."""
-        self.sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch))
+    def on_train_end(self, args, state, control, **kwargs):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
-            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
         if not args.fp16 and not torch.nn.utils.get_total_norm(gradients).isfinite():  # float16 scales by overflows
-            saved = [path.parent for path in self.output_dir.glob("checkpoint-*/trainer_state.json")]
-            last = max(saved, key=count_steps, default="none was saved")
+            last = max(self.folder.glob("checkpoint-*"), key=count_steps, default="none was saved")
             print(file=sys.stderr)  # ends the line of the progress bar
             fail(f"the gradient of step {state.global_step + 1} is NaN or infinite; the last good checkpoint: {last}")
 
@@ -854,8 +733,8 @@ class RunCallback(transformers.TrainerCallback):
         if self.interrupted:
             control.should_save = control.should_training_stop = True
         if control.should_save and state.is_world_process_zero:  # before trainer_state.json, which says: complete
-            folder = self.output_dir / f"checkpoint-{state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
+            folder = self.folder / f"checkpoint-{state.global_step}"
+            folder.mkdir(exist_ok=True)
             write_json(folder / "run.json", self.run)
 
 
@@ -864,89 +743,64 @@ def describe_run(args, base, adapter, parent, prompt_format, counts):
     tokenizer = prompt_format.tokenizer
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
     return {
-        "stage": "reward",
-        "base_model": base,
-        "base_digest": digest_base(base) if args.use_lora else None,
-        "parent": str(adapter or base),
-        "parent_stage": parent.get("stage"),
-        "prompt_format": prompt_format.name,
+        "stage": "reward", "base_model": base, "base_digest": digest_base(base) if args.use_lora else None,
+        "parent": str(adapter or base), "parent_stage": parent.get("stage"), "prompt_format": prompt_format.name,
         "chat_template_hash": digest(tokenizer.chat_template) if prompt_format.name == "chat" else None,
-        "tokenizer_hash": digest(tokenizer.get_vocab()),
+        "tokenizer_hash": digest(tokenizer.get_vocab()), "arguments": vars(args),
         "dataset": {"name": args.dataset_name, "subset": args.subset, **counts},
-        "arguments": vars(args),
         "versions": {"scripts": SCRIPTS, **{name: importlib.metadata.version(name) for name in packages}},
-    }
+    }  # fmt: skip
 
 
-def plan_steps(args, config, pairs):
-    """Set the number of steps, and say what an epoch holds."""
-    if args.per_device_train_batch_size > len(pairs):
-        fail(f"--per_device_train_batch_size {args.per_device_train_batch_size} is larger than the {len(pairs)} pairs")
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * config.world_size
-    config.max_steps = args.max_steps or math.ceil(args.num_train_epochs * math.ceil(len(pairs) / batch))
-    tokens = sum(map(len, pairs["chosen_ids"])) + sum(map(len, pairs["rejected_ids"]))
-    print(f"{config.max_steps} steps of {batch} pairs; an epoch has {len(pairs)} pairs, {tokens} tokens, "
-          f"{sum(pairs['size'])} with what the two texts of a pair begin with counted once")  # fmt: skip
-
-
-def make_trainer(args, config, model, rows, collate, prompt_format, run):
-    """(RewardTrainer, its RunCallback)."""
-    adapter = [(weight, weight.data) for weight in model.parameters() if args.use_lora and weight.requires_grad]
-    sampler = LongestFirst(rows["train"]["size"][:])
-    callback = RunCallback(args.output_dir, run, sampler)
-    trainer = RewardTrainer(
-        model=model,
-        args=config,
-        train_dataset=rows["train"],
-        eval_dataset=rows.get("eval"),
-        processing_class=prompt_format.tokenizer,
-        data_collator=collate,
-        callbacks=[callback],
-    )
-    trainer._get_train_sampler = lambda dataset=None: sampler
-    for weight, data in adapter:  # RewardTrainer rounds them to bfloat16 on a quantized base
+def train(args, config, checkpoint, model, rows, collate, prompt_format, run):
+    """(the RewardTrainer after its last step, its metrics); warns where training does not fit into memory."""
+    trained = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
+    needed = 12 * sum(weight.numel() for weight, _ in trained)  # bytes: float32 gradient and AdamW's two moments
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    if needed > free:
+        print(f"warning: training takes {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free", file=sys.stderr)
+    # The row that Trainer's first epoch begins with becomes the longest: too little memory shows in the first step.
+    order = np.arange(len(rows["train"]))
+    first = torch.randperm(len(order), generator=torch.Generator().manual_seed(config.seed))[0].item()
+    longest = int(np.argmax(rows["train"]["size"]))
+    order[[first, longest]] = order[[longest, first]]
+    callback = RunCallback(Path(args.output_dir), run)
+    pairs, tokenizer = rows["train"].select(order), prompt_format.tokenizer
+    trainer = RewardTrainer(model, config, collate, pairs, rows.get("eval"), tokenizer, callbacks=[callback])
+    for weight, data in trained:  # RewardTrainer rounds them to bfloat16 on a quantized base
         weight.data = data.to(weight.device)
-    if prompt_format.tokenizer.pad_token_id in prompt_format.stop_ids():  # RewardTrainer writes it into the config
+    if tokenizer.pad_token_id in prompt_format.stop_ids():  # RewardTrainer writes it into the config
         model.config.pad_token_id = None
-    return trainer, callback
-
-
-def train(trainer, callback, checkpoint):
-    """The metrics of training from the checkpoint, if there is one, to the last step."""
-    if checkpoint and count_steps(checkpoint) >= trainer.args.max_steps:  # Trainer would take one more step
+    if checkpoint and count_steps(checkpoint) >= config.max_steps:  # Trainer would take one more step
         trainer._load_from_checkpoint(str(checkpoint))
-        return {}
-    handlers = {name: signal.signal(name, callback.interrupt) for name in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with disable_input_dtype_casting(trainer.model):  # else LoRA keeps float32 copies of inputs
-            return trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
-    finally:
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
+        return trainer, {}
+    with disable_input_dtype_casting(model):  # else LoRA keeps float32 copies of inputs
+        metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
+    if callback.interrupted:
+        print(f"\nsaved; go on with the same command and --resume_from_checkpoint ({args.output_dir})", file=sys.stderr)
+        sys.exit(130)
+    return trainer, metrics
 
 
 def publish(trainer, args, run, metrics):
     """metrics.json and final_checkpoint/, which appears when it is complete; with --push_to_hub it is uploaded."""
-    folder, final = Path(args.output_dir), Path(args.output_dir, "final_checkpoint")
-    draft, old, name = final.with_suffix(".partial"), final.with_suffix(".old"), folder.resolve().name
-    for leftover in (draft, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    folder = Path(args.output_dir)
+    name = folder.resolve().name
+    final, draft, card = folder / "final_checkpoint", folder / "final_checkpoint.partial", folder / "README.md"
+    shutil.rmtree(draft, ignore_errors=True)
     trainer.model.save_pretrained(draft)
     trainer.processing_class.save_pretrained(draft)
     write_json(draft / "run.json", {**run, "metrics": metrics})
+    write_json(folder / "metrics.json", metrics)
     trainer.hub_model_id = name
     trainer.create_model_card(model_name=name)  # TRL puts it beside the checkpoints
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    card = card.replace("[None](https://huggingface.co/None)", f"`{run['base_model']}`")  # a base model on disk
+    text = card.read_text(encoding="utf-8")
+    text = text.replace("[None](https://huggingface.co/None)", f"`{run['base_model']}`")  # a base model on disk
     figures = [f"| {name} | {value:.4g} |\n" for name, value in metrics.items() if isinstance(value, int | float)]
-    card += f"\n## Figures\n\n| | |\n| --- | --- |\n{''.join(figures)}"
-    (draft / "README.md").write_text(card, encoding="utf-8")
-    (folder / "README.md").unlink()
-    write_json(folder / "metrics.json", metrics)
-    if final.exists():
-        os.replace(final, old)
+    (draft / card.name).write_text(f"{text}\n## Figures\n\n| | |\n| --- | --- |\n{''.join(figures)}", encoding="utf-8")
+    card.unlink()
+    shutil.rmtree(final, ignore_errors=True)
     os.replace(draft, final)
-    shutil.rmtree(old, ignore_errors=True)
     print(f"saved {final}")
     if args.push_to_hub:
         repo = HfApi().create_repo(name, exist_ok=True).repo_id
@@ -955,127 +809,79 @@ def publish(trainer, args, run, metrics):
 
 def score_pairs(model, rows, collate, args):
     """Scores (2, pairs), chosen and rejected, in the order of `rows`."""
-    longest, scores = rows["longest"][:], np.zeros((2, len(rows)))
-    order = sorted(range(len(rows)), key=lambda row: -longest[row])
+    longest = rows["longest"][:]
+    scores = np.zeros((2, len(rows)))
+    order = np.argsort(longest)[::-1].tolist()
     model.eval()
     while order:
         size = max(1, 2048 // longest[order[0]])  # pairs in a batch, whose texts have 4096 tokens at most
         batch, order = order[:size], order[size:]
-        inputs = {name: value.to(model.device) for name, value in collate([rows[row] for row in batch]).items()}
-        with torch.no_grad(), mixed_precision(args, model.device):
-            scores[:, batch] = model(**inputs).logits.view(2, -1).cpu().numpy()
-    finite = np.isfinite(scores).all(axis=0)
-    if not finite.all():
-        fail(f"the scores of row {rows[int(finite.argmin())]['row']} are NaN or infinite")
+        logits = run_batch(model, collate([rows[row] for row in batch]), args).logits
+        scores[:, batch] = logits.view(2, -1).cpu().numpy()
+    if not np.isfinite(scores).all():
+        fail("scores are NaN or infinite")
     return scores
 
 
-def wilson_interval(accuracy, pairs):
-    """The 95% interval of an accuracy, [low, high] (Wilson 1927)."""
+def make_report(scores, longer):
+    """What the `scores` (2, pairs), chosen and rejected, say; `longer`: by how many tokens each chosen text is longer.
+
+    The accuracy has a 95% interval (Wilson 1927). Calibration is that of the model's confidence in the side that it
+    prefers, sigmoid(|margin|), in ten bins from 0.5 to 1; the error is that of Guo et al. 2017 (arXiv:1706.04599)."""
+    margin = scores[0] - scores[1]
+    right = margin > 0
+    pairs = len(margin)
+    accuracy = right.mean()
     z = 1.96
     center = accuracy + z * z / (2 * pairs)
     spread = z * math.sqrt(accuracy * (1 - accuracy) / pairs + z * z / (4 * pairs * pairs))
-    return [(center + side) / (1 + z * z / pairs) for side in (-spread, spread)]
-
-
-def make_report(scores, length_difference):
-    """What the `scores` (2, pairs), chosen and rejected, say; `length_difference`: chosen - rejected, in tokens.
-
-    Calibration is that of the model's confidence in the side that it prefers, sigmoid(|margin|), in ten bins from 0.5
-    to 1; a tie is half right there, and wrong in the accuracy. The error is that of Guo et al. 2017 (arXiv:1706.04599)."""
-    margin, difference = scores[0] - scores[1], np.asarray(length_difference)
-    right, pairs = margin > 0, len(margin)
+    confidence = 1 / (1 + np.exp(-np.abs(margin)))
+    bins = np.minimum((confidence - 0.5) * 20, 9).astype(int)
 
     def describe(which):
-        return {"pairs": int(which.sum()), "accuracy": float(right[which].mean()) if which.any() else None}
+        return {"pairs": int(which.sum()), "accuracy": right[which].mean() if which.any() else None}
 
-    confidence, hit = 1 / (1 + np.exp(-np.abs(margin))), right + 0.5 * (margin == 0)
-    bins = np.minimum((confidence - 0.5) * 20, 9).astype(int)
-    reliability = []
-    for number in np.unique(bins).tolist():
-        inside = bins == number
-        figures = {"confidence": float(confidence[inside].mean()), "accuracy": float(hit[inside].mean())}
-        reliability.append({"from": 0.5 + number / 20, "pairs": int(inside.sum()), **figures})
-    varied = margin.std() > 0 and difference.std() > 0
+    reliability = [
+        {"from": 0.5 + number / 20, "confidence": confidence[bins == number].mean(), **describe(bins == number)}
+        for number in np.unique(bins).tolist()
+    ]
+    errors = [row["pairs"] / pairs * abs(row["confidence"] - row["accuracy"]) for row in reliability]
+    varied = margin.std() > 0 and longer.std() > 0
+    bias = {"chosen_longer": describe(longer > 0), "chosen_shorter": describe(longer < 0)}
+    bias["correlation"] = np.corrcoef(margin, longer)[0, 1] if varied else None
     return {
         "pairs": pairs,
-        "accuracy": float(right.mean()),
-        "accuracy_interval": wilson_interval(float(right.mean()), pairs),
+        "accuracy": accuracy,
+        "accuracy_interval": [(center + side) / (1 + z * z / pairs) for side in (-spread, spread)],
         "ties": int((margin == 0).sum()),
-        "loss": float(np.logaddexp(0, -margin).mean()),
-        "mean_margin": float(margin.mean()),
-        "mean_score": float(scores.mean()),
-        "calibration_error": sum(
-            row["pairs"] / pairs * abs(row["confidence"] - row["accuracy"]) for row in reliability
-        ),
+        "loss": np.logaddexp(0, -margin).mean(),
+        "mean_margin": margin.mean(),
+        "mean_score": scores.mean(),
+        "calibration_error": sum(errors),
         "reliability": reliability,
-        "length_bias": {
-            "chosen_longer": describe(difference > 0),
-            "chosen_shorter": describe(difference < 0),
-            "correlation": float(np.corrcoef(margin, difference)[0, 1]) if varied else None,
-        },
+        "length_bias": bias,
     }
 
 
-def swap_sides(model, rows, collate, args, scores):
-    """Up to 64 pairs scored again with their sides swapped: the preference has to follow."""
+def evaluate_pairs(model, rows, collate, args, where):
+    """(report, scores) on the evaluation pairs; the report is printed.
+
+    Up to 64 pairs are scored again with their sides swapped: the preference has to follow."""
+    scores = score_pairs(model, rows, collate, args)
+    report = make_report(scores, np.array([len(row["chosen_ids"]) - len(row["rejected_ids"]) for row in rows]))
     some = rows.select(range(min(64, len(rows))))
     swapped = some.rename_columns({"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"})
-    again, first = score_pairs(model, swapped, collate, args)[::-1], scores[:, : len(some)]
-    agree = np.sign(again[0] - again[1]) == np.sign(first[0] - first[1])
-    return {
-        "pairs": len(some), "agreement": float(agree.mean()), "difference": float(np.abs(again - first).max())
-    }  # fmt: skip
-
-
-def evaluate_pairs(model, rows, collate, args, where):
-    """(report, scores) on the evaluation pairs; the report is printed."""
-    scores = score_pairs(model, rows, collate, args)
-    report = make_report(scores, [len(row["chosen_ids"]) - len(row["rejected_ids"]) for row in rows])
-    report["swapped"] = swap_sides(model, rows, collate, args, scores)
-    low, high = report["accuracy_interval"]
-    bias, swapped = report["length_bias"], report["swapped"]
-    lines = [
-        ("accuracy", report["accuracy"], f"95% interval {low:.3f} to {high:.3f}; {report['ties']} ties"),
-        ("  chosen is longer", bias["chosen_longer"]["accuracy"], f"{bias['chosen_longer']['pairs']} pairs"),
-        ("  chosen is shorter", bias["chosen_shorter"]["accuracy"], f"{bias['chosen_shorter']['pairs']} pairs"),
-        ("margin and length", bias["correlation"], "correlation of the differences in score and in tokens"),
-        ("mean margin", report["mean_margin"], f"score_chosen - score_rejected; loss {report['loss']:.3f}"),
-        ("sides swapped", swapped["agreement"], f"agree, of {swapped['pairs']} pairs"),
-        ("calibration error", report["calibration_error"], "of confidence sigmoid(|margin|); accuracy from"),
-        *((f"  {row['from']:.2f}", row["accuracy"], f"{row['pairs']} pairs") for row in report["reliability"]),
-    ]
+    change = score_pairs(model, swapped, collate, args)[::-1] - scores[:, : len(some)]
+    first = scores[0, : len(some)] - scores[1, : len(some)]
+    agreement = (np.sign(first + change[0] - change[1]) == np.sign(first)).mean()
+    report["swapped"] = {"pairs": len(some), "agreement": agreement, "difference": np.abs(change).max()}
     print(f"report on {len(rows)} pairs of {where}")
-    for name, value, note in lines:
-        print(f"  {name:20} {'    -' if value is None else format(value, '6.3f')}  {note}")
+    for name, value in json.loads(json.dumps(report), parse_float=lambda text: round(float(text), 3)).items():
+        print(f"  {name:18} {value}")
+    low, high = report["accuracy_interval"]
     if low <= 0.5:
         print(f"warning: accuracy {report['accuracy']:.3f} ({low:.3f} to {high:.3f}) may be chance", file=sys.stderr)
     return report, scores
-
-
-def write_scores(folder, rows, scores, report):
-    """What --eval_only leaves: scores.jsonl, a line for each pair, and metrics.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "scores.jsonl", "w", encoding="utf-8") as file:
-        for row, chosen, rejected in zip(rows["row"], *scores.tolist()):
-            file.write(json.dumps({"row": row, "score_chosen": chosen, "score_rejected": rejected}) + "\n")
-    write_json(folder / "metrics.json", {"accuracy": report["accuracy"], "report": report})
-
-
-@contextlib.contextmanager
-def explaining(args):
-    """One line in place of a traceback where memory or disk is full."""
-    try:
-        yield
-    except Exception as error:  # safetensors and torch.save have types of their own for a full disk
-        print(file=sys.stderr)  # ends the line of the progress bar
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            helps = ["use_lora", "load_in_4bit", "gradient_checkpointing", "bf16"]
-            flags = " ".join(f"--{name}" for name in helps if not getattr(args, name))
-            fail(f"no memory left; what helps, the most first: {flags} --per_device_train_batch_size 1")
-        if re.search("No space left|os error 28|PytorchStreamWriter failed", str(error)):
-            fail("no space left to save; what was saved before is complete")
-        raise
 
 
 def main(argv=None):
@@ -1086,76 +892,67 @@ def main(argv=None):
         args.learning_rate = 1e-4 if args.use_lora else 1e-5
     if args.eval_subset and not args.eval_split:
         args.eval_split = "test"
-    check_flags(args)
     config = make_config(args)
     checkpoint = find_checkpoint(args)
     try:
-        if args.push_to_hub:
-            HfApi().whoami()
-        model_config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
-        prompt_format = load_format(args, base, adapter, parent)
+        model_config, prompt_format = load_format(args, base, adapter, parent)
     except (OSError, ValueError) as error:  # of the hub and its cache, too
         fail(f"--model_path {args.model_path}: {error}")
 
-    splits = {} if args.eval_only else {"train": (args.subset, args.train_split)}
-    if args.eval_split:
-        splits["eval"] = (args.eval_subset or args.subset, args.eval_split)
     rows, counts = {}, {}
     with PartialState().main_process_first():
-        for name, (subset, split) in splits.items():
-            data, where = load_split(args, subset, split, f"--{name}_split")
-            rows[name], counts[name] = encode_pairs(data, where, prompt_format, args)
-    columns = ["row", "chosen_ids", "rejected_ids", "size", "longest"]
-    every_row = datasets.concatenate_datasets([split.select_columns(columns) for split in rows.values()])
-    check_model(args, model_config, every_row)
-    if not args.eval_only:
-        plan_steps(args, config, rows["train"])
+        if not args.eval_only:
+            rows["train"], counts["train"] = load_pairs(args, prompt_format, args.subset, "train")
+        if args.eval_split:
+            rows["eval"], counts["eval"] = load_pairs(args, prompt_format, args.eval_subset or args.subset, "eval")
+    every_row = datasets.concatenate_datasets(list(rows.values()))
+    check_fit(args, config, model_config, rows)
     if args.dry_run:
         show_pairs(every_row, prompt_format.tokenizer)
         print("dry run: everything fits; nothing was loaded or written")
         return
 
-    with explaining(args):
-        classifier, new_head = load_classifier(args, base)
-        model = classifier
-        if args.use_lora:
-            model, new_head = add_lora(args, classifier, adapter, new_head)
+    folder = Path(args.output_dir)
+    is_first = PartialState().is_main_process
+    try:
+        model, new_head = load_classifier(args, base, adapter, model_config, config.device)
         if new_head and args.eval_only:
             fail(f"--eval_only: {args.model_path} has no score head; it should be a trained reward model")
         print(f"score head: {'new' if new_head else 'that of ' + args.model_path}")
-        if not (args.load_in_4bit or args.load_in_8bit):
-            model.to(config.device)
-        collate, reason = collate_shared, why_not_share(classifier.eval(), every_row, args)
-        if reason:
-            print(f"{classifier.config.model_type}: each text of a pair has a row of its own: {reason}")
+        collate = collate_shared
+        if not can_share(model.eval(), every_row, args):
+            print(f"in a {model.config.model_type} model each text of a pair has a row of its own")
             collate = DataCollatorForPreference(prompt_format.tokenizer.pad_token_id)
-        is_first = PartialState().is_main_process
         if args.eval_only:
             report, scores = evaluate_pairs(model, rows["eval"], collate, args, counts["eval"]["where"])
+            columns = {"row": rows["eval"]["row"], "score_chosen": scores[0], "score_rejected": scores[1]}
             if is_first:
-                write_scores(Path(args.output_dir), rows["eval"], scores, report)
+                folder.mkdir(parents=True, exist_ok=True)
+                datasets.Dataset.from_dict(columns).to_json(folder / "scores.jsonl", double_precision=15)
+                write_json(folder / "metrics.json", {"accuracy": report["accuracy"], "report": report})
             return
 
         if is_first:
-            open_output_dir(args, checkpoint)
+            open_output_dir(folder, checkpoint)
         metrics = {}
         if "eval" in rows:
             scores = score_pairs(model, rows["eval"], collate, args)
-            metrics["accuracy_before"] = float((scores[0] > scores[1]).mean())
+            metrics["accuracy_before"] = (scores[0] > scores[1]).mean()
             print(f"accuracy before training {metrics['accuracy_before']:.3f}")
         run = describe_run(args, base, adapter, parent, prompt_format, counts)
-        trainer, callback = make_trainer(args, config, model, rows, collate, prompt_format, run)
-        metrics |= train(trainer, callback, checkpoint)
-        if callback.interrupted:
-            again = f"--resume_from_checkpoint ({args.output_dir})"
-            print(f"\nsaved; go on with the same command and {again}", file=sys.stderr)
-            sys.exit(130)
+        trainer, figures = train(args, config, checkpoint, model, rows, collate, prompt_format, run)
+        metrics |= figures
         if "eval" in rows:
             report, _ = evaluate_pairs(model, rows["eval"], collate, args, counts["eval"]["where"])
             metrics |= {"accuracy": report["accuracy"], "report": report}
         if is_first:
             publish(trainer, args, run, metrics)
         trainer.accelerator.wait_for_everyone()
+    except RuntimeError as error:
+        if not re.search("out of memory|allocate memory", str(error)):
+            raise
+        print(file=sys.stderr)  # ends the line of the progress bar
+        fail("no memory left; what helps, the most first: --use_lora, --load_in_4bit, --gradient_checkpointing, --bf16")
 
 
 if __name__ == "__main__":
