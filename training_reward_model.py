@@ -23,6 +23,7 @@ AutoPeftModelForSequenceClassification loads it (AutoModelForSequenceClassificat
 import argparse
 import copy
 import dataclasses
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -44,18 +45,26 @@ def fail(message):
 
 
 # >>> text: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_text.py)
-def check_messages(messages, last):
-    """Raise ValueError unless `messages` are texts of system (may be left out), user, assistant, user, ..., `last`."""
-    if not isinstance(messages, list) or not messages or not all(isinstance(turn, dict) for turn in messages):
-        raise ValueError("should be a list of {role, content} with at least one turn")
-    system = messages[0].get("role") == "system"
+def read_messages(messages, last):
+    """`messages` as texts of system (may be left out), user, assistant, user, ..., `last`; raises ValueError.
+
+    `developer` is system, a system turn without text is none, a number is its JSON text."""
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+        raise ValueError("should be a list of {role, content}")
+    turns = []
     for i, turn in enumerate(messages):
         role, content = turn.get("role"), turn.get("content")
-        expected = "system" if system and i == 0 else ("user", "assistant")[(i - system) % 2]
-        if role != expected or not isinstance(content, str) or not (content.strip() or role == "system"):
-            raise ValueError(f"should have text of the role {expected!r} in turn {i}, not {str(turn)[:80]}")
-    if role != last:
-        raise ValueError(f"should end with the role {last!r}, not {role!r}")
+        role = "system" if role == "developer" else role
+        content = json.dumps(content) if isinstance(content, int | float) else content
+        if role == "system" and not str(content or "").strip():
+            continue
+        expected = ("user", "assistant") if turns and turns[-1]["role"] != "system" else ("system", "user")
+        if role not in expected or not isinstance(content, str) or not content.strip():
+            raise ValueError(f"should have text of the role {' or '.join(expected)} in turn {i}, not {str(turn)[:80]}")
+        turns.append({"role": role, "content": content})
+    if not turns or turns[-1]["role"] != last:
+        raise ValueError(f"should end with the role {last}, not {str(messages[-1:])[:80]}")
+    return turns
 
 
 class PromptFormat:
@@ -69,6 +78,8 @@ class PromptFormat:
     def __init__(self, tokenizer, name):
         """Raises ValueError for a tokenizer without EOS, and for a template that does not write answers."""
         self.tokenizer, self.name = tokenizer, name
+        self.end = self.tail = ""  # of a turn: its last token, and what follows that
+        self.has_runs = False  # of turns of one role
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no EOS token, so no answer could ever end")
         bare, ids = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
@@ -95,14 +106,21 @@ class PromptFormat:
         following = self._render([question, answer, question]).partition(mark)[2]
         ends = re.compile(rf"\s*({'|'.join(map(re.escape, tokens))})+")
         self.end = next((found[0] for found in map(ends.match, (self.after, following)) if found), "")
-        try:
-            self.has_system = "\ue002" in self._render([system, question, answer])
-        except ValueError:
-            self.has_system = False
+        self.tail = self.after[len(self.end) :] if self.end else ""
+        self.has_system = self._takes([system, question, answer])
+        self.has_runs = self._takes([question, question, answer, answer])
 
-    def _render(self, messages, open_end=False):
+    def _takes(self, messages):
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_end)
+            text = self._render(messages)
+        except ValueError:
+            return False
+        return all(text.count(turn["content"]) == messages.count(turn) for turn in messages)
+
+    def _render(self, messages, open_end=False, tools=None):
+        write = self.tokenizer.apply_chat_template
+        try:
+            text = write(messages, tools=tools, tokenize=False, add_generation_prompt=open_end)
         except Exception as error:  # templates refuse roles and orders with exceptions of their own
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
         return text.removesuffix(self.thought) if open_end else text
@@ -111,9 +129,13 @@ class PromptFormat:
         """Put U+E000 after each character of what looks like a special token, and after U+E000 itself."""
         return re.sub(f"{self.special.pattern}|\ue000", lambda found: re.sub("(?s)(.)", "\\1\ue000", found[0]), text)
 
-    def _write(self, messages, open_end):
+    def _write(self, turns, open_end, tools):
         """The text, its contents guarded, and where in it [start, end, start, end, ...] the assistant writes."""
-        messages = [{"role": turn["role"], "content": self._guard(turn["content"])} for turn in messages]
+        messages = []
+        for role, content in ((turn["role"], self._guard(turn["content"])) for turn in turns):
+            if messages and role == messages[-1]["role"] and (role == "system" or not self.has_runs):
+                content = f"{messages.pop()['content']}\n\n{content}"
+            messages.append({"role": role, "content": content})
         if self.name == "qa":  # earlier turns join the question
             texts = [turn["content"] for turn in messages if turn["content"]]
             answer = "" if open_end else f" {texts.pop()}"
@@ -122,14 +144,14 @@ class PromptFormat:
         if messages[0]["role"] == "system" and not self.has_system:  # Gemma 2: it opens the first question
             system, question, *rest = messages
             messages = [{**question, "content": f"{system['content']}\n\n{question['content']}"}, *rest]
-        text, cuts = self._render(messages, open_end), []
+        text, cuts = self._render(messages, open_end, tools), []
         for i, turn in enumerate(messages):
             content = "".join(turn["content"].split())  # templates trim contents, and set thoughts in lines
             if turn["role"] != "assistant" and content not in "".join(text.split()):
                 raise ValueError(f"the chat template leaves out text of turn {i} ({turn['role']})")
             if turn["role"] != "assistant":
                 continue
-            prompt, shown = self._render(messages[:i], open_end=True), self._render(messages[: i + 1])
+            prompt, shown = self._render(messages[:i], True, tools), self._render(messages[: i + 1], False, tools)
             body, last = shown.removesuffix(self.after), i == len(messages) - 1
             text = body + self.end if last else text
             whole = shown == body + self.after and body.startswith(prompt) and "".join(body.split()).endswith(content)
@@ -148,11 +170,12 @@ class PromptFormat:
             ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
         return ids
 
-    def encode(self, messages, open_end=False):
+    def encode(self, messages, open_end=False, tools=None):
         """Token ids, and 1 for each that the assistant wrote (else 0), two lists; raises ValueError.
 
-        `messages`: dicts with `role` and `content`. With `open_end` the ids are a prompt that an answer follows."""
-        text, cuts = self._write(messages, open_end)
+        `messages`: of read_messages(); `tools`: JSON schemas that chat templates describe. With `open_end` the ids are a
+        prompt that an answer follows."""
+        text, cuts = self._write(messages, open_end, tools)
         ids = list(self.bos) if self.name == "qa" else []  # a chat template writes its own
         mask, done = [0] * len(ids), 0
         for n, cut in enumerate([*cuts, len(text)]):
@@ -168,11 +191,18 @@ class PromptFormat:
             ids, mask = [*ids, self.tokenizer.eos_token_id], [*mask, 1]
         return ids, mask
 
+    def end_id(self):
+        """The id that ends an answer in this format."""
+        return self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[0][-1]
+
+    def tail_ids(self):
+        """Ids of what a chat template writes after that token: in ChatML a line break."""
+        return self._read(self.end + self.tail)[len(self._read(self.end)) :]
+
     def stop_ids(self, generation_config=None):
-        """Every id that ends an answer: the tokenizer's EOS, the model's, and the one that ends a chat turn."""
+        """Every id that may end an answer: the format's, the tokenizer's EOS, and those of the model."""
         eos = getattr(generation_config, "eos_token_id", None)
-        turn = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[0][-1]
-        return sorted({self.tokenizer.eos_token_id, turn, *(eos if isinstance(eos, list) else [eos])} - {None})
+        return sorted({self.end_id(), self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
 
 
 def pick_format(requested, natural, recorded, tokenizer):
@@ -259,6 +289,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 import datasets
 import numpy as np
+import pandas
 import peft
 import psutil
 import torch
@@ -273,7 +304,15 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-SCRIPTS = 2  # stands in run.json: this version resumes checkpoints of this version
+KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+# A JSON Lines file is read in one piece, for a column's type may show late; NA and None in CSV are text.
+READERS = {"csv": {"keep_default_na": False}, "json": {"chunksize": 1 << 30}, "parquet": {}, "arrow": {}}
+# What a resumed run may change and say nothing; what it may not change, for the result would be neither run.
+FREE_ON_RESUME = """output_dir overwrite_output_dir resume_from_checkpoint max_steps num_train_epochs logging_steps save_steps
+    save_total_limit eval_split eval_subset eval_steps report_to push_to_hub dry_run""".split()
+SAME_ON_RESUME = """model_path dataset_name dataset_config subset train_split max_samples prompt_format max_length
+    per_device_train_batch_size gradient_accumulation_steps use_lora""".split()
+SCRIPTS = 3  # stands in run.json: this version resumes checkpoints of this version
 WINDOWS = "(window|window_size|chunk_size|local_attention)$"  # what configs call the tokens that a layer sees
 HEAD = "base_model.model.score.weight"  # in the file of an adapter
 SCHEMAS = [("prompt", "chosen", "rejected"), ("question", "response_j", "response_k")]
@@ -400,6 +439,13 @@ def find_checkpoint(args):
     run = read_json(checkpoint / "run.json")
     if not count_steps(checkpoint) or run.get("stage") != "reward" or run["versions"].get("scripts") != SCRIPTS:
         fail(f"--resume_from_checkpoint: {checkpoint} is no complete checkpoint of this version of this script")
+    was, now = run["arguments"], json.loads(json.dumps(vars(args), default=str))
+    changed = [name for name in now if name not in FREE_ON_RESUME and now[name] != was.get(name)]
+    words = ", ".join(f"--{name} {now[name]} (was {was.get(name)})" for name in changed)
+    if set(changed) & set(SAME_ON_RESUME):
+        fail(f"--resume_from_checkpoint {checkpoint}: {words}: that would be neither run; resume with the same flags")
+    if changed:
+        print(f"resuming with other flags than before: {words}")
     if newest and count_steps(newest) > count_steps(checkpoint) and not args.overwrite_output_dir:
         fail(f"--resume_from_checkpoint {checkpoint}: {newest} is later; --overwrite_output_dir drops it")
     return checkpoint
@@ -409,6 +455,8 @@ def open_output_dir(folder, checkpoint):
     """Leave no checkpoint that is incomplete, or later than the one to go on from, and metrics.jsonl as that knows it."""
     folder.mkdir(parents=True, exist_ok=True)
     state = read_json(checkpoint / "trainer_state.json") if checkpoint else {"global_step": 0, "log_history": []}
+    if not checkpoint:
+        shutil.rmtree(folder / "final_checkpoint", ignore_errors=True)
     for path in folder.glob("checkpoint-*"):
         if not 0 < count_steps(path) <= state["global_step"]:
             shutil.rmtree(path)
@@ -416,28 +464,41 @@ def open_output_dir(folder, checkpoint):
     (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
+def find_source(name, subset):
+    """(path, other arguments) of datasets.load_dataset for a file, a folder, a kind of files in `subset`, or a hub id."""
+    place = Path(subset or "") if name in READERS else Path(name, subset or "")
+    source, files = name, {"data_dir": subset and glob.escape(subset) if name in READERS else subset}
+    kinds = {KINDS.get(path.suffix) for path in place.rglob("*")} - {None} if Path(name).is_dir() else ()
+    if Path(name).is_file():
+        suffix = Path(name.removesuffix(".gz")).suffix
+        source, files = KINDS.get(suffix, suffix[1:]), {"data_files": glob.escape(name)}
+    elif (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():  # of save_to_disk
+        parts = read_json(place / "dataset_dict.json").get("splits", ["train"])
+        folders = {part: glob.escape(str(place / part if (place / part).is_dir() else place)) for part in parts}
+        source, files = "arrow", {"data_files": {part: f"{folder}/*.arrow" for part, folder in folders.items()}}
+    elif len(kinds) == 1 and not Path(name, "README.md").is_file():  # that names configurations
+        source, files = kinds.pop(), {"data_dir": glob.escape(str(place))}
+    return source, {**files, **READERS.get(source, {})}
+
+
 def load_split(args, subset, split, flag):
     """(rows, where): one split of the data set, at most --max_samples rows of it, and its name for messages."""
-    place = Path(args.dataset_name)
-    source, files = args.dataset_name, {"data_dir": subset}
-    if place.is_file():
-        source, files = place.suffix[1:].replace("jsonl", "json"), {"data_files": str(place)}
-    elif (place / "dataset_dict.json").is_file():  # of save_to_disk, as is the next
-        parts = read_json(place / "dataset_dict.json")["splits"]
-        source, files = "arrow", {"data_files": {part: f"{place / part}/*.arrow" for part in parts}}
-    elif (place / "state.json").is_file():
-        source, files = "arrow", {"data_files": f"{place}/*.arrow"}
+    source, options = find_source(args.dataset_name, subset)
     where = f"{args.dataset_name} {subset or ''}".strip()
     name, bracket, part = split.partition("[")
     try:
-        names = datasets.get_dataset_split_names(source, args.dataset_config, **files)
+        if source == "csv":  # all is text, letter by letter
+            files = datasets.load_dataset_builder(source, **options).config.data_files
+            columns = pandas.read_csv(next(iter(files.values()))[0], nrows=0).columns
+            options["features"] = datasets.Features({column: datasets.Value("string") for column in columns})
+        names = datasets.get_dataset_split_names(source, args.dataset_config, **options)
         if name not in names and len(names) == 1:  # datasets names splits after files: data/evaluation is `test`
             print(f"{where} has one split, {names[0]!r}: used for {flag} {split}")
             name = names[0]
         if name not in names:
             fail(f"{flag} {split}: {where} has the splits {', '.join(names)}")
         split = name + bracket + part
-        rows = datasets.load_dataset(source, args.dataset_config, split=split, **files)
+        rows = datasets.load_dataset(source, args.dataset_config, split=split, **options)
     except Exception as error:  # datasets raises dozens of types
         fail(f"{flag} {split}: {where} cannot be read: {type(error).__name__} {error} {error.__cause__ or ''}")
     if not len(rows):
@@ -454,10 +515,9 @@ def read_pair(row, schema):
         if not isinstance(messages, list):  # else it is a whole conversation, and `prompt` repeats its question
             messages = [{"role": "user", "content": row[question]}, {"role": "assistant", "content": messages}]
         try:
-            check_messages(messages, last="assistant")
+            pair.append(read_messages(messages, last="assistant"))
         except ValueError as error:  # without the text, so that rows with one mistake are counted together
             raise ValueError(f"{question} + {side} {str(error).partition(', not ')[0]}") from error
-        pair.append(messages)
     if pair[0][:-1] != pair[1][:-1]:
         raise ValueError(f"{sides[0]} and {sides[1]} differ before the last turn")
     if not isinstance(row.get("margin", 0), int | float):
@@ -473,6 +533,7 @@ def load_pairs(args, prompt_format, subset, side):
     (a cut answer is not the one that was judged), of two equal texts, or equal to an earlier pair."""
     data, where = load_split(args, subset, getattr(args, f"{side}_split"), f"--{side}_split")
     max_length = args.max_length  # the whole args would spoil map's cache
+    tail = prompt_format.tail_ids()  # the score stands at the end of what everybody's template writes
     schema = next((schema for schema in SCHEMAS if set(schema) <= set(data.column_names)), None)
     if not schema:
         needed = "; ".join(" + ".join(schema) for schema in SCHEMAS)
@@ -480,7 +541,7 @@ def load_pairs(args, prompt_format, subset, side):
 
     def encode_pair(row, number):
         try:
-            chosen, rejected = (prompt_format.encode(messages)[0] for messages in read_pair(row, schema))
+            chosen, rejected = (prompt_format.encode(messages)[0] + tail for messages in read_pair(row, schema))
             reason = "of two equal texts" if chosen == rejected else ""
         except ValueError as error:
             chosen, rejected, reason = [], [], str(error)
@@ -594,11 +655,15 @@ def can_share(model, rows, args):
     return bool((shared - alone).abs().max() < tolerance * alone.abs().max())
 
 
-def check_fit(args, config, model_config, rows):
+def check_fit(args, config, model_config, adapter, tokens, rows):
     """Refuse a model that can be no reward model, or is too short for the pairs; put the number of steps into `config`."""
     if type(model_config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         name = (model_config.architectures or [model_config.model_type])[0]
         fail(f"{name} has no sequence classifier in transformers; training_rl.py rewards it by --reward_function")
+    embeddings = count_embeddings(adapter) or model_config.get_text_config().vocab_size
+    if tokens > embeddings and args.use_lora:
+        fail(f"--model_path {args.model_path}: {tokens} tokens, but embeddings for {embeddings}: the new ones would not be "
+             "trained; train them in SFT first, or leave --use_lora out, and they are added")  # fmt: skip
     longest = max(max(split["longest"]) for split in rows.values())
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or longest
     if longest > positions:
@@ -621,15 +686,29 @@ def load_format(args, base, adapter, run):
     place = adapter if adapter and (adapter / "tokenizer_config.json").is_file() else base
     tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
     prompt_format = pick_format(args.prompt_format, "chat", run.get("prompt_format"), tokenizer)
-    ends = prompt_format.stop_ids()
+    if "reward" in (run.get("stage"), run.get("parent_stage")) and prompt_format.tail_ids() and not run.get("score_at"):
+        fail(f"--model_path {args.model_path} is of an earlier version, which read scores elsewhere: train it again")
+    if prompt_format.name == "chat":  # so that every reader of the checkpoint knows where a turn ends
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(prompt_format.end_id())
+    ends = [*prompt_format.stop_ids(), *prompt_format.tail_ids()]
     if tokenizer.pad_token_id in (None, *ends):
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         tokenizer.pad_token_id = min(special - {*ends}, default=tokenizer.eos_token_id)
     return config, prompt_format
 
 
-def load_classifier(args, base, adapter, config, device):
-    """(model, whether its head is new): the base model with a score head, without dropout, and the adapter on it.
+def count_embeddings(adapter):
+    """Rows of the embeddings that an adapter directory brings along, None where it has none."""
+    if not adapter:
+        return None
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if re.search(r"(embed|wte|lm_head)\w*(\.base_layer)?\.weight$", name)]
+        return file.get_slice(names[0]).get_shape()[0] if names else None
+
+
+def load_classifier(args, base, adapter, config, tokens, device):
+    """(model, whether its head is new): the base model with a score head, embeddings for as many `tokens`, no dropout, and
+    the adapter on it.
 
     Weights that are trained are float32 (under autocast a bfloat16 AdamW step of 1e-5 would round to nothing); frozen
     ones have the precision the model computes in, the head is always float32."""
@@ -650,6 +729,9 @@ def load_classifier(args, base, adapter, config, device):
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         base, use_safetensors=True, output_loading_info=True, **how
     )
+    rows = count_embeddings(adapter) or max(config.get_text_config().vocab_size, tokens)
+    if rows != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows)
     model.config = copy.deepcopy(model.config)
     vars(model.config.get_text_config()).update(saved)  # what is saved keeps both
     model.score.float()
@@ -668,10 +750,11 @@ def load_classifier(args, base, adapter, config, device):
 def add_lora(args, model, adapter, new_head):
     """(model with a new LoRA adapter or the one in `adapter`, whether its head is new): an SFT adapter has no head."""
     targets = args.lora_target_modules or ["all-linear"]
-    if targets == ["all-linear"]:  # PEFT's would take routers along, which in some models (PhiMoE) return tuples
+    if targets == ["all-linear"]:  # without routers (those of PhiMoE return tuples), and what recurrent kernels read
         linear = (torch.nn.Linear, transformers.Conv1D)
         layers = {name: type(layer).__name__ for name, layer in model.named_modules() if isinstance(layer, linear)}
         targets = [name for name, kind in layers.items() if "Router" not in kind and name != "score"]
+        targets = [name for name in targets if not (model._is_stateful and name.endswith("out_proj"))]
     lora = peft.LoraConfig(
         r=args.lora_r or 16, lora_alpha=32 if args.lora_alpha is None else args.lora_alpha, task_type="SEQ_CLS",
         target_modules=targets if len(targets) > 1 or targets[0].isidentifier() else targets[0],
@@ -746,7 +829,7 @@ def describe_run(args, base, adapter, parent, prompt_format, counts):
         "stage": "reward", "base_model": base, "base_digest": digest_base(base) if args.use_lora else None,
         "parent": str(adapter or base), "parent_stage": parent.get("stage"), "prompt_format": prompt_format.name,
         "chat_template_hash": digest(tokenizer.chat_template) if prompt_format.name == "chat" else None,
-        "tokenizer_hash": digest(tokenizer.get_vocab()), "arguments": vars(args),
+        "tokenizer_hash": digest(tokenizer.get_vocab()), "arguments": vars(args), "score_at": "the text's last token",
         "dataset": {"name": args.dataset_name, "subset": args.subset, **counts},
         "versions": {"scripts": SCRIPTS, **{name: importlib.metadata.version(name) for name in packages}},
     }  # fmt: skip
@@ -769,8 +852,6 @@ def train(args, config, checkpoint, model, rows, collate, prompt_format, run):
     trainer = RewardTrainer(model, config, collate, pairs, rows.get("eval"), tokenizer, callbacks=[callback])
     for weight, data in trained:  # RewardTrainer rounds them to bfloat16 on a quantized base
         weight.data = data.to(weight.device)
-    if tokenizer.pad_token_id in prompt_format.stop_ids():  # RewardTrainer writes it into the config
-        model.config.pad_token_id = None
     if checkpoint and count_steps(checkpoint) >= config.max_steps:  # Trainer would take one more step
         trainer._load_from_checkpoint(str(checkpoint))
         return trainer, {}
@@ -788,8 +869,11 @@ def publish(trainer, args, run, metrics):
     name = folder.resolve().name
     final, draft, card = folder / "final_checkpoint", folder / "final_checkpoint.partial", folder / "README.md"
     shutil.rmtree(draft, ignore_errors=True)
+    tokenizer = copy.deepcopy(trainer.processing_class)
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:  # readers would pass over the EOS where the score stands
+        tokenizer.pad_token = trainer.accelerator.unwrap_model(trainer.model).config.pad_token_id = None
     trainer.model.save_pretrained(draft)
-    trainer.processing_class.save_pretrained(draft)
+    tokenizer.save_pretrained(draft)
     write_json(draft / "run.json", {**run, "metrics": metrics})
     write_json(folder / "metrics.json", metrics)
     trainer.hub_model_id = name
@@ -906,7 +990,7 @@ def main(argv=None):
         if args.eval_split:
             rows["eval"], counts["eval"] = load_pairs(args, prompt_format, args.eval_subset or args.subset, "eval")
     every_row = datasets.concatenate_datasets(list(rows.values()))
-    check_fit(args, config, model_config, rows)
+    check_fit(args, config, model_config, adapter, len(prompt_format.tokenizer), rows)
     if args.dry_run:
         show_pairs(every_row, prompt_format.tokenizer)
         print("dry run: everything fits; nothing was loaded or written")
@@ -915,7 +999,9 @@ def main(argv=None):
     folder = Path(args.output_dir)
     is_first = PartialState().is_main_process
     try:
-        model, new_head = load_classifier(args, base, adapter, model_config, config.device)
+        model, new_head = load_classifier(
+            args, base, adapter, model_config, len(prompt_format.tokenizer), config.device
+        )
         if new_head and args.eval_only:
             fail(f"--eval_only: {args.model_path} has no score head; it should be a trained reward model")
         print(f"score head: {'new' if new_head else 'that of ' + args.model_path}")

@@ -493,7 +493,7 @@ def find_source(name, subset):
     """(path, other arguments) of datasets.load_dataset for a file, a folder, a kind of files in `subset`, or a hub id."""
     place = Path(subset or "") if name in READERS else Path(name, subset or "")
     source, files = name, {"data_dir": subset and glob.escape(subset) if name in READERS else subset}
-    kinds = {KINDS.get(path.suffix) for path in place.rglob("*")} - {None}
+    kinds = {KINDS.get(path.suffix) for path in place.rglob("*")} - {None} if Path(name).is_dir() else ()
     if Path(name).is_file():
         suffix = Path(name.removesuffix(".gz")).suffix
         source, files = KINDS.get(suffix, suffix[1:]), {"data_files": glob.escape(name)}
@@ -501,7 +501,7 @@ def find_source(name, subset):
         parts = read_json(place / "dataset_dict.json").get("splits", ["train"])
         folders = {part: glob.escape(str(place / part if (place / part).is_dir() else place)) for part in parts}
         source, files = "arrow", {"data_files": {part: f"{folder}/*.arrow" for part, folder in folders.items()}}
-    elif Path(name).is_dir() and len(kinds) == 1 and not Path(name, "README.md").is_file():  # that names configurations
+    elif len(kinds) == 1 and not Path(name, "README.md").is_file():  # that names configurations
         source, files = kinds.pop(), {"data_dir": glob.escape(str(place))}
     return source, {**files, **READERS.get(source, {})}
 
