@@ -23,6 +23,7 @@ Stiennon et al. 2020 (arXiv:2009.01325) and Huang et al. 2024 (arXiv:2403.17031)
 # ///
 
 import argparse
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -38,10 +39,9 @@ import shutil
 import signal
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
-
-TRL_VERSION = "1.12.0"  # the last release with PPOTrainer
 
 
 def fail(message):
@@ -248,9 +248,7 @@ def build_parser():
     add("--resume_from_checkpoint", nargs="?", const=True, metavar="DIR", help="go on from DIR, or from the newest")
     add("--dry_run", action="store_true", help="check everything, show the data as it would be trained on, and stop")
     add("--max_samples", type=number(int, 1), help="use at most this many rows of each split")
-    add(
-        "--prompt_format", choices=["auto", "chat", "qa"], default="auto", help="chat template, or Question/Answer text"
-    )
+    add("--prompt_format", choices=["auto", "chat", "qa"], default="auto", help="chat template, or Question/Answer")
     add("--bf16", action="store_true", help="bfloat16 mixed precision (frozen weights in bfloat16)")
     add("--fp16", action="store_true", help="float16 mixed precision; needs a GPU")
     add("--use_lora", action="store_true", help="train a LoRA adapter in place of all weights")
@@ -283,30 +281,32 @@ def build_parser():
 def parse_flags(argv=None):
     """The flags, checked as far as that needs no library; `episodes_per_update` (of each process) follows from two."""
     args = build_parser().parse_args(argv)
-    found = importlib.metadata.version("trl")
-    args.use_lora = args.use_lora or Path(args.model_path, "adapter_config.json").is_file()
+    trl = importlib.metadata.version("trl")
+    args.use_lora |= Path(args.model_path, "adapter_config.json").is_file()
     if args.learning_rate is None:
         args.learning_rate = 5e-5 if args.use_lora else 3e-6
     args.episodes_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps
     mini_batch = args.episodes_per_update / args.num_mini_batches
-    uneven = mini_batch % 1 or mini_batch % min(args.per_device_train_batch_size, mini_batch)
-    quantized = args.load_in_4bit or args.load_in_8bit
-    sharded = os.environ.keys() & {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"}
-    episodes = f"{args.episodes_per_update} episodes of an update (--per_device_train_batch_size x "
-    episodes += "--gradient_accumulation_steps)"
-    mistakes = [
-        (found != TRL_VERSION, f"this script needs trl {TRL_VERSION}, found {found}: pip install trl=={TRL_VERSION}"),
-        (args.bf16 and args.fp16, "--bf16 and --fp16 exclude each other"),
-        (args.load_in_4bit and args.load_in_8bit, "--load_in_4bit and --load_in_8bit exclude each other"),
-        (quantized and not args.use_lora, "--load_in_4bit and --load_in_8bit need --use_lora: adapters are trained"),
-        (not (args.reward_model_path or args.reward_function), "a reward is needed: --reward_model_path, "
-         "--reward_function, or both"),
-        (uneven, f"--num_mini_batches {args.num_mini_batches} does not divide the {episodes} into whole micro-batches"),
-        (sharded, "PPO runs under DDP (accelerate launch --multi_gpu), not under DeepSpeed or FSDP"),
-    ]  # fmt: skip
-    for is_made, message in mistakes:
-        if is_made:
-            fail(message)
+    batch = "episodes of an update (--per_device_train_batch_size x --gradient_accumulation_steps)"
+    problems = {
+        f"this script needs trl 1.12.0, found {trl}: pip install trl==1.12.0": trl != "1.12.0",
+        "--bf16 and --fp16 exclude each other": args.bf16 and args.fp16,
+        "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
+        "--load_in_4bit and --load_in_8bit need --use_lora: adapters are trained": (
+            (args.load_in_4bit or args.load_in_8bit) and not args.use_lora
+        ),
+        "a reward is needed: --reward_model_path, --reward_function, or both": (
+            not args.reward_model_path and not args.reward_function
+        ),
+        f"--num_mini_batches {args.num_mini_batches} does not divide the {args.episodes_per_update} {batch} into whole "
+        "micro-batches": mini_batch % 1 or mini_batch % min(args.per_device_train_batch_size, mini_batch),
+        "PPO runs under DDP (accelerate launch --multi_gpu), not under DeepSpeed or FSDP": (
+            os.environ.keys() & {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"}
+        ),
+    }
+    for problem, is_there in problems.items():
+        if is_there:
+            fail(problem)
     return args
 
 
@@ -317,21 +317,18 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional CPU kernel at every start
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # trl 1.12 uses names of before v6
 
+import accelerate
 import datasets
+import huggingface_hub
+import peft
 import psutil
 import torch
 import transformers
-from accelerate import PartialState
-from accelerate.utils import reduce
-from huggingface_hub import HfApi
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
-from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_callback import ProgressCallback, TrainerCallback, TrainerState
+from torch.nn.utils.rnn import pad_sequence
+from transformers.trainer_callback import ProgressCallback
 from trl.experimental import ppo as trl_ppo
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
@@ -364,11 +361,6 @@ class PPOSettings(trl_ppo.PPOConfig):
         self.world_size = transformers.TrainingArguments.world_size.fget(self)  # PPOConfig hides it behind a None
         self._n_gpu = min(self.n_gpu, 1)  # one process drives one GPU (no DataParallel); several: accelerate launch
 
-    @property
-    def train_batch_size(self):
-        """The prompts that Trainer draws for one of its steps."""
-        return self.episodes_per_update
-
 
 def make_config(args, **own):
     """PPOSettings from the flags that have its fields' names, `own` and --set."""
@@ -376,7 +368,7 @@ def make_config(args, **own):
     values = {name: value for name, value in vars(args).items() if name in fields}
     values |= {
         "gradient_accumulation_steps": 1,  # one Trainer step is one update, of episodes_per_update
-        "gradient_checkpointing": False,  # see load_roles; Trainer would ask it of the wrapper around the models
+        "gradient_checkpointing": False,  # see load_model; Trainer would ask it of the wrapper around the models
         "warmup_steps": min(args.warmup_ratio, 0.999999),  # below 1: a fraction of the steps
         "data_seed": args.seed,  # one order of prompts for all processes, which sample with seeds of their own
         "dataloader_drop_last": True,
@@ -392,8 +384,7 @@ def make_config(args, **own):
     for pair in args.set:
         name, equals, text = pair.partition("=")
         if not equals or name not in fields or name in values:
-            near = sorted(fields, key=lambda field: -len(os.path.commonprefix([field, name])))[:3]
-            fail(f"--set {pair}: should be FIELD=VALUE, a field of PPOConfig without a flag, such as {', '.join(near)}")
+            fail(f"--set {pair}: should be FIELD=VALUE, with a field of TRL's PPOConfig that has no flag of its own")
         try:
             values[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
         except ValueError:
@@ -402,7 +393,7 @@ def make_config(args, **own):
         fail("--fp16 needs a GPU; on a CPU use --bf16, or neither")
     if args.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         fail(f"--bf16: {torch.cuda.get_device_name()} cannot compute in bfloat16; use --fp16")
-    for name in set(args.report_to) - {"none", "all", *get_available_reporting_integrations()}:
+    for name in {*args.report_to} - {"none", "all", *transformers.integrations.get_available_reporting_integrations()}:
         fail(f"--report_to {name}: not installed; pip install {name}")
     try:
         return PPOSettings(**values)
@@ -418,10 +409,10 @@ def load_split(args, subset, split, flag):
     place = Path(args.dataset_name)
     source, files = args.dataset_name, {"data_dir": subset}
     if place.is_file():
-        source, files = {"jsonl": "json"}.get(place.suffix[1:], place.suffix[1:]), {"data_files": str(place)}
+        source, files = place.suffix[1:].replace("jsonl", "json"), {"data_files": str(place)}
     elif (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():  # of save_to_disk
-        parts = read_json(place / "dataset_dict.json").get("splits", ["."])
-        parts = {"train" if part == "." else part: f"{place}/{part}/*.arrow" for part in parts}
+        parts = read_json(place / "dataset_dict.json").get("splits")
+        parts = {part: f"{place}/{part}/*.arrow" for part in parts} if parts else {"train": f"{place}/*.arrow"}
         source, files = "arrow", {"data_files": parts}
     name, bracket, part = split.partition("[")
     where = f"{args.dataset_name} {subset or ''}".strip()
@@ -455,7 +446,7 @@ def load_prompts(args, subset, split, flag, prompt_format):
             check_messages(messages, last="user")
             ids, problem = prompt_format.encode(messages, open_end=True)[0], ""
         except ValueError as error:
-            messages, ids, problem = [{"role": "user", "content": ""}], [], f"column {column} {error}"
+            messages, ids, problem = [{"role": "user", "content": ""}], [], f"column {column} {error}".split(", not")[0]
         messages = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
         text = messages[-1]["content"]
         return {"row": index, "problem": problem, "prompt_ids": ids, "messages": messages, "text": text}
@@ -463,29 +454,26 @@ def load_prompts(args, subset, split, flag, prompt_format):
     workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = min(workers, len(data) // 2000) or None  # where there are several
     rows = data.map(encode, with_indices=True, remove_columns=data.column_names, num_proc=workers, desc="Tokenizing")
-    bad = {}
-    for number, problem in zip(rows["row"], rows["problem"]):
-        if problem:
-            bad.setdefault(problem.split(", not")[0], []).append(number)
-    left_out = sum(map(len, bad.values()))
-    for problem, numbers in bad.items():
-        some = ", ".join(map(str, numbers[:3]))
-        message = f"{where}: {len(numbers)} of {len(rows)} rows (row {some}): {problem}"
+    problems = list(rows["problem"])
+    left_out = len(rows) - problems.count("")
+    for problem, count in collections.Counter(filter(None, problems)).items():
+        first = [str(i) for i, other in enumerate(problems) if other == problem][:3]
+        message = f"{where}: {count} of {len(rows)} rows (row {', '.join(first)}): {problem}"
         if left_out > len(rows) / 10:
             fail(message)
         print(f"warning: left out: {message}", file=sys.stderr)
     kept = rows.filter(lambda row: 0 < len(row["prompt_ids"]) <= args.max_prompt_length).remove_columns("problem")
     counts = {"rows": len(kept), "too_long": len(rows) - left_out - len(kept), "left_out": left_out}
-    limit = f"--max_prompt_length {args.max_prompt_length} tokens"
+    found = f"{where}: column {column}, format {prompt_format.name}; {len(kept)} prompts, {counts['too_long']} left out"
+    found += f" (over --max_prompt_length {args.max_prompt_length} tokens)"
     if not len(kept):
-        fail(f"{where}: no prompt is within {limit}")
-    kind = f"column {column}, format {prompt_format.name}"
-    print(f"{where}: {kind}; {len(kept)} prompts, {counts['too_long']} left out (over {limit})")
+        fail(found)
+    print(found)
     return kept, counts
 
 
 def load_reward_function(spec):
-    """`FILE.py:NAME` as a function(prompts, responses) -> list of float, checked on every call."""
+    """`FILE.py:NAME` as a function(prompts, responses) -> list of float."""
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
         fail(f"--reward_function {spec} should read FILE.py:NAME, with a file that exists")
@@ -494,13 +482,10 @@ def load_reward_function(spec):
         fail(f"--reward_function: {path} has no function {name}")
 
     def checked(prompts, responses):
-        scores = function(prompts, responses)
+        scores = [float(score) for score in function(prompts, responses)]
         if len(scores) != len(responses):
             fail(f"--reward_function {spec} returned {len(scores)} numbers for {len(responses)} responses")
-        for score, response in zip(scores, responses):
-            if not isinstance(score, (int, float)) and not hasattr(score, "item"):
-                fail(f"--reward_function {spec} returned {score!r} for the response {response[:40]!r}, not a number")
-        return [float(score) for score in scores]
+        return scores
 
     return checked
 
@@ -533,100 +518,96 @@ def digest_base(base):
 
 def locate_model(path, flag):
     """The Source that `path` (a hub id, a model directory or an adapter directory) is; no weight is loaded."""
-    folder, base, adapter, hint = Path(path), path, None, ""
-    run = read_json(folder / "run.json")
+    folder = Path(path)
+    run, lora = read_json(folder / "run.json"), folder / "adapter_config.json"
     stage = run.get("parent_stage") if run.get("stage") == "merge" else run.get("stage")
     if stage and (stage == "reward") != (flag == "--reward_model_path"):
         fail(f"{flag} {path} comes from the stage {stage!r}, so it is the wrong kind of model")
-    if (folder / "adapter_config.json").is_file():
-        adapter, hint = folder.resolve(), f" (base_model_name_or_path in {folder / 'adapter_config.json'})"
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or ""
-    elif folder.is_dir() and not (folder / "config.json").is_file():
-        inside = [f"; did you mean {child.parent}?" for child in sorted(folder.glob("*/*config.json"))]
-        fail(f"{flag} {path} holds no model{''.join(inside[:1])}")
+    if folder.is_dir() and not lora.is_file() and not (folder / "config.json").is_file():
+        fail(f"{flag} {path} holds no model; that of a finished run is in its final_checkpoint")
+    base = read_json(lora).get("base_model_name_or_path") or "" if lora.is_file() else path
     if not Path(base).is_dir() and (Path(base).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base)):
+        hint = f" (base_model_name_or_path in {lora})" if lora.is_file() else ""
         fail(f"{flag}: {base!r} does not exist{hint}; it should be a model directory or a hub id")
-    if adapter and Path(base).is_dir() and run.get("base_digest") not in (None, digest_base(base)):
+    if not Path(base).is_dir():
+        return Source(base, folder.resolve() if lora.is_file() else None, run)
+    if lora.is_file() and run.get("base_digest") not in (None, digest_base(base)):
         fail(f"the base model {base} has other weights than the one that the adapter {path} was trained on")
-    return Source(str(Path(base).resolve()) if Path(base).is_dir() else base, adapter, run)
+    return Source(str(Path(base).resolve()), folder.resolve() if lora.is_file() else None, run)
 
 
-def read_adapter(source, head_count):
-    """(LoraConfig, LoRA weights, list of `head_count` scalar heads) of an adapter; what holds anything else is refused,
-    since one base could not serve the roles."""
-    kind = read_json(source.adapter / "adapter_config.json").get("peft_type")
-    config, weights = (
-        LoraConfig.from_pretrained(source.adapter),
-        load_file(source.adapter / "adapter_model.safetensors"),
-    )
+def read_adapter(source, scores):
+    """(LoraConfig, LoRA weights, scalar head or None) of an adapter, of a reward model if it `scores`; what holds
+    anything else is refused, since one base could not serve the roles."""
+    config = peft.PeftConfig.from_pretrained(source.adapter)
+    weights = load_file(source.adapter / "adapter_model.safetensors")
     heads = [weights.pop(name) for name in list(weights) if "lora_" not in name]
-    if kind != "LORA" or config.alora_invocation_tokens:
-        fail(f"{source.adapter} is a {kind} adapter; only plain LoRA adapters can be trained on")
-    if head_count and (len(heads) != head_count or heads[0].ndim != 2 or len(heads[0]) != 1):
+    if config.peft_type != "LORA" or config.alora_invocation_tokens:
+        fail(f"{source.adapter} is a {config.peft_type} adapter; only plain LoRA adapters can be trained on")
+    if scores and [head.shape[:-1] for head in heads] != [(1,)]:
         fail(f"{source.adapter} is not a reward model's adapter: it should hold LoRA weights and one scalar head")
-    if heads and not head_count:
-        fail(
-            f"{source.adapter} changes more than LoRA weights (modules_to_save or bias): merge it, and start from that"
-        )
+    if heads and not scores:
+        fail(f"{source.adapter} changes more than LoRA weights (modules_to_save, bias): merge it, and start from that")
     config.inference_mode, config.modules_to_save = False, None
-    config.task_type = None if head_count else "CAUSAL_LM"  # PEFT would make a head of its own for SEQ_CLS
-    return config, weights, heads
+    config.task_type = None if scores else "CAUSAL_LM"  # PEFT would make a head of its own for SEQ_CLS
+    return config, weights, heads[0] if scores else None
 
 
-def check_lora_flags(args, source):
-    """Refuse flags that contradict the adapter that training goes on from."""
-    config = read_adapter(source, head_count=0)[0]
-    targets = [config.target_modules] if isinstance(config.target_modules, str) else sorted(config.target_modules)
-    has = {"r": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout, "target_modules": targets}
-    for name, found in has.items():
-        asked = getattr(args, f"lora_{name}")
-        if (sorted(asked) if isinstance(asked, list) else asked) not in (None, found):
-            fail(f"--lora_{name} {asked}: the adapter {source.adapter} has {found}; leave the flag out")
-
-
-def new_lora(args, model, task_type):
-    """The config of a new adapter. all-linear: all linear layers but heads, routers (those of PhiMoE and Llama 4
-    return tuples) and the out_proj of recurrent layers, which PEFT refuses in Mamba."""
-    targets = args.lora_target_modules or ["all-linear"]
-    if targets == ["all-linear"]:
-        kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
-        heads = (model.get_output_embeddings(), getattr(model, "score", None))
-        linear = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
-        linear = [(name, module) for name, module in linear if "Router" not in type(module).__name__]
-        targets = [name for name, module in linear if not any(module is head for head in heads)]
-        targets = [name for name in targets if not (model._is_stateful and name.endswith("out_proj"))]
-    elif len(targets) == 1 and not targets[0].isidentifier():
-        targets = targets[0]  # a regular expression
-    alpha = 32 if args.lora_alpha is None else args.lora_alpha
-    sizes = {"r": args.lora_r or 16, "lora_alpha": alpha, "lora_dropout": args.lora_dropout or 0.0}
-    return LoraConfig(target_modules=targets, task_type=task_type, **sizes)
+def check_models(args, policy, reward):
+    """What can be wrong with the models, before any weight is loaded; a line says how good the reward model is."""
+    if policy.adapter:
+        lora = read_adapter(policy, scores=False)[0]
+        targets = [lora.target_modules] if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
+        has = {"r": lora.r, "alpha": lora.lora_alpha, "dropout": lora.lora_dropout, "target_modules": targets}
+        for name, found in has.items():
+            asked = getattr(args, f"lora_{name}")
+            if (sorted(asked) if isinstance(asked, list) else asked) not in (None, found):
+                fail(f"--lora_{name} {asked}: the adapter {policy.adapter} has {found}; leave the flag out")
+    if not reward:
+        return
+    if reward.adapter:
+        read_adapter(reward, scores=True)
+    report = reward.run.get("metrics", {}).get("report")
+    quality = "no evaluation on record, so nobody knows how good it is"
+    if report:
+        low, high = report["accuracy_interval"]
+        quality = f"prefers the chosen answer in {report['accuracy']:.3f} of {report['pairs']} pairs (95% interval "
+        quality += f"{low:.3f} to {high:.3f}){', which is not above chance' if low <= 0.5 else ''}"
+    print(f"--reward_model_path {args.reward_model_path}: {quality}")
 
 
 def load_tokenizer(source, args):
     """The tokenizer of a checkpoint; a missing pad token is an id it already has, so that no embedding is added."""
     own = source.adapter and (source.adapter / "tokenizer_config.json").is_file()
     place = source.adapter if own else source.base
-    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
     if tokenizer.pad_token_id is None:
         reserved = "<|finetune_right_pad_id|>"  # Llama 3.x keeps this one free for padding
         tokenizer.pad_token = reserved if reserved in tokenizer.get_vocab() else tokenizer.eos_token
     return tokenizer
 
 
-def load_config(base, args):
-    """The config of a base model."""
+def choose_format(flag, requested, recorded, tokenizer):
+    """The text block's choice, for the model of a flag."""
     try:
-        return AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        fail(f"the model {base} cannot be loaded: {error}")
+        return pick_format(requested, "chat", recorded, tokenizer)
+    except ValueError as error:
+        fail(f"{flag}: {error}")
 
 
-def check_classifier(base, args, hint):
-    """Refuse a model for which transformers has no sequence classifier."""
-    config = load_config(base, args)
-    remote = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not remote:
-        fail(f"{base} is a {config.model_type}, for which transformers has no sequence classifier: {hint}")
+def pick_reward_format(args, source, prompt_format):
+    """(PromptFormat of a reward model that reads other tokens than the policy writes, or None; whether their
+    vocabulary is the same)."""
+    tokenizer = load_tokenizer(source, args)
+    same_tokens = tokenizer.get_vocab() == prompt_format.tokenizer.get_vocab()
+    recorded = source.run.get("prompt_format", prompt_format.name if same_tokens else None)
+    found = choose_format("--reward_model_path", "auto", recorded, tokenizer)
+    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    if same_tokens and found.encode(probe) == prompt_format.encode(probe):
+        return None, True
+    other = "prompt format or chat template" if same_tokens else "tokenizer"
+    print(f"the reward model was trained with another {other}: it gets texts, in its own format ({found.name})")
+    return found, same_tokens
 
 
 def compute_dtype(args):
@@ -657,15 +638,14 @@ def load_model(cls, base, args, trainable=False, **kwargs):
         if hasattr(module, "support_avx512bf16_for_cpu"):  # 4 bit, packed in a pass in eval mode: no gradients
             module.support_avx512bf16_for_cpu = False
     if args.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            fail(f"--gradient_checkpointing: transformers has none for {type(model).__name__}")
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return model
 
 
 def load_classifier(base, args, trainable):
-    model = load_model(AutoModelForSequenceClassification, base, args, trainable, num_labels=1)
+    auto = transformers.AutoModelForSequenceClassification
+    model = load_model(auto, base, args, trainable, num_labels=1)
     if not hasattr(model, "score"):
         fail(f"{base} has no scalar head named score, as reward models have here; use --reward_function")
     return model
@@ -690,12 +670,10 @@ def switch_off(model):
     model.saved_config = copy.deepcopy(model.config)
     for holder in [model.config, model.config.get_text_config(), *model.modules()]:
         for name, value in vars(holder).items():
-            if "drop" in name and isinstance(value, float):
+            if isinstance(value, float) and ("drop" in name or isinstance(holder, torch.nn.Dropout)):
                 setattr(holder, name, 0.0)
         if getattr(holder, "output_router_logits", False):
             holder.output_router_logits = False
-        if isinstance(holder, torch.nn.Dropout):
-            holder.p = 0.0
 
 
 def save_full(model, directory):
@@ -722,7 +700,7 @@ class Role:
     @property
     def network(self):
         """The model of transformers, whose adapter is the one that is active."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model
 
     @contextlib.contextmanager
     def active(self, train=False):
@@ -730,7 +708,7 @@ class Role:
         again under gradient checkpointing) belongs inside."""
         if self.adapter:
             self.model.set_adapter(self.adapter, inference_mode=not train)
-        bare = isinstance(self.model, PeftModel) and not self.adapter
+        bare = isinstance(self.model, peft.PeftModel) and not self.adapter
         with self.model.disable_adapter() if bare else contextlib.nullcontext():
             yield self.network
 
@@ -768,17 +746,32 @@ class Roles(torch.nn.Module):
             parameter.requires_grad_(True)
 
 
+def new_lora(args, task_type):
+    """The config of a new adapter, if nothing else is asked for on all linear layers but heads."""
+    targets = args.lora_target_modules or ["all-linear"]
+    if len(targets) == 1 and not targets[0].isidentifier():
+        targets = targets[0]  # all-linear, or a regular expression
+    return peft.LoraConfig(
+        r=args.lora_r or 16,
+        lora_alpha=32 if args.lora_alpha is None else args.lora_alpha,
+        lora_dropout=args.lora_dropout or 0.0,
+        target_modules=targets,
+        exclude_modules=None if task_type else ["score"],  # PEFT knows the head of a CAUSAL_LM
+        task_type=task_type,
+    )
+
+
 def put_adapter(model, name, config, weights=None):
     """One more adapter on `model`; returns the PeftModel that it is then."""
     try:
-        if isinstance(model, PeftModel):
+        if isinstance(model, peft.PeftModel):
             model.add_adapter(name, copy.deepcopy(config))
         else:
-            model = get_peft_model(model, copy.deepcopy(config), adapter_name=name)
+            model = peft.get_peft_model(model, copy.deepcopy(config), adapter_name=name)
     except ValueError as error:
         fail(f"--lora_target_modules: {error}")
-    if weights is not None:
-        fit = set_peft_model_state_dict(model, weights, adapter_name=name)
+    if weights:
+        fit = peft.set_peft_model_state_dict(model, weights, adapter_name=name)
         if fit.unexpected_keys:
             fail(f"an adapter does not fit its base model {model.config.name_or_path}: it has {fit.unexpected_keys[0]}")
     return model
@@ -786,8 +779,7 @@ def put_adapter(model, name, config, weights=None):
 
 def copy_adapter(role, name, head=None):
     """A Role on the same model, with a copy of the adapter, and a head with the weights `head`."""
-    weights = get_peft_model_state_dict(role.model, adapter_name=role.adapter)
-    weights = {key: tensor.clone() for key, tensor in weights.items()}
+    weights = peft.get_peft_model_state_dict(role.model, adapter_name=role.adapter)
     model = put_adapter(role.model, name, role.model.peft_config[role.adapter], weights)
     return Role(model, name, None if head is None else scalar_head(head))
 
@@ -795,15 +787,13 @@ def copy_adapter(role, name, head=None):
 def load_policy(args, source):
     """Policy and reference: an adapter (a copy of the one at --model_path, or a new one) and its frozen copy; with
     neither adapter nor --use_lora two full models."""
+    auto = transformers.AutoModelForCausalLM
     if not args.use_lora:
-        models = [load_model(AutoModelForCausalLM, source.base, args, trainable=True) for _ in range(2)]
-        return Role(models[0]), Role(models[1])
-    model, weights = load_model(AutoModelForCausalLM, source.base, args), None
+        return [Role(load_model(auto, source.base, args, trainable=True)) for _ in range(2)]
+    lora, weights = new_lora(args, "CAUSAL_LM"), None
     if source.adapter:
-        lora, weights, _ = read_adapter(source, head_count=0)
-    else:
-        lora = new_lora(args, model, "CAUSAL_LM")
-    policy = Role(put_adapter(model, "default", lora, weights), "default")
+        lora, weights, _ = read_adapter(source, scores=False)
+    policy = Role(put_adapter(load_model(auto, source.base, args), "default", lora, weights), "default")
     return policy, copy_adapter(policy, "ppo_reference")
 
 
@@ -813,7 +803,7 @@ def load_reward(args, source, policy_source, policy):
     if not source.adapter:
         model = load_classifier(source.base, args, trainable=False)
         return Role(model, None, model.score)
-    lora, weights, (head,) = read_adapter(source, head_count=1)
+    lora, weights, head = read_adapter(source, scores=True)
     shared = args.use_lora and source.base == policy_source.base
     model = policy.model if shared else load_classifier(source.base, args, trainable=False)
     return Role(put_adapter(model, "ppo_reward", lora, weights), "ppo_reward", scalar_head(head))
@@ -826,7 +816,7 @@ def load_value(args, policy, reward):
     if reward and reward.adapter:
         return copy_adapter(reward, "ppo_value", reward.head.weight.data)
     if args.use_lora and reward:  # an adapter on the classifier, which without it is the reward model
-        reward.model = put_adapter(reward.model, "ppo_value", new_lora(args, reward.model, None))
+        reward.model = put_adapter(reward.model, "ppo_value", new_lora(args, None))
         return Role(reward.model, "ppo_value", scalar_head(reward.head.weight.data))
     if args.use_lora:
         width = policy.network.get_output_embeddings().weight.shape[1]  # OPT-350m's is not its hidden_size
@@ -846,17 +836,15 @@ def load_roles(args, policy_source, reward_source, same_tokens):
 
 
 def report_roles(roles):
-    """Say on which model each role stands and what it adds to it; a warning where gradients and AdamW's moments (12
-    bytes a weight) exceed what is free beside the weights (1 GB = 1e9 bytes)."""
+    """Say on which model each role stands; a warning where gradients and AdamW's moments (12 bytes a weight) exceed
+    what is free beside the weights (1 GB = 1e9 bytes)."""
     print(f"{len(roles.models)} model(s) with {sum(p.nbytes for p in roles.parameters()) / 1e9:.2f} GB of weights:")
-    for name, kind in {"policy": "trained", "reference": "frozen", "reward": "frozen", "value": "trained"}.items():
+    for name in ("policy", "reference", "reward", "value"):
         role = getattr(roles, name)
-        if role is None:
-            print(f"  {name:<10}no model: --reward_function")
-            continue
-        adapter = f"adapter, {sum(p.nbytes for p in role.parameters()) / 1e6:.1f} MB, on " if role.adapter else ""
-        number = [model is role.model for model in roles.models].index(True) + 1
-        print(f"  {name:<10}{kind:<8}{adapter}model {number}, {role.model.config.name_or_path}")
+        if role:
+            number = [model is role.model for model in roles.models].index(True) + 1
+            kind = "an adapter on " if role.adapter else ""
+            print(f"  {name:<10}{kind}model {number}, {role.model.config.name_or_path}")
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     needed = 12 * sum(p.numel() for p in roles.trained())
     if needed > free:
@@ -872,40 +860,34 @@ def save_roles(roles, directory):
     else:
         save_full(policy.model, directory)
     if not value.adapter:
-        save_full(value.model, directory / "value")
-        return
-    weights = get_peft_model_state_dict(value.model, adapter_name=value.adapter)
+        return save_full(value.model, directory / "value")
+    weights = peft.get_peft_model_state_dict(value.model, adapter_name=value.adapter)
     weights[SCORE] = value.head.weight.detach()
+    weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
     config = copy.copy(value.model.peft_config[value.adapter])
     config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], True
     config.save_pretrained(directory / "value")
-    weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
     save_file(weights, directory / "value" / "adapter_model.safetensors", {"format": "pt"})
 
 
 # ---- texts in one row ----
 
 # what a layer may see less than the whole text by, as the configs of transformers name it
-WINDOWS = {
-    "sliding_window", "sliding_windows", "sliding_window_size", "attention_chunk_size", "window_size",
-    "attention_window", "attention_window_size", "local_attention", "index_topk",
-}  # fmt: skip
-ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+WINDOWS = r"((sliding_|attention_)?window(s|_size)?|attention_chunk_size|local_attention|index_topk)"
 
 
 def is_recurrent(network):
     """Whether some layer carries a state from token to token, so that what lies before a text changes it."""
     kinds = set(getattr(network.config.get_text_config(), "layer_types", None) or ())
-    return network._is_stateful or not kinds <= ATTENTION
+    return network._is_stateful or not kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def sees_whole_texts(network, longest):
     """Whether no layer sees less than `longest` tokens, under any mask (flash attention takes none)."""
-    config = network.config.get_text_config()
-    unused = set() if "local" in getattr(config, "attention_layers", ["local"]) else {"window_size"}  # GPT-Neo
-    windows = [getattr(config, name, None) for name in WINDOWS - unused]
+    fields = vars(network.config.get_text_config()).items()
+    windows = [value for name, value in fields if re.fullmatch(WINDOWS, name) and isinstance(value, int)]
     takes_masks = "flash" not in (network.config._attn_implementation or "")
-    return takes_masks and all(window >= longest for window in windows if isinstance(window, int))
+    return takes_masks and min(windows, default=longest) >= longest
 
 
 @dataclasses.dataclass
@@ -915,7 +897,7 @@ class MicroBatch:
     2, response 2 | ...); `mask` keeps the episodes apart. Else each episode has its own row, padded behind it.
 
     B episodes, W response positions; a response of length n has actions at 0..n-1, and where W allows the state after
-    its last token at n. What is None at first is filled in by the rollout, per episode (B,) or position (B, W)."""
+    its last token at n. What is None at first is filled in by the update, per episode (B,) or position (B, W)."""
 
     rows: list
     responses: list
@@ -935,23 +917,25 @@ class MicroBatch:
     ref_logprobs: torch.Tensor = None  # (B, W)
     values: torch.Tensor = None  # (B, W) of the state before the token
     scores: torch.Tensor = None  # (B,) from reward model and function
-    shaped_scores: torch.Tensor = None  # (B,) normalized, clipped, less the EOS penalty
-    kl: torch.Tensor = None  # (B, W) log(policy / reference)
-    penalty: torch.Tensor = None  # (B, W) the KL estimate that is subtracted from the reward
-    rewards: torch.Tensor = None  # (B, W)
     advantages: torch.Tensor = None  # (B, W)
     returns: torch.Tensor = None  # (B, W)
 
     @property
     def inputs(self):
         """What a model reads."""
-        place = {"attention_mask": self.mask, "position_ids": self.position_ids}
-        return {"input_ids": self.input_ids, "use_cache": False, **place}
+        place = {"position_ids": self.position_ids, "attention_mask": self.mask}
+        return {"input_ids": self.input_ids, **place, "use_cache": False}
 
     def place_actions(self, values):
         """Values (R, K) as (B, W): those of the actions at their places, 0 elsewhere."""
         values = values.flatten()[self.action_index]
         return torch.zeros_like(self.actions, dtype=values.dtype).masked_scatter(self.actions, values)
+
+
+def join(batches):
+    """What is known of the episodes of all micro-batches: a namespace of tensors (N,) or (N, W)."""
+    names = ("lengths", "ended", "actions", "states", "logprobs", "entropy", "ref_logprobs", "values", "scores")
+    return types.SimpleNamespace(**{name: torch.cat([getattr(batch, name) for batch in batches]) for name in names})
 
 
 class KLAboveLimit(Exception):
@@ -980,8 +964,9 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         self.latest = {}  # the last update's metrics, for the next log line
         self.inner_norms = []  # gradient norms of its optimizer steps but the last
         self.references = []  # the reference's answers to the fixed prompts
-        kwargs |= {"data_collator": lambda rows: rows, "processing_class": self.tokenizer}
+        kwargs |= {"data_collator": list, "processing_class": self.tokenizer}
         super(trl_ppo.PPOTrainer, self).__init__(model=roles, args=args, **kwargs)
+        self._train_batch_size = args.episodes_per_update  # the prompts that Trainer draws for one of its steps
         self.model_accepts_loss_kwargs = False
         self.device = self.accelerator.device
         self.episodes = args.episodes_per_update * self.accelerator.num_processes
@@ -991,46 +976,49 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             print("texts that share a row of this model would not be computed as alone: each has a row of its own")
         roles.mark_trained()
 
-    train = Trainer.train
-    get_train_dataloader = Trainer.get_train_dataloader
-    _save_checkpoint = Trainer._save_checkpoint
+    train = transformers.Trainer.train
+    get_train_dataloader = transformers.Trainer.get_train_dataloader
+    _save_checkpoint = transformers.Trainer._save_checkpoint
 
     # ---- one update ----
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One PPO update on a rollout, up to its last optimizer step, which Trainer takes."""
-        started = time.perf_counter()
+        args, started = self.args, time.perf_counter()
         model.eval()  # in train mode gradient checkpointing generates without a cache
         batches = self.roll_out(inputs)
-        rolled_out = time.perf_counter()
-        self.stop_unless(all(batch.logprobs.isfinite().all() for batch in batches), "a log-probability")
-        self.stop_unless(all(batch.scores.isfinite().all() for batch in batches), "a reward")
-        self.shape_rewards(batches)
-        self.estimate_advantages(batches)
-        kl = self.total(batch.kl for batch in batches) / self.episodes
-        if self.state.global_step == 0 and not any(batch.ended.any() for batch in batches):
-            text = f"none of the first answers ended within --response_length {self.args.response_length} tokens"
+        rollout_seconds = time.perf_counter() - started
+        rollout = join(batches)
+        self.stop_unless(rollout.logprobs.isfinite().all(), "a log-probability")
+        self.stop_unless(rollout.scores.isfinite().all(), "a reward")
+        self.shape_rewards(rollout)
+        self.estimate_advantages(rollout, batches)
+        kl = self.total(rollout.kl) / self.episodes
+        if self.state.global_step == 0 and not rollout.ended.any():
+            text = f"none of the first answers ended within --response_length {args.response_length} tokens"
             print(f"\nwarning: {text}: the policy may not have learned to stop (see training_sft.py)", file=sys.stderr)
-        if self.args.max_kl and kl > self.args.max_kl:
+        if args.max_kl and kl > args.max_kl:
             self.latest = {"objective/kl": kl}  # Trainer's loop has no other way out before its optimizer step
-            raise KLAboveLimit(f"KL {kl:.2f} nats is above --max_kl {self.args.max_kl}")
+            raise KLAboveLimit(f"KL {kl:.2f} nats is above --max_kl {args.max_kl}")
         for module in model.modules():  # layers only checkpoint in train mode, in which routers would add noise
             module.training = getattr(module, "gradient_checkpointing", False)
         losses = self.optimize(model, batches)
-        self.latest = self.measure(batches, losses, kl, rolled_out - started, time.perf_counter() - rolled_out)
-        if self.args.target_kl:  # Ziegler et al. 2019, section 2.2; horizon 10,000 episodes
-            error = min(max(kl / self.args.target_kl - 1, -0.2), 0.2)
+        rollout.seconds = rollout_seconds, time.perf_counter() - started - rollout_seconds
+        rollout.read = torch.tensor([batch.input_ids.numel() for batch in batches], device=self.device)
+        self.latest = self.measure(rollout, losses, kl)
+        if args.target_kl:  # Ziegler et al. 2019, section 2.2; horizon 10,000 episodes
+            error = min(max(kl / args.target_kl - 1, -0.2), 0.2)
             self.ppo_state["kl_coef"] *= 1 + error * self.episodes / 10_000
-        return losses["policy_loss"] + self.args.vf_coef * losses["value_loss"]
+        return losses["loss/policy_avg"] + args.vf_coef * losses["loss/value_avg"]
 
     def stop_unless(self, fine, what):
         """Raise FloatingPointError, in all processes at once, if `what` was not finite in one of them."""
-        if self.total([torch.tensor(float(not fine), device=self.device)]):
+        if self.total(torch.tensor(not fine, device=self.device)):
             raise FloatingPointError(f"{what} is NaN or infinite in update {self.state.global_step + 1}")
 
     def total(self, values):
-        """The sum of tensors over all processes, a float."""
-        return self.accelerator.reduce(sum(value.sum().float() for value in values), "sum").item()
+        """The sum of a tensor over all processes, a float."""
+        return self.accelerator.reduce(values.sum().float(), "sum").item()
 
     # ---- rollout ----
 
@@ -1040,9 +1028,10 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         responses = self.generate(self.roles.policy, rows)
         longest = torch.tensor([max(map(len, responses))], device=self.device)
         width = self.accelerator.gather(longest).max().item()
-        groups = self.make_groups(rows, responses)
-        episodes = [([rows[i] for i in group], [responses[i] for i in group]) for group in groups]
-        batches = [self.collate(*some, width, self.share_rows and len(some[0]) > 1) for some in episodes]
+        batches = []
+        for group in self.make_groups(rows, responses):
+            some = [rows[i] for i in group], [responses[i] for i in group]
+            batches.append(self.collate(*some, width, self.share_rows and len(group) > 1))
         with self.roles.policy.active():
             for batch in batches:
                 logits = self.response_logits(self.roles.policy, batch)
@@ -1066,7 +1055,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             max_new_tokens=self.args.response_length, do_sample=sample, eos_token_id=self.stop_ids.tolist(),
             pad_token_id=self.tokenizer.pad_token_id, **sampling,
         )  # fmt: skip
-        prompts, responses, same_length = [row["prompt_ids"] for row in rows], {}, {}
+        prompts = [torch.tensor(row["prompt_ids"]) for row in rows]
+        same_length, responses = {}, {}
         for i, prompt in enumerate(prompts):  # padding before a text would enter a state that goes from token to token
             same_length.setdefault(len(prompt) if is_recurrent(role.network) else 0, []).append(i)
         size = self.args.local_rollout_forward_batch_size
@@ -1075,11 +1065,11 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         with role.active(train=True) as network, self.accelerator.autocast():
             kept, network.generation_config = network.generation_config, config  # its own would fill gaps (top_p)
             for group in groups:
-                width = max(len(prompts[i]) for i in group)
-                ids = [[self.tokenizer.pad_token_id] * (width - len(prompts[i])) + prompts[i] for i in group]
-                mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in group]
-                ids, mask = torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
-                sampled = network.generate(input_ids=ids, attention_mask=mask)[:, width:]
+                some = [prompts[i] for i in group]
+                ids = pad_sequence(some, True, self.tokenizer.pad_token_id, padding_side="left")
+                mask = pad_sequence([torch.ones_like(ids) for ids in some], True, padding_side="left")
+                inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+                sampled = network.generate(**inputs)[:, ids.shape[1] :]
                 stops = torch.isin(sampled, self.stop_ids)
                 ends = torch.where(stops.any(1), stops.int().argmax(1) + 1, sampled.shape[1])
                 responses |= {i: row[:end] for i, row, end in zip(group, sampled.tolist(), ends.tolist())}
@@ -1092,16 +1082,16 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         layer sees less than the longest text or carries a state, and in a trial a short, the longest and again a short
         text, which share a beginning, have the hidden states that they have alone."""
         reward = None if self.reward_format else self.roles.reward  # in a format of its own it reads one text at a time
-        roles = {id(role.model): role for role in (self.roles.policy, self.roles.value, reward) if role}
+        roles = [role for role in (self.roles.policy, self.roles.value, reward) if role]
         longest = self.args.longest_text
+        if any(is_recurrent(role.network) or not sees_whole_texts(role.network, longest) for role in roles):
+            return False
         ids = torch.randint(len(self.tokenizer), (longest,), generator=torch.Generator().manual_seed(0)).tolist()
         rows = [{"prompt_ids": ids[: longest // 2]}] * 3
         responses = [ids[-1:], ids[longest // 2 :], ids[-2:-1]]
-        if any(is_recurrent(role.network) or not sees_whole_texts(role.network, longest) for role in roles.values()):
-            return False
         batches = [self.collate([row], [response], longest) for row, response in zip(rows, responses)]
         batches.append(self.collate(rows, responses, longest, one_row=True))
-        for role in roles.values():
+        for role in {id(role.model): role for role in roles}.values():
             with role.active() as network:
                 try:
                     states = [self.hidden_states(role, batch)[batch.state_index[batch.actions]] for batch in batches]
@@ -1122,73 +1112,66 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         but no more than the hidden size unless one sequence has more: there attention, which is not sparse in a shared
         row, costs about a sixth of the linear layers. Rows of their own, and mini-batches, which should be equal in
         number, are of `group_size` sequences."""
-        lengths = [len(row["prompt_ids"]) + len(response) for row, response in zip(rows, responses)]
         shared = len(os.path.commonprefix([row["prompt_ids"] for row in rows]))
+        own = [len(row["prompt_ids"]) - shared + len(response) for row, response in zip(rows, responses)]
         limit = min(self.group_size * self.args.longest_text, self.roles.config.get_text_config().hidden_size)
         by_number = self.args.num_mini_batches > 1 or not self.share_rows
         groups = [[]]
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            tokens = shared + sum(lengths[k] - shared for k in [*groups[-1], i])
+        for i in sorted(range(len(rows)), key=lambda i: -own[i]):
+            tokens = shared + sum(own[k] for k in [*groups[-1], i])
             full = len(groups[-1]) >= self.group_size if by_number else tokens > limit
             if groups[-1] and full:
                 groups.append([])
             groups[-1].append(i)
         return groups
 
-    def collate(self, rows, responses, total_width, one_row=False):
-        """A MicroBatch of some episodes, at most `total_width` response positions wide, in one row or in rows of their
-        own, which are padded behind the text, where a causal model does not see it."""
+    def collate(self, rows, responses, width, one_row=False):
+        """A MicroBatch of some episodes with `width` response positions, in one row or in rows of their own, which are
+        padded behind the text, where a causal model does not see it."""
         prompts = [row["prompt_ids"] for row in rows]
         shared = 0  # tokens that all prompts begin with; the last one of each stays its own
         if one_row:
             shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-        texts = [prompt[shared:] + response for prompt, response in zip(prompts, responses)]
-        sizes = [len(text) for text in texts]
-        if one_row:
-            ids = [prompts[0][:shared] + [token for text in texts for token in text]]
-            positions = [*range(shared), *(shared + k for size in sizes for k in range(size))]
-            firsts = [shared + sum(sizes[:i]) for i in range(len(sizes))]  # places of the texts in the flat ids
-        else:
-            positions = [*range(max(sizes))]
-            ids = [text + [self.tokenizer.pad_token_id] * (len(positions) - len(text)) for text in texts]
-            firsts = [len(positions) * i for i in range(len(texts))]
-
-        def tensor(values):
-            return torch.tensor(values, device=self.device)
-
-        input_ids, lengths = tensor(ids), tensor([len(response) for response in responses])
-        starts = tensor([first + len(prompt) - shared - 1 for first, prompt in zip(firsts, prompts)])
-        steps = torch.arange(min(lengths.max().item() + 1, total_width), device=self.device)
-        actions, states = steps < lengths[:, None], steps <= lengths[:, None]
-        state_index = starts[:, None] + torch.minimum(steps, lengths[:, None])
-        places = state_index[actions]
-        columns, inverse = (places % len(positions)).unique(return_inverse=True)
-        action_index = places // len(positions) * len(columns) + inverse
-        targets = torch.zeros(len(ids) * len(columns), dtype=torch.long, device=self.device)
-        targets[action_index] = tensor([token for response in responses for token in response])
-        ended = torch.isin(tensor([response[-1] for response in responses]), self.stop_ids)
+        with self.device:
+            texts = [torch.tensor(prompt[shared:] + response) for prompt, response in zip(prompts, responses)]
+            sizes = torch.tensor([len(text) for text in texts])
+            if one_row:
+                ids = torch.cat([torch.tensor(prompts[0][:shared], dtype=torch.long), *texts])[None]
+                positions = torch.cat([torch.arange(shared), *(shared + torch.arange(len(text)) for text in texts)])
+                firsts = shared + sizes.cumsum(0) - sizes  # places of the texts in the flat ids
+            else:
+                ids = pad_sequence(texts, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+                positions = torch.arange(ids.shape[1])
+                firsts = torch.arange(len(texts)) * ids.shape[1]
+            lengths = torch.tensor([len(response) for response in responses])
+            starts = firsts + sizes - lengths - 1
+            steps = torch.arange(width)
+            actions, states = steps < lengths[:, None], steps <= lengths[:, None]
+            state_index = starts[:, None] + torch.minimum(steps, lengths[:, None])
+            places = state_index[actions]
+            columns, inverse = (places % ids.shape[1]).unique(return_inverse=True)
+            action_index = places // ids.shape[1] * len(columns) + inverse
+            targets = torch.zeros(len(ids) * len(columns), dtype=torch.long)
+            targets[action_index] = torch.tensor([token for response in responses for token in response])
+            ended = torch.isin(torch.tensor([response[-1] for response in responses]), self.stop_ids)
+            mask = self.tree_mask(shared, sizes) if one_row else None
         return MicroBatch(
-            rows, responses, input_ids, tensor(positions).expand(len(ids), -1),
-            self.tree_mask(shared, sizes) if one_row else None, state_index, columns, action_index,
+            rows, responses, ids, positions.expand(len(ids), -1), mask, state_index, columns, action_index,
             targets.view(len(ids), -1), lengths, ended, actions, states,
         )  # fmt: skip
 
     def tree_mask(self, shared, sizes):
         """The mask (1, 1, S, S) of a row of `shared` tokens and then texts of `sizes` tokens that see them and
         themselves, as numbers that are added to the scores: SDPA would make them of a bool mask in every layer."""
-        owner = torch.repeat_interleave(torch.arange(-1, len(sizes)), torch.tensor([shared, *sizes])).to(self.device)
+        owner = torch.cat([torch.full((shared,), -1), torch.arange(len(sizes)).repeat_interleave(sizes)])
         seen = ((owner == owner[:, None]) | (owner == -1)).tril()
         dtype = compute_dtype(self.args)
-        mask = torch.full(seen.shape, torch.finfo(dtype).min, dtype=dtype, device=self.device)
-        return mask.masked_fill(seen, 0)[None, None]
+        return torch.full(seen.shape, torch.finfo(dtype).min, dtype=dtype).masked_fill(seen, 0)[None, None]
 
     def response_logits(self, role, batch):
         """Logits (R, K, vocabulary) before the response tokens, over the sampling temperature, float32."""
         with self.accelerator.autocast():
-            logits = role.network(**batch.inputs, logits_to_keep=batch.columns).logits
-        if logits.shape[1] != len(batch.columns):  # xLSTM knows no logits_to_keep
-            logits = logits[:, batch.columns]
-        return logits.float() / self.args.temperature
+            return role.network(**batch.inputs, logits_to_keep=batch.columns).logits.float() / self.args.temperature
 
     def response_logprobs(self, role, batch):
         """Log-probabilities (B, W) of the response tokens, 0 where there is none.
@@ -1211,7 +1194,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         The function is called once for all of them."""
         for batch in batches:
             batch.scores = torch.zeros(len(batch.rows), device=self.device)
-            if self.roles.reward is not None:
+            if self.roles.reward:
                 batch.scores += self.model_scores(batch)
         if self.reward_function:
             prompts = [row["text"] for batch in batches for row in batch.rows]
@@ -1241,48 +1224,47 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 
     # ---- rewards and advantages ----
 
-    def shape_rewards(self, batches):
+    def shape_rewards(self, rollout):
         """Per-token rewards: the KL penalty, and at the end the score, normalized, clipped, less the EOS penalty.
 
         KL estimators k1 and k3: http://joschu.net/blog/kl-approx.html. The score stands at the state after the last
         token where there is one, as in TRL."""
-        for batch in batches:
-            score = (batch.scores - self.ppo_state["reward_mean"]) / self.ppo_state["reward_std"]
-            if self.args.reward_clip:
-                score = score.clamp(-self.args.reward_clip, self.args.reward_clip)
-            batch.shaped_scores = score - self.args.missing_eos_penalty * ~batch.ended
-            batch.kl = (batch.logprobs - batch.ref_logprobs) * batch.actions
-            batch.penalty = batch.kl if self.args.kl_estimator == "k1" else (-batch.kl).exp() - 1 + batch.kl
-            batch.rewards = -self.ppo_state["kl_coef"] * batch.penalty
-            end = torch.where(batch.lengths < batch.actions.shape[1], batch.lengths, batch.lengths - 1)
-            batch.rewards[torch.arange(len(end), device=end.device), end] += batch.shaped_scores
-        if self.args.whiten_rewards:
-            mean, scale = self.moments([batch.rewards[batch.states] for batch in batches])
-            for batch in batches:
-                batch.rewards = ((batch.rewards - mean) * scale + mean) * batch.states
+        args = self.args
+        score = (rollout.scores - self.ppo_state["reward_mean"]) / self.ppo_state["reward_std"]
+        if args.reward_clip:
+            score = score.clamp(-args.reward_clip, args.reward_clip)
+        rollout.shaped_scores = score - args.missing_eos_penalty * ~rollout.ended
+        rollout.kl = (rollout.logprobs - rollout.ref_logprobs) * rollout.actions
+        k3 = (-rollout.kl).exp() - 1 + rollout.kl
+        rollout.penalty = self.ppo_state["kl_coef"] * (rollout.kl if args.kl_estimator == "k1" else k3)
+        ends = rollout.states.sum(1, keepdim=True) - 1
+        rollout.rewards = (-rollout.penalty).scatter_add(1, ends, rollout.shaped_scores[:, None])
+        if args.whiten_rewards:
+            mean, variance = self.moments(rollout.rewards[rollout.states])
+            rewards = (rollout.rewards - mean) / math.sqrt(variance + 1e-8) + mean
+            rollout.rewards = rewards * rollout.states
 
-    def estimate_advantages(self, batches):
+    def estimate_advantages(self, rollout, batches):
         """Generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438, equation 16), then whitened."""
-        for batch in batches:
-            advantage, advantages = 0.0, []
-            following = torch.zeros_like(batch.values[:, 0])
-            for reward, value in reversed(list(zip(batch.rewards.unbind(1), batch.values.unbind(1)))):
-                advantage = reward + self.args.gamma * (following + self.args.lam * advantage) - value
-                advantages.append(advantage)
-                following = value
-            batch.advantages = torch.stack(advantages[::-1], dim=1)
-            batch.returns = batch.advantages + batch.values
-        mean, scale = self.moments([batch.advantages[batch.actions] for batch in batches])
-        for batch in batches:
-            batch.advantages = (batch.advantages - mean) * scale * batch.actions
+        advantages = []
+        advantage = following = torch.zeros_like(rollout.scores)
+        for reward, value in zip(rollout.rewards.T.flip(0), rollout.values.T.flip(0)):
+            advantage = reward + self.args.gamma * (following + self.args.lam * advantage) - value
+            advantages.append(advantage)
+            following = value
+        advantages = torch.stack(advantages[::-1], dim=1)
+        rollout.returns = advantages + rollout.values
+        mean, variance = self.moments(advantages[rollout.actions])
+        advantages = (advantages - mean) / math.sqrt(variance + 1e-8) * rollout.actions
+        sizes = [len(batch.rows) for batch in batches]
+        for batch, own_advantages, own_returns in zip(batches, advantages.split(sizes), rollout.returns.split(sizes)):
+            batch.advantages, batch.returns = own_advantages, own_returns
 
     def moments(self, values):
-        """(mean, 1 / standard deviation) of tensors over all processes, with Bessel's correction."""
-        values = torch.cat(values)
-        count = self.total([torch.ones_like(values)])
-        mean = self.total([values]) / count
-        variance = self.total([(values - mean).square()]) / max(count - 1, 1)
-        return mean, 1 / math.sqrt(variance + 1e-8)
+        """Mean and variance of a tensor over all processes, the latter with Bessel's correction."""
+        count = self.total(torch.ones_like(values))
+        mean = self.total(values) / count
+        return mean, self.total((values - mean).square()) / max(count - 1, 1)
 
     # ---- optimization ----
 
@@ -1290,27 +1272,26 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         """num_ppo_epochs x num_mini_batches optimizer steps; the gradients of the last are left for Trainer.
 
         Returns the means over the steps of what they minimized and measured."""
-        args, plan, stats = self.args, [], []
-        size = len(batches) // args.num_mini_batches
-        for _ in range(args.num_ppo_epochs):
-            order = torch.randperm(len(batches)).tolist() if args.num_mini_batches > 1 else range(len(batches))
-            plan += [[batches[i] for i in order[k * size : (k + 1) * size]] for k in range(args.num_mini_batches)]
+        plan, stats = [], []
+        for _ in range(self.args.num_ppo_epochs):
+            parts = torch.randperm(len(batches)).split(len(batches) // self.args.num_mini_batches)
+            plan += [[batches[i] for i in part] for part in parts]
         self.inner_norms = []
         for mini_batch in plan[:-1]:
             stats.append(self.accumulate_gradients(model, mini_batch))
-            norm = self._clip_grad_norm(model) if args.max_grad_norm else None
+            norm = self._clip_grad_norm(model) if self.args.max_grad_norm else None
             self.inner_norms.append(self._get_grad_norm(model, norm))
             self.optimizer.step()
             self.optimizer.zero_grad()
         stats.append(self.accumulate_gradients(model, plan[-1]))
-        sums = {name: sum(step[name] for step in stats) / len(plan) for name in stats[0]}
-        return {name: self.accelerator.reduce(value, "sum") for name, value in sums.items()}
+        means = {name: sum(step[name] for step in stats) / len(plan) for name in stats[0]}
+        return {name: self.accelerator.reduce(value, "sum") for name, value in means.items()}
 
     def accumulate_gradients(self, model, mini_batch):
         """Gradients of one mini-batch, in which each token counts the same, whatever micro-batch or process it is
-        in."""
-        actions = self.total(batch.actions for batch in mini_batch)
-        states = self.total(batch.states for batch in mini_batch)
+        in. Returns the sums of what the two passes return."""
+        actions = self.total(torch.cat([batch.actions for batch in mini_batch]))
+        states = self.total(torch.cat([batch.states for batch in mini_batch]))
         with self.roles.policy.active(train=True):
             found = [self.policy_backward(batch, actions) for batch in mini_batch]
         with self.roles.value.active(train=True):
@@ -1337,13 +1318,12 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         loss, clipped_loss = -batch.advantages * ratio, -batch.advantages * clipped
         policy_loss = (torch.max(loss, clipped_loss) * batch.actions).sum() / actions
         self.accelerator.backward(policy_loss)
-        with torch.no_grad():
-            return {
-                "policy_loss": policy_loss.detach(),
-                "clipfrac": ((clipped_loss > loss) * batch.actions).sum() / actions,
-                "approxkl": 0.5 * difference.square().sum() / actions,
-                "ratio": (ratio * batch.actions).sum() / actions,
-            }
+        return {
+            "loss/policy_avg": policy_loss.detach(),
+            "policy/clipfrac_avg": ((clipped_loss > loss) * batch.actions).sum() / actions,
+            "policy/approxkl_avg": 0.5 * difference.detach().square().sum() / actions,
+            "val/ratio": (ratio.detach() * batch.actions).sum() / actions,
+        }
 
     def value_backward(self, batch, states):
         """The same for the clipped value loss and `states` positions."""
@@ -1354,44 +1334,34 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         value_loss = 0.5 * (torch.max(errors, near_errors) * batch.states).sum() / states
         self.accelerator.backward(self.args.vf_coef * value_loss)
         clipfrac = ((near_errors > errors) * batch.states).sum() / states
-        return {"value_loss": value_loss.detach(), "value_clipfrac": clipfrac}
+        return {"loss/value_avg": value_loss.detach(), "val/clipfrac_avg": clipfrac}
 
-    def measure(self, batches, losses, kl, rollout_seconds, train_seconds):
+    def measure(self, rollout, losses, kl):
         """The update's metrics, over response tokens only and all processes (names as in TRL)."""
-        n, kl_coef = self.episodes, self.ppo_state["kl_coef"]
-        tokens = self.total(batch.lengths for batch in batches)
-        states = self.total(batch.states for batch in batches)
-        read = self.total(torch.ones_like(batch.input_ids) for batch in batches)
-        score = self.total(batch.scores for batch in batches) / n
-        scores_variance = self.total((batch.scores - score).square() for batch in batches) / n
-        kl_penalty = kl_coef * self.total(batch.penalty for batch in batches) / n
-        returns = torch.cat([batch.returns[batch.states] for batch in batches])
-        errors = returns - torch.cat([batch.values[batch.states] for batch in batches])
-        variance = self.total([(returns - self.total([returns]) / states).square()])
-        unexplained = self.total([(errors - self.total([errors]) / states).square()])
+        n, tokens = self.episodes, self.total(rollout.lengths)
+        rollout_seconds, train_seconds = rollout.seconds
+        score = self.total(rollout.scores) / n
+        returns = rollout.returns[rollout.states]
+        variance = self.moments(returns)[1]
+        unexplained = self.moments(returns - rollout.values[rollout.states])[1]
         return {
             "objective/scores": score,
-            "objective/scores_std": math.sqrt(scores_variance),
+            "objective/scores_std": math.sqrt(self.total((rollout.scores - score).square()) / n),
             "objective/kl": kl,
-            "objective/kl_coef": kl_coef,
-            "objective/entropy": self.total(-batch.logprobs * batch.actions for batch in batches) / n,
-            "objective/non_score_reward": -kl_penalty,
-            "objective/rlhf_reward": self.total(batch.shaped_scores for batch in batches) / n - kl_penalty,
-            "policy/entropy_avg": self.total(batch.entropy for batch in batches) / tokens,
-            "policy/approxkl_avg": losses["approxkl"].item(),
-            "policy/clipfrac_avg": losses["clipfrac"].item(),
-            "loss/policy_avg": losses["policy_loss"].item(),
-            "loss/value_avg": losses["value_loss"].item(),
-            "val/clipfrac_avg": losses["value_clipfrac"].item(),
-            "val/ratio": losses["ratio"].item(),
+            "objective/kl_coef": self.ppo_state["kl_coef"],
+            "objective/entropy": -self.total(rollout.logprobs) / n,
+            "objective/non_score_reward": -self.total(rollout.penalty) / n,
+            "objective/rlhf_reward": (self.total(rollout.shaped_scores) - self.total(rollout.penalty)) / n,
+            "policy/entropy_avg": self.total(rollout.entropy) / tokens,
+            **{name: value.item() for name, value in losses.items()},
             "val/explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
             "response/length": tokens / n,
-            "response/stop_rate": self.total(batch.ended for batch in batches) / n,
+            "response/stop_rate": self.total(rollout.ended) / n,
             "speed/rollout_seconds": rollout_seconds,
             "speed/train_seconds": train_seconds,
             "speed/episodes_per_second": n / (rollout_seconds + train_seconds),
             "speed/rollout_tokens_per_second": tokens / rollout_seconds,
-            "speed/train_tokens_per_second": self.args.num_ppo_epochs * read / train_seconds,
+            "speed/train_tokens_per_second": self.args.num_ppo_epochs * self.total(rollout.read) / train_seconds,
             "episode": (self.state.global_step + 1) * n,
         }
 
@@ -1400,7 +1370,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         if "grad_norm" in logs:
             norms = [*self.inner_norms, logs["grad_norm"]]
             logs = {**logs, "grad_norm": sum(norms) / len(norms), **self.latest}
-        Trainer.log(self, logs, start_time)
+        transformers.Trainer.log(self, logs, start_time)
 
     # ---- fixed prompts ----
 
@@ -1410,10 +1380,15 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         responses = self.generate(role, rows, sample)
         batches = [self.collate([row], [response], len(response)) for row, response in zip(rows, responses)]
         self.score(batches)
-        texts = [self.response_texts(batch)[0] for batch in batches]
-        figures = [(batch.scores.item(), batch.lengths.item(), batch.ended.item()) for batch in batches]
-        keys = ("answer", "score", "length", "ended")
-        return [dict(zip(keys, (text, *found))) for text, found in zip(texts, figures)]
+        return [
+            {
+                "answer": self.response_texts(batch)[0],
+                "score": batch.scores.item(),
+                "length": batch.lengths.item(),
+                "ended": batch.ended.item(),
+            }
+            for batch in batches
+        ]
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Greedy answers of the policy and of the reference to the fixed prompts, with their scores.
@@ -1433,7 +1408,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             for sample, answer in zip(samples, found):
                 sample |= {f"{who}_{key}": value for key, value in answer.items()}
         if self.is_world_process_zero():
-            path = Path(self.args.output_dir) / "samples.jsonl"
+            path = Path(self.args.output_dir, "samples.jsonl")
             lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
             lines = [line for line in lines if json.loads(line)["step"] < step]  # a resumed run comes by again
             lines += [json.dumps(sample, ensure_ascii=False) for sample in samples]
@@ -1461,7 +1436,10 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         """Policy at the top of the directory, value model in `value/` (in the form of a reward model's checkpoint)."""
         output_dir = Path(output_dir or self.args.output_dir)
         save_roles(self.roles, output_dir)
-        self.tokenizer.save_pretrained(output_dir)
+        for place in (output_dir, output_dir / "value"):
+            self.tokenizer.save_pretrained(place)
+        generation = self.roles.policy.network.generation_config.to_diff_dict()
+        write_json(output_dir / "generation_config.json", {**generation, "eos_token_id": self.stop_ids.tolist()})
         write_json(output_dir / "ppo_state.json", self.ppo_state)
         write_json(output_dir / "run.json", self.run)
 
@@ -1475,25 +1453,15 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             weights = load_file(directory / "adapter_model.safetensors")
             if role.head is not None:
                 role.head.weight.data.copy_(weights.pop(SCORE))
-            set_peft_model_state_dict(role.model, weights, adapter_name=role.adapter)
-        self.ppo_state = json.loads((checkpoint / "ppo_state.json").read_text(encoding="utf-8"))
+            peft.set_peft_model_state_dict(role.model, weights, adapter_name=role.adapter)
+        self.ppo_state = read_json(checkpoint / "ppo_state.json")
 
 
-class EpisodeBar(ProgressCallback):
-    """Trainer's bar of updates, with reward, KL (nats) and response length (tokens) on it."""
+class RunCallback(ProgressCallback):
+    """Trainer's bar of updates with reward, KL (nats) and response length (tokens) on it; writes metrics.jsonl, and
+    turns Ctrl-C and SIGTERM into a saved checkpoint."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = {"reward": "objective/scores", "kl": "objective/kl", "length": "response/length"}
-        if self.training_bar is not None and shown["reward"] in logs:
-            self.training_bar.set_postfix({name: f"{logs[key]:.2f}" for name, key in shown.items()})
-
-
-class RunCallback(TrainerCallback):
-    """Writes metrics.jsonl, and turns Ctrl-C and SIGTERM into a saved checkpoint."""
-
-    def __init__(self, output_dir):
-        self.output_dir = Path(output_dir)
-        self.interrupted = False
+    interrupted = False
 
     def interrupt(self, signum, frame):
         self.interrupted = True
@@ -1501,20 +1469,26 @@ class RunCallback(TrainerCallback):
         print("\nstopping after this update and saving a checkpoint; once more to leave at once", file=sys.stderr)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control)
         state.compute_steps(args, state.max_steps)  # a resumed run would log and save as often as before
         state.train_batch_size = args.per_device_train_batch_size  # Trainer compares the two when a run resumes
 
     def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control)
         if args.world_size > 1:  # all stop after the same step
             flag = torch.tensor(float(self.interrupted), device=args.device)
-            self.interrupted = reduce(flag, "sum").item() > 0
+            self.interrupted = accelerate.utils.reduce(flag, "sum").item() > 0
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero:
-            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if not state.is_world_process_zero:
+            return
+        with open(Path(args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        shown = {"reward": "objective/scores", "kl": "objective/kl", "length": "response/length"}
+        if self.training_bar is not None and shown["reward"] in logs:
+            self.training_bar.set_postfix({name: f"{logs[key]:.2f}" for name, key in shown.items()})
 
 
 # ---- a run and its directory ----
@@ -1527,19 +1501,14 @@ def finished_steps(checkpoint):
 
 def find_checkpoint(args):
     """The checkpoint to resume from, or None; an --output_dir in use is refused, and a checkpoint of something else."""
-    folder, checkpoint = Path(args.output_dir), args.resume_from_checkpoint
+    folder, asked = Path(args.output_dir), args.resume_from_checkpoint
     newest = max(folder.glob("checkpoint-*"), key=finished_steps, default=folder / "checkpoint-0")
-    if not checkpoint:
-        if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not args.overwrite_output_dir:
-            hint = (
-                "--resume_from_checkpoint to go on with that run, --overwrite_output_dir to replace it, or another name"
-            )
-            fail(f"--output_dir {folder} is not empty: {hint}")
+    if not asked and (folder.is_file() or any(folder.glob("*")) and not args.overwrite_output_dir):
+        hint = "--resume_from_checkpoint goes on with that run, --overwrite_output_dir replaces it"
+        fail(f"--output_dir {folder} is not empty: {hint}")
+    if not asked or asked is True and not finished_steps(newest):
         return None
-    if checkpoint is True and not finished_steps(newest):
-        print(f"no complete checkpoint in {folder}: starting from the beginning")
-        return None
-    checkpoint = newest if checkpoint is True else Path(checkpoint)
+    checkpoint = newest if asked is True else Path(asked)
     run = read_json(checkpoint / "run.json")
     if not finished_steps(checkpoint):
         fail(f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)")
@@ -1550,67 +1519,18 @@ def find_checkpoint(args):
     return checkpoint
 
 
-def open_output_dir(args, checkpoint):
-    """Make --output_dir ready: metrics.jsonl as the checkpoint knows it, no checkpoint that was never completed, and
-    with --overwrite_output_dir none that is later."""
-    output_dir, state = Path(args.output_dir), {}
-    with PartialState().main_process_first():
-        if not PartialState().is_main_process:
-            return
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if checkpoint:
-            state = read_json(checkpoint / "trainer_state.json")
-        else:
-            (output_dir / "samples.jsonl").unlink(missing_ok=True)
-        for path in output_dir.glob("checkpoint-*"):
-            steps = finished_steps(path)
-            if not steps or args.overwrite_output_dir and steps > state.get("global_step", 0):
-                shutil.rmtree(path)
-        lines = [json.dumps({"step": entry["step"], **entry}) + "\n" for entry in state.get("log_history", [])]
-        (output_dir / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-def pick_reward_format(args, source, prompt_format):
-    """(PromptFormat of a reward model that reads other tokens than the policy writes, or None; whether their
-    vocabulary is the same)."""
-    tokenizer = load_tokenizer(source, args)
-    same_tokens = tokenizer.get_vocab() == prompt_format.tokenizer.get_vocab()
-    recorded = source.run.get("prompt_format", prompt_format.name if same_tokens else None)
-    found = choose_format("--reward_model_path", "auto", recorded, tokenizer)
-    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    if same_tokens and found.encode(probe) == prompt_format.encode(probe):
-        return None, True
-    other = "prompt format or chat template" if same_tokens else "tokenizer"
-    print(f"the reward model was trained with another {other}: it gets texts, in its own format ({found.name})")
-    return found, same_tokens
-
-
-def choose_format(flag, requested, recorded, tokenizer):
-    """The text block's choice, for the model of a flag."""
-    try:
-        return pick_format(requested, "chat", recorded, tokenizer)
-    except ValueError as error:
-        fail(f"{flag}: {error}")
-
-
-def check_models(args, policy, reward):
-    """What can be wrong with the models, before any weight is loaded; a line says how good the reward model is."""
-    if policy.adapter:
-        check_lora_flags(args, policy)
-    if reward is None and not args.use_lora:
-        check_classifier(policy.base, args, "the value model needs one; --reward_function goes with --use_lora")
-    if reward:
-        if reward.adapter:
-            read_adapter(reward, head_count=1)
-        if not reward.adapter or not args.use_lora or reward.base != policy.base:
-            check_classifier(reward.base, args, "use --reward_function instead")
-        report = reward.run.get("metrics", {}).get("report")
-        quality = "no evaluation on record, so nobody knows how good it is"
-        if report:
-            low, high = report["accuracy_interval"]
-            quality = f"prefers the chosen answer in {report['accuracy']:.3f} of {report['pairs']} pairs (95% interval "
-            quality += f"{low:.3f} to {high:.3f}){', which is not above chance' if low <= 0.5 else ''}"
-        print(f"--reward_model_path {args.reward_model_path}: {quality}")
+def open_output_dir(output_dir, checkpoint):
+    """Make --output_dir ready: metrics.jsonl as the checkpoint knows it, no checkpoint that was never completed or that
+    is later."""
+    state = read_json(checkpoint / "trainer_state.json") if checkpoint else {"global_step": 0, "log_history": []}
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for path in output_dir.glob("checkpoint-*"):
+        if not 0 < finished_steps(path) <= state["global_step"]:
+            shutil.rmtree(path)
+    if not checkpoint:
+        (output_dir / "samples.jsonl").unlink(missing_ok=True)
+    lines = [json.dumps({"step": entry["step"], **entry}) + "\n" for entry in state["log_history"]]
+    (output_dir / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def describe_run(args, source, prompt_format, counts):
@@ -1640,42 +1560,35 @@ def train(trainer, callback, checkpoint):
     """Trainer's train(), from the checkpoint if there is one; returns why it stopped before the end, or None."""
     if checkpoint and finished_steps(checkpoint) >= trainer.args.max_steps:  # Trainer would take one more step
         trainer._load_from_checkpoint(checkpoint)
-        trainer.state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
+        trainer.state = transformers.TrainerState.load_from_json(checkpoint / "trainer_state.json")
         return None
     handlers = {name: signal.signal(name, callback.interrupt) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
         with disable_input_dtype_casting(trainer.roles):  # else LoRA keeps float32 copies of inputs
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    except Exception as error:
-        print(file=sys.stderr)  # here the line of the bar ends
-        done = trainer.state.global_step
-        usable = done if isinstance(error, FloatingPointError) else done - 1  # the last one's KL is above the limit
+        return None
+    except (FloatingPointError, KLAboveLimit) as error:
+        done, limit = trainer.state.global_step, isinstance(error, KLAboveLimit)
         steps = {finished_steps(path): path for path in Path(trainer.args.output_dir).glob("checkpoint-*")}
-        newest = steps.get(max((step for step in steps if step <= usable), default=0), "none")
-        if isinstance(error, FloatingPointError):
+        newest = steps.get(max((step for step in steps if step <= done - limit), default=0), "none")
+        print(file=sys.stderr)  # here the line of the bar ends
+        if not limit:
             fail(f"{error}; the last good checkpoint: {newest}")
-        if not isinstance(error, KLAboveLimit):
-            raise
         print(f"{error}: stopped after update {done}; the newest checkpoint below it: {newest}")
         return str(error)
     finally:
         for name, handler in handlers.items():
             signal.signal(name, handler)
-    return None
 
 
-def publish(trainer, args, run, metrics):
+def publish(trainer, args, metrics):
     """metrics.json and final_checkpoint/, which appears when it is complete; with --push_to_hub it is uploaded."""
     output_dir = Path(args.output_dir)
     final, draft, old = (output_dir / f"final_checkpoint{ending}" for ending in ("", ".partial", ".old"))
     for leftover in (draft, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    save_roles(trainer.roles, draft)
-    trainer.tokenizer.save_pretrained(draft)
-    trainer.tokenizer.save_pretrained(draft / "value")
-    generation = trainer.roles.policy.network.generation_config.to_diff_dict()
-    write_json(draft / "generation_config.json", {**generation, "eos_token_id": trainer.stop_ids.tolist()})
-    write_json(draft / "run.json", {**run, "metrics": metrics})
+    trainer._save(draft)
+    write_json(draft / "run.json", {**trainer.run, "metrics": metrics})
     if final.exists():
         os.replace(final, old)
     os.replace(draft, final)
@@ -1683,8 +1596,8 @@ def publish(trainer, args, run, metrics):
     write_json(output_dir / "metrics.json", metrics)
     print(f"saved {final}")
     if args.push_to_hub:
-        repo = HfApi().create_repo(output_dir.resolve().name, exist_ok=True).repo_id
-        print(f"uploaded {HfApi().upload_folder(repo_id=repo, folder_path=final)}")
+        repo = huggingface_hub.create_repo(output_dir.resolve().name, exist_ok=True).repo_id
+        print(f"uploaded {huggingface_hub.upload_folder(repo_id=repo, folder_path=final)}")
 
 
 def run_stage(args):
@@ -1692,11 +1605,10 @@ def run_stage(args):
     policy = locate_model(args.model_path, "--model_path")
     reward = locate_model(args.reward_model_path, "--reward_model_path") if args.reward_model_path else None
     check_models(args, policy, reward)
-    positions = getattr(load_config(policy.base, args).get_text_config(), "max_position_embeddings", math.inf)
     checkpoint = find_checkpoint(args)
     if args.push_to_hub:
-        validate_repo_id(Path(args.output_dir).resolve().name)
-        HfApi().whoami()
+        huggingface_hub.utils.validate_repo_id(Path(args.output_dir).resolve().name)
+        huggingface_hub.whoami()
 
     tokenizer = load_tokenizer(policy, args)
     prompt_format = choose_format("--model_path", args.prompt_format, policy.run.get("prompt_format"), tokenizer)
@@ -1707,6 +1619,8 @@ def run_stage(args):
         subset, split = args.eval_subset or args.subset, args.eval_split or "test"
         eval_rows, counts["eval"] = load_prompts(args, subset, split, "--eval_split", prompt_format)
     longest = max(len(ids) for rows in (train_rows, eval_rows) for ids in rows["prompt_ids"]) + args.response_length
+    base_config = transformers.AutoConfig.from_pretrained(policy.base, trust_remote_code=args.trust_remote_code)
+    positions = getattr(base_config.get_text_config(), "max_position_embeddings", math.inf)
     if longest > positions:
         fail(f"a prompt with its answer may have {longest} tokens, the model has {positions} positions: lower "
              f"--max_prompt_length {args.max_prompt_length} or --response_length {args.response_length}")  # fmt: skip
@@ -1729,14 +1643,15 @@ def run_stage(args):
     transformers.set_seed(args.seed)
     roles = load_roles(args, policy, reward, same_tokens)
     report_roles(roles)
-    open_output_dir(args, checkpoint)
-    run, callback = describe_run(args, policy, prompt_format, counts), RunCallback(args.output_dir)
-    trainer = PPOTrainer(
-        roles, config, prompt_format, reward_format, reward_function, run,
-        train_dataset=train_rows, eval_dataset=eval_rows, callbacks=[callback],
-    )  # fmt: skip
+    if config.process_index == 0:
+        open_output_dir(Path(args.output_dir), checkpoint)
+    accelerate.PartialState().wait_for_everyone()
+    run = describe_run(args, policy, prompt_format, counts)
+    data = {"train_dataset": train_rows, "eval_dataset": eval_rows}
+    trainer = PPOTrainer(roles, config, prompt_format, reward_format, reward_function, run, **data)
+    callback = RunCallback()
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(EpisodeBar())
+    trainer.add_callback(callback)
     if not checkpoint:
         torch.manual_seed(args.seed + 100_003 * config.process_index)  # processes sample different answers
         if args.normalize_reward:
@@ -1749,7 +1664,7 @@ def run_stage(args):
     last = [line for line in trainer.state.log_history if line["step"] == trainer.state.global_step]
     metrics = {name: value for line in last for name, value in line.items()}
     if trainer.is_world_process_zero():
-        publish(trainer, args, run, {**metrics, **trainer.latest, "stopped": stopped})
+        publish(trainer, args, {**metrics, **trainer.latest, "stopped": stopped})
     trainer.accelerator.wait_for_everyone()
 
 
@@ -1770,7 +1685,7 @@ def main(argv=None):
         # safetensors and torch have types of their own for a full disk
         if re.search("No space left|os error 28|PytorchStreamWriter failed", str(error)):
             fail(f"no space left to save; what was saved before is complete ({error})")
-        if isinstance(error, (OSError, HFValidationError)):  # a hub id that is not there
+        if isinstance(error, (OSError, huggingface_hub.errors.HFValidationError)):  # a hub id that is not there
             fail(error)
         raise
 
