@@ -23,7 +23,6 @@ Stiennon et al. 2020 (arXiv:2009.01325) and Huang et al. 2024 (arXiv:2403.17031)
 # ///
 
 import argparse
-import collections
 import contextlib
 import copy
 import dataclasses
@@ -287,22 +286,21 @@ def parse_flags(argv=None):
         args.learning_rate = 5e-5 if args.use_lora else 3e-6
     args.episodes_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps
     mini_batch = args.episodes_per_update / args.num_mini_batches
+    uneven = mini_batch % 1 or mini_batch % min(args.per_device_train_batch_size, mini_batch)
+    quantized = args.load_in_4bit or args.load_in_8bit
+    sharded = os.environ.keys() & {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"}
     batch = "episodes of an update (--per_device_train_batch_size x --gradient_accumulation_steps)"
     problems = {
         f"this script needs trl 1.12.0, found {trl}: pip install trl==1.12.0": trl != "1.12.0",
         "--bf16 and --fp16 exclude each other": args.bf16 and args.fp16,
         "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
-        "--load_in_4bit and --load_in_8bit need --use_lora: adapters are trained": (
-            (args.load_in_4bit or args.load_in_8bit) and not args.use_lora
-        ),
+        "--load_in_4bit and --load_in_8bit need --use_lora: adapters are trained": quantized and not args.use_lora,
         "a reward is needed: --reward_model_path, --reward_function, or both": (
             not args.reward_model_path and not args.reward_function
         ),
         f"--num_mini_batches {args.num_mini_batches} does not divide the {args.episodes_per_update} {batch} into whole "
-        "micro-batches": mini_batch % 1 or mini_batch % min(args.per_device_train_batch_size, mini_batch),
-        "PPO runs under DDP (accelerate launch --multi_gpu), not under DeepSpeed or FSDP": (
-            os.environ.keys() & {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"}
-        ),
+        "micro-batches": uneven,
+        "PPO runs under DDP (accelerate launch --multi_gpu), not under DeepSpeed or FSDP": sharded,
     }
     for problem, is_there in problems.items():
         if is_there:
@@ -331,6 +329,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.trainer_callback import ProgressCallback
 from trl.experimental import ppo as trl_ppo
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+
+SCORE = "base_model.model.score.weight"  # PEFT's name for the head of a reward model's adapter
+# Families that compute several texts in one row as each alone: they attend to whole texts, take positions from
+# position_ids and a 4-D mask as it is (tests/test_families.py).
+SHARES_ROWS = {
+    "deepseek_v3", "glm4", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe",
+    "seed_oss", "smollm3", "stablelm", "starcoder2",
+}  # fmt: skip
 
 
 def read_json(path):
@@ -374,10 +380,8 @@ def make_config(args, **own):
         "dataloader_drop_last": True,
         "remove_unused_columns": False,
         "eval_strategy": "steps" if args.eval_steps else "no",
-        "save_strategy": "steps",
         "use_cpu": not torch.accelerator.is_available(),
         "logging_nan_inf_filter": False,  # a NaN is to be seen
-        "resume_from_checkpoint": None,
         "push_to_hub": False,  # at the end, see publish
         **own,
     }
@@ -401,19 +405,18 @@ def make_config(args, **own):
         fail(f"PPOConfig: {error}")
 
 
-# ---- prompts ----
+# ---- prompts and rewards ----
 
 
 def load_split(args, subset, split, flag):
     """(data, where): one split of the data set, at most --max_samples rows of it, and its name for messages."""
-    place = Path(args.dataset_name)
-    source, files = args.dataset_name, {"data_dir": subset}
+    place, source, files = Path(args.dataset_name), args.dataset_name, {"data_dir": subset}
     if place.is_file():
         source, files = place.suffix[1:].replace("jsonl", "json"), {"data_files": str(place)}
     elif (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():  # of save_to_disk
-        parts = read_json(place / "dataset_dict.json").get("splits")
-        parts = {part: f"{place}/{part}/*.arrow" for part in parts} if parts else {"train": f"{place}/*.arrow"}
-        source, files = "arrow", {"data_files": parts}
+        parts = read_json(place / "dataset_dict.json").get("splits", [])
+        parts = {part: f"{place}/{part}/*.arrow" for part in parts}
+        source, files = "arrow", {"data_files": parts or {"train": f"{place}/*.arrow"}}
     name, bracket, part = split.partition("[")
     where = f"{args.dataset_name} {subset or ''}".strip()
     try:
@@ -451,24 +454,25 @@ def load_prompts(args, subset, split, flag, prompt_format):
         text = messages[-1]["content"]
         return {"row": index, "problem": problem, "prompt_ids": ids, "messages": messages, "text": text}
 
-    workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = min(workers, len(data) // 2000) or None  # where there are several
-    rows = data.map(encode, with_indices=True, remove_columns=data.column_names, num_proc=workers, desc="Tokenizing")
-    problems = list(rows["problem"])
-    left_out = len(rows) - problems.count("")
-    for problem, count in collections.Counter(filter(None, problems)).items():
-        first = [str(i) for i, other in enumerate(problems) if other == problem][:3]
-        message = f"{where}: {count} of {len(rows)} rows (row {', '.join(first)}): {problem}"
+    rows = data.map(encode, with_indices=True, remove_columns=data.column_names, desc="Tokenizing")
+    kept = rows.filter(lambda row: 0 < len(row["prompt_ids"]) <= args.max_prompt_length).remove_columns("problem")
+    numbers = {}  # of the rows with each problem
+    for number, problem in enumerate(rows["problem"]):
+        numbers.setdefault(problem, []).append(str(number))
+    left_out = len(rows) - len(numbers.pop("", []))
+    for problem, found in numbers.items():
+        message = f"{where}: {len(found)} of {len(rows)} rows (row {', '.join(found[:3])}): {problem}"
         if left_out > len(rows) / 10:
             fail(message)
         print(f"warning: left out: {message}", file=sys.stderr)
-    kept = rows.filter(lambda row: 0 < len(row["prompt_ids"]) <= args.max_prompt_length).remove_columns("problem")
     counts = {"rows": len(kept), "too_long": len(rows) - left_out - len(kept), "left_out": left_out}
-    found = f"{where}: column {column}, format {prompt_format.name}; {len(kept)} prompts, {counts['too_long']} left out"
-    found += f" (over --max_prompt_length {args.max_prompt_length} tokens)"
+    summary = (
+        f"{where}: column {column}, format {prompt_format.name}; {len(kept)} prompts, {counts['too_long']} left out"
+    )
+    summary += f" (over --max_prompt_length {args.max_prompt_length} tokens)"
     if not len(kept):
-        fail(found)
-    print(found)
+        fail(summary)
+    print(summary)
     return kept, counts
 
 
@@ -492,17 +496,18 @@ def load_reward_function(spec):
 
 # ---- models ----
 
-SCORE = "base_model.model.score.weight"  # PEFT's name for the head of a reward model's adapter
-
 
 @dataclasses.dataclass
 class Source:
-    """Where a model comes from: a hub id or absolute directory of a full model, the directory of a LoRA adapter for it
-    (or None), and the run.json that an earlier stage left beside it ({} if none)."""
+    """Where a model comes from: a hub id or absolute directory of a full model, and the run.json that an earlier stage
+    left ({} if none); of a LoRA adapter for it also its directory, config, weights and (reward model) scalar head."""
 
     base: str
-    adapter: Path | None
     run: dict
+    adapter: Path | None = None
+    lora: peft.LoraConfig | None = None
+    weights: dict | None = None
+    head: torch.Tensor | None = None
 
 
 def digest_base(base):
@@ -517,91 +522,78 @@ def digest_base(base):
 
 
 def locate_model(path, flag):
-    """The Source that `path` (a hub id, a model directory or an adapter directory) is; no weight is loaded."""
-    folder = Path(path)
-    run, lora = read_json(folder / "run.json"), folder / "adapter_config.json"
+    """The Source that `path` (a hub id, a model directory or an adapter directory) is; no base model is loaded."""
+    folder, scores = Path(path), flag == "--reward_model_path"
+    run, has_lora = read_json(folder / "run.json"), (folder / "adapter_config.json").is_file()
     stage = run.get("parent_stage") if run.get("stage") == "merge" else run.get("stage")
-    if stage and (stage == "reward") != (flag == "--reward_model_path"):
+    if stage and (stage == "reward") != scores:
         fail(f"{flag} {path} comes from the stage {stage!r}, so it is the wrong kind of model")
-    if folder.is_dir() and not lora.is_file() and not (folder / "config.json").is_file():
+    if folder.is_dir() and not has_lora and not (folder / "config.json").is_file():
         fail(f"{flag} {path} holds no model; that of a finished run is in its final_checkpoint")
-    base = read_json(lora).get("base_model_name_or_path") or "" if lora.is_file() else path
+    lora = peft.PeftConfig.from_pretrained(path) if has_lora else None
+    base = str(lora.base_model_name_or_path) if lora else path
     if not Path(base).is_dir() and (Path(base).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base)):
-        hint = f" (base_model_name_or_path in {lora})" if lora.is_file() else ""
-        fail(f"{flag}: {base!r} does not exist{hint}; it should be a model directory or a hub id")
-    if not Path(base).is_dir():
-        return Source(base, folder.resolve() if lora.is_file() else None, run)
-    if lora.is_file() and run.get("base_digest") not in (None, digest_base(base)):
+        fail(f"{flag} {path}: {base!r} does not exist; it should be a model directory or a hub id")
+    if lora and Path(base).is_dir() and run.get("base_digest") not in (None, digest_base(base)):
         fail(f"the base model {base} has other weights than the one that the adapter {path} was trained on")
-    return Source(str(Path(base).resolve()), folder.resolve() if lora.is_file() else None, run)
-
-
-def read_adapter(source, scores):
-    """(LoraConfig, LoRA weights, scalar head or None) of an adapter, of a reward model if it `scores`; what holds
-    anything else is refused, since one base could not serve the roles."""
-    config = peft.PeftConfig.from_pretrained(source.adapter)
-    weights = load_file(source.adapter / "adapter_model.safetensors")
+    base = str(Path(base).resolve()) if Path(base).is_dir() else base
+    if not lora:
+        return Source(base, run)
+    weights = load_file(folder / "adapter_model.safetensors")
     heads = [weights.pop(name) for name in list(weights) if "lora_" not in name]
-    if config.peft_type != "LORA" or config.alora_invocation_tokens:
-        fail(f"{source.adapter} is a {config.peft_type} adapter; only plain LoRA adapters can be trained on")
+    if lora.peft_type != "LORA" or lora.alora_invocation_tokens:
+        fail(f"{flag} {path} is a {lora.peft_type} adapter; only plain LoRA adapters can be trained on")
     if scores and [head.shape[:-1] for head in heads] != [(1,)]:
-        fail(f"{source.adapter} is not a reward model's adapter: it should hold LoRA weights and one scalar head")
+        fail(f"{flag} {path} is not a reward model's adapter: it should hold LoRA weights and one scalar head")
     if heads and not scores:
-        fail(f"{source.adapter} changes more than LoRA weights (modules_to_save, bias): merge it, and start from that")
-    config.inference_mode, config.modules_to_save = False, None
-    config.task_type = None if scores else "CAUSAL_LM"  # PEFT would make a head of its own for SEQ_CLS
-    return config, weights, heads[0] if scores else None
+        fail(f"{flag} {path} changes more than LoRA weights (modules_to_save, bias): merge it, and start from that")
+    lora.inference_mode, lora.modules_to_save = False, None
+    lora.task_type = None if scores else "CAUSAL_LM"  # PEFT would make a head of its own for SEQ_CLS
+    return Source(base, run, folder.resolve(), lora, weights, *heads)
 
 
-def check_models(args, policy, reward):
-    """What can be wrong with the models, before any weight is loaded; a line says how good the reward model is."""
-    if policy.adapter:
-        lora = read_adapter(policy, scores=False)[0]
-        targets = [lora.target_modules] if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
-        has = {"r": lora.r, "alpha": lora.lora_alpha, "dropout": lora.lora_dropout, "target_modules": targets}
-        for name, found in has.items():
-            asked = getattr(args, f"lora_{name}")
-            if (sorted(asked) if isinstance(asked, list) else asked) not in (None, found):
-                fail(f"--lora_{name} {asked}: the adapter {policy.adapter} has {found}; leave the flag out")
-    if not reward:
-        return
-    if reward.adapter:
-        read_adapter(reward, scores=True)
-    report = reward.run.get("metrics", {}).get("report")
-    quality = "no evaluation on record, so nobody knows how good it is"
-    if report:
-        low, high = report["accuracy_interval"]
-        quality = f"prefers the chosen answer in {report['accuracy']:.3f} of {report['pairs']} pairs (95% interval "
-        quality += f"{low:.3f} to {high:.3f}){', which is not above chance' if low <= 0.5 else ''}"
-    print(f"--reward_model_path {args.reward_model_path}: {quality}")
+def check_lora_flags(args, source):
+    """Refuse flags that contradict the adapter that training goes on from."""
+    lora = source.lora
+    targets = [lora.target_modules] if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
+    has = {"r": lora.r, "alpha": lora.lora_alpha, "dropout": lora.lora_dropout, "target_modules": targets}
+    for name, found in has.items():
+        asked = getattr(args, f"lora_{name}")
+        if (sorted(asked) if isinstance(asked, list) else asked) not in (None, found):
+            fail(f"--lora_{name} {asked}: the adapter {source.adapter} has {found}; leave the flag out")
 
 
-def load_tokenizer(source, args):
-    """The tokenizer of a checkpoint; a missing pad token is an id it already has, so that no embedding is added."""
+def describe_reward_model(run):
+    """How good the reward model is, by the report in its run.json."""
+    report = run.get("metrics", {}).get("report")
+    if not report:
+        return "no evaluation on record, so nobody knows how good it is"
+    low, high = report["accuracy_interval"]
+    chance = ", which is not above chance" if low <= 0.5 else ""
+    share = f"prefers the chosen answer in {report['accuracy']:.3f} of {report['pairs']} pairs"
+    return f"{share} (95% interval {low:.3f} to {high:.3f}){chance}"
+
+
+def load_format(args, source, requested, other=None):
+    """The PromptFormat of a checkpoint, with its tokenizer: the requested one, else that in its run.json, else that of
+    the model `other` if it has the same vocabulary."""
     own = source.adapter and (source.adapter / "tokenizer_config.json").is_file()
     place = source.adapter if own else source.base
     tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
     if tokenizer.pad_token_id is None:
-        reserved = "<|finetune_right_pad_id|>"  # Llama 3.x keeps this one free for padding
-        tokenizer.pad_token = reserved if reserved in tokenizer.get_vocab() else tokenizer.eos_token
-    return tokenizer
-
-
-def choose_format(flag, requested, recorded, tokenizer):
-    """The text block's choice, for the model of a flag."""
+        tokenizer.pad_token = tokenizer.eos_token  # lengths, not ids, say what is padding
+    same_tokens = other is not None and tokenizer.get_vocab() == other.tokenizer.get_vocab()
     try:
-        return pick_format(requested, "chat", recorded, tokenizer)
+        return pick_format(requested, "chat", source.run.get("prompt_format", same_tokens and other.name), tokenizer)
     except ValueError as error:
-        fail(f"{flag}: {error}")
+        fail(f"{place}: {error}")
 
 
 def pick_reward_format(args, source, prompt_format):
     """(PromptFormat of a reward model that reads other tokens than the policy writes, or None; whether their
     vocabulary is the same)."""
-    tokenizer = load_tokenizer(source, args)
-    same_tokens = tokenizer.get_vocab() == prompt_format.tokenizer.get_vocab()
-    recorded = source.run.get("prompt_format", prompt_format.name if same_tokens else None)
-    found = choose_format("--reward_model_path", "auto", recorded, tokenizer)
+    found = load_format(args, source, "auto", prompt_format)
+    same_tokens = found.tokenizer.get_vocab() == prompt_format.tokenizer.get_vocab()
     probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     if same_tokens and found.encode(probe) == prompt_format.encode(probe):
         return None, True
@@ -615,20 +607,18 @@ def compute_dtype(args):
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
-def load_model(cls, base, args, trainable=False, **kwargs):
-    """A base model. Weights that are trained are float32 (under autocast a bfloat16 AdamW step of 3e-6 would round to
-    nothing); frozen ones have the precision the model computes in."""
-    quantization = None
-    if args.load_in_4bit or args.load_in_8bit:
-        quantization = transformers.BitsAndBytesConfig(
-            load_in_4bit=args.load_in_4bit, load_in_8bit=args.load_in_8bit, bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype(args),
-        )  # fmt: skip
-    model = cls.from_pretrained(
+def load_model(kind, base, args, trainable=False, **kwargs):
+    """A base model, of transformers' AutoModelFor`kind`. Weights that are trained are float32 (under autocast a
+    bfloat16 AdamW step of 3e-6 would round to nothing); frozen ones have the precision the model computes in."""
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=args.load_in_4bit, load_in_8bit=args.load_in_8bit, bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype(args),
+    )  # fmt: skip
+    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(
         base,
         dtype=torch.float32 if trainable else compute_dtype(args),
         attn_implementation=args.attn_implementation,
-        quantization_config=quantization,
+        quantization_config=quantization if args.load_in_4bit or args.load_in_8bit else None,
         device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else None,
         trust_remote_code=args.trust_remote_code,
         use_safetensors=True,  # no pickle
@@ -643,24 +633,11 @@ def load_model(cls, base, args, trainable=False, **kwargs):
     return model
 
 
-def load_classifier(base, args, trainable):
-    auto = transformers.AutoModelForSequenceClassification
-    model = load_model(auto, base, args, trainable, num_labels=1)
+def load_classifier(base, args, trainable=False):
+    model = load_model("SequenceClassification", base, args, trainable, num_labels=1)
     if not hasattr(model, "score"):
         fail(f"{base} has no scalar head named score, as reward models have here; use --reward_function")
     return model
-
-
-def find_body(model):
-    """The part of a language model whose last hidden states its head reads."""
-    return getattr(model, model.base_model_prefix, None) or model.model  # Llama 4's base_model is the model itself
-
-
-def scalar_head(weight):
-    """A linear head without bias and with the given weight (1, hidden), in float32."""
-    head = torch.nn.Linear(weight.shape[1], 1, bias=False)
-    head.weight.data.copy_(weight)
-    return head
 
 
 def switch_off(model):
@@ -674,13 +651,6 @@ def switch_off(model):
                 setattr(holder, name, 0.0)
         if getattr(holder, "output_router_logits", False):
             holder.output_router_logits = False
-
-
-def save_full(model, directory):
-    """A full model, with its config as it was before `switch_off`."""
-    running, model.config = model.config, model.saved_config
-    model.save_pretrained(directory)
-    model.config = running
 
 
 # ---- roles ----
@@ -721,6 +691,35 @@ class Role:
         weights = [p for name, p in self.model.named_parameters() if not self.adapter or f".{self.adapter}." in name]
         return weights + (list(self.head.parameters()) if self.head is not None else [])
 
+    def save(self, directory):
+        """In a form that one PEFT or transformers call loads: a head's adapter as that of a reward model."""
+        if not self.adapter:
+            running, self.model.config = self.model.config, self.model.saved_config
+            self.model.save_pretrained(directory)
+            self.model.config = running
+            return
+        config = copy.copy(self.model.peft_config[self.adapter])
+        weights = peft.get_peft_model_state_dict(self.model, adapter_name=self.adapter)
+        if self.head is not None:
+            weights[SCORE] = self.head.weight.detach()
+            config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
+        config.inference_mode = True
+        config.save_pretrained(directory)
+        self.model.create_or_update_model_card(directory)
+        weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+        save_file(weights, directory / "adapter_model.safetensors", {"format": "pt"})
+
+    def load(self, directory):
+        """Take back what was saved."""
+        if not self.adapter:
+            for file in directory.glob("model*.safetensors"):
+                self.model.load_state_dict(load_file(file), strict=False)
+            return
+        weights = load_file(directory / "adapter_model.safetensors")
+        if self.head is not None:
+            self.head.weight.data.copy_(weights.pop(SCORE))
+        peft.set_peft_model_state_dict(self.model, weights, adapter_name=self.adapter)
+
 
 class Roles(torch.nn.Module):
     """The four roles and the models that they share, as the one module that Trainer places and optimizes."""
@@ -751,18 +750,14 @@ def new_lora(args, task_type):
     targets = args.lora_target_modules or ["all-linear"]
     if len(targets) == 1 and not targets[0].isidentifier():
         targets = targets[0]  # all-linear, or a regular expression
-    return peft.LoraConfig(
-        r=args.lora_r or 16,
-        lora_alpha=32 if args.lora_alpha is None else args.lora_alpha,
-        lora_dropout=args.lora_dropout or 0.0,
-        target_modules=targets,
-        exclude_modules=None if task_type else ["score"],  # PEFT knows the head of a CAUSAL_LM
-        task_type=task_type,
-    )
+    alpha = 32 if args.lora_alpha is None else args.lora_alpha
+    sizes = {"r": args.lora_r or 16, "lora_alpha": alpha, "lora_dropout": args.lora_dropout or 0.0}
+    heads = None if task_type else ["score"]  # PEFT knows that of a CAUSAL_LM
+    return peft.LoraConfig(target_modules=targets, exclude_modules=heads, task_type=task_type, **sizes)
 
 
-def put_adapter(model, name, config, weights=None):
-    """One more adapter on `model`; returns the PeftModel that it is then."""
+def put_adapter(model, name, config, weights=None, head=None):
+    """A Role of one more adapter on `model`, with the weights that are given, and a float32 copy of a scalar head."""
     try:
         if isinstance(model, peft.PeftModel):
             model.add_adapter(name, copy.deepcopy(config))
@@ -770,81 +765,66 @@ def put_adapter(model, name, config, weights=None):
             model = peft.get_peft_model(model, copy.deepcopy(config), adapter_name=name)
     except ValueError as error:
         fail(f"--lora_target_modules: {error}")
-    if weights:
-        fit = peft.set_peft_model_state_dict(model, weights, adapter_name=name)
-        if fit.unexpected_keys:
-            fail(f"an adapter does not fit its base model {model.config.name_or_path}: it has {fit.unexpected_keys[0]}")
-    return model
+    fit = peft.set_peft_model_state_dict(model, weights, adapter_name=name) if weights else None
+    if fit and fit.unexpected_keys:
+        fail(f"an adapter does not fit its base model {model.config.name_or_path}: it has {fit.unexpected_keys[0]}")
+    role = Role(model, name)
+    if head is not None:
+        role.head = torch.nn.Linear(head.shape[1], 1, bias=False)
+        role.head.weight.data.copy_(head)
+    return role
 
 
 def copy_adapter(role, name, head=None):
-    """A Role on the same model, with a copy of the adapter, and a head with the weights `head`."""
+    """A Role of a copy of a role's adapter on the same model."""
     weights = peft.get_peft_model_state_dict(role.model, adapter_name=role.adapter)
-    model = put_adapter(role.model, name, role.model.peft_config[role.adapter], weights)
-    return Role(model, name, None if head is None else scalar_head(head))
+    return put_adapter(role.model, name, role.model.peft_config[role.adapter], weights, head)
 
 
-def load_policy(args, source):
-    """Policy and reference: an adapter (a copy of the one at --model_path, or a new one) and its frozen copy; with
-    neither adapter nor --use_lora two full models."""
-    auto = transformers.AutoModelForCausalLM
-    if not args.use_lora:
-        return [Role(load_model(auto, source.base, args, trainable=True)) for _ in range(2)]
-    lora, weights = new_lora(args, "CAUSAL_LM"), None
-    if source.adapter:
-        lora, weights, _ = read_adapter(source, scores=False)
-    policy = Role(put_adapter(load_model(auto, source.base, args), "default", lora, weights), "default")
-    return policy, copy_adapter(policy, "ppo_reference")
+def load_roles(args, source, reward_source, same_tokens):
+    """Every base model once, with the roles on it: policy and its frozen copy as adapters or as full models, and the
+    reward model on the policy's base if that is the base it was trained on.
 
-
-def load_reward(args, source, policy_source, policy):
-    """The reward model: its adapter on the policy's base if that is the base it was trained on, else a model of its
-    own."""
-    if not source.adapter:
-        model = load_classifier(source.base, args, trainable=False)
-        return Role(model, None, model.score)
-    lora, weights, head = read_adapter(source, scores=True)
-    shared = args.use_lora and source.base == policy_source.base
-    model = policy.model if shared else load_classifier(source.base, args, trainable=False)
-    return Role(put_adapter(model, "ppo_reward", lora, weights), "ppo_reward", scalar_head(head))
-
-
-def load_value(args, policy, reward):
-    """The value model starts as a copy of the reward model (Stiennon et al. 2020, section 3.4: the value function
-    starts from the reward model's weights), if there is one that reads the policy's tokens; else it starts from the
-    policy with a zero head, so that the first advantages are those of the rewards alone."""
-    if reward and reward.adapter:
-        return copy_adapter(reward, "ppo_value", reward.head.weight.data)
-    if args.use_lora and reward:  # an adapter on the classifier, which without it is the reward model
-        reward.model = put_adapter(reward.model, "ppo_value", new_lora(args, None))
-        return Role(reward.model, "ppo_value", scalar_head(reward.head.weight.data))
+    The value model starts as a copy of the reward model (Stiennon et al. 2020, section 3.4), if there is one that reads
+    the policy's tokens; else as the policy with a zero head, so that the first advantages are those of the rewards."""
     if args.use_lora:
+        model = load_model("CausalLM", source.base, args)
+        policy = put_adapter(model, "default", source.lora or new_lora(args, "CAUSAL_LM"), source.weights)
+        reference = copy_adapter(policy, "ppo_reference")
+    else:
+        policy, reference = (Role(load_model("CausalLM", source.base, args, trainable=True)) for _ in range(2))
+    reward = None
+    if reward_source:
+        shared = args.use_lora and reward_source.lora and reward_source.base == source.base
+        model = policy.model if shared else load_classifier(reward_source.base, args)
+        reward = Role(model, None, None if shared else model.score)
+        if reward_source.lora:
+            reward = put_adapter(model, "ppo_reward", reward_source.lora, reward_source.weights, reward_source.head)
+    start = reward if same_tokens else None
+    if start and start.adapter:
+        value = copy_adapter(start, "ppo_value", start.head.weight)
+    elif start and args.use_lora:  # on the classifier, which without this adapter is the reward model
+        value = put_adapter(start.model, "ppo_value", new_lora(args, None), head=start.head.weight)
+        start.model = value.model
+    elif args.use_lora:
         width = policy.network.get_output_embeddings().weight.shape[1]  # OPT-350m's is not its hidden_size
-        return copy_adapter(policy, "ppo_value", torch.zeros(1, width))
-    model = load_classifier((reward or policy).model.config.name_or_path, args, trainable=True)
-    if not reward:
-        model.score.weight.data.zero_()
-    return Role(model, None, model.score)
-
-
-def load_roles(args, policy_source, reward_source, same_tokens):
-    """Every base model once, with the roles on it."""
-    policy, reference = load_policy(args, policy_source)
-    reward = load_reward(args, reward_source, policy_source, policy) if reward_source else None
-    value = load_value(args, policy, reward if same_tokens else None)
+        value = copy_adapter(policy, "ppo_value", torch.zeros(1, width))
+    else:
+        model = load_classifier(reward_source.base if start else source.base, args, trainable=True)
+        if not start:
+            model.score.weight.data.zero_()
+        value = Role(model, None, model.score)
     return Roles(policy, reference, reward, value)
 
 
 def report_roles(roles):
-    """Say on which model each role stands; a warning where gradients and AdamW's moments (12 bytes a weight) exceed
-    what is free beside the weights (1 GB = 1e9 bytes)."""
+    """Say on which model each role stands, and warn where gradients and AdamW's moments (12 bytes a weight) exceed what
+    is free (1 GB = 1e9 bytes)."""
     print(f"{len(roles.models)} model(s) with {sum(p.nbytes for p in roles.parameters()) / 1e9:.2f} GB of weights:")
     for name in ("policy", "reference", "reward", "value"):
         role = getattr(roles, name)
         if role:
-            number = [model is role.model for model in roles.models].index(True) + 1
-            kind = "an adapter on " if role.adapter else ""
-            print(f"  {name:<10}{kind}model {number}, {role.model.config.name_or_path}")
+            print(f"  {name:<10}{'an adapter on ' if role.adapter else ''}{role.model.config.name_or_path}")
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     needed = 12 * sum(p.numel() for p in roles.trained())
     if needed > free:
@@ -852,28 +832,7 @@ def report_roles(roles):
         print(f"warning: {text}", file=sys.stderr)
 
 
-def save_roles(roles, directory):
-    """The policy in `directory` and the value model in its `value/`, as one PEFT or transformers call loads each."""
-    policy, value = roles.policy, roles.value
-    if policy.adapter:
-        policy.model.save_pretrained(directory, selected_adapters=[policy.adapter])
-    else:
-        save_full(policy.model, directory)
-    if not value.adapter:
-        return save_full(value.model, directory / "value")
-    weights = peft.get_peft_model_state_dict(value.model, adapter_name=value.adapter)
-    weights[SCORE] = value.head.weight.detach()
-    weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
-    config = copy.copy(value.model.peft_config[value.adapter])
-    config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], True
-    config.save_pretrained(directory / "value")
-    save_file(weights, directory / "value" / "adapter_model.safetensors", {"format": "pt"})
-
-
 # ---- texts in one row ----
-
-# what a layer may see less than the whole text by, as the configs of transformers name it
-WINDOWS = r"((sliding_|attention_)?window(s|_size)?|attention_chunk_size|local_attention|index_topk)"
 
 
 def is_recurrent(network):
@@ -882,12 +841,15 @@ def is_recurrent(network):
     return network._is_stateful or not kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
 
 
-def sees_whole_texts(network, longest):
-    """Whether no layer sees less than `longest` tokens, under any mask (flash attention takes none)."""
-    fields = vars(network.config.get_text_config()).items()
-    windows = [value for name, value in fields if re.fullmatch(WINDOWS, name) and isinstance(value, int)]
-    takes_masks = "flash" not in (network.config._attn_implementation or "")
-    return takes_masks and min(windows, default=longest) >= longest
+def shares_rows(network, longest):
+    """Whether several texts of up to `longest` tokens in one row are the same computation as each alone."""
+    config = network.config.get_text_config()
+    takes_masks = network.config._attn_implementation in ("sdpa", "eager")  # flash attention takes none
+    return (
+        config.model_type in SHARES_ROWS
+        and takes_masks
+        and (getattr(config, "sliding_window", 0) or longest) >= longest
+    )
 
 
 @dataclasses.dataclass
@@ -920,22 +882,10 @@ class MicroBatch:
     advantages: torch.Tensor = None  # (B, W)
     returns: torch.Tensor = None  # (B, W)
 
-    @property
-    def inputs(self):
-        """What a model reads."""
-        place = {"position_ids": self.position_ids, "attention_mask": self.mask}
-        return {"input_ids": self.input_ids, **place, "use_cache": False}
-
     def place_actions(self, values):
         """Values (R, K) as (B, W): those of the actions at their places, 0 elsewhere."""
         values = values.flatten()[self.action_index]
         return torch.zeros_like(self.actions, dtype=values.dtype).masked_scatter(self.actions, values)
-
-
-def join(batches):
-    """What is known of the episodes of all micro-batches: a namespace of tensors (N,) or (N, W)."""
-    names = ("lengths", "ended", "actions", "states", "logprobs", "entropy", "ref_logprobs", "values", "scores")
-    return types.SimpleNamespace(**{name: torch.cat([getattr(batch, name) for batch in batches]) for name in names})
 
 
 class KLAboveLimit(Exception):
@@ -959,10 +909,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         self.reward_function = reward_function
         self.run = run
         self.tokenizer = prompt_format.tokenizer
-        self.group_size = min(args.per_device_train_batch_size, args.episodes_per_update // args.num_mini_batches)
         self.ppo_state = {"kl_coef": args.kl_coef, "reward_mean": 0.0, "reward_std": 1.0}
         self.latest = {}  # the last update's metrics, for the next log line
-        self.inner_norms = []  # gradient norms of its optimizer steps but the last
         self.references = []  # the reference's answers to the fixed prompts
         kwargs |= {"data_collator": list, "processing_class": self.tokenizer}
         super(trl_ppo.PPOTrainer, self).__init__(model=roles, args=args, **kwargs)
@@ -971,10 +919,11 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         self.device = self.accelerator.device
         self.episodes = args.episodes_per_update * self.accelerator.num_processes
         self.stop_ids = torch.tensor(prompt_format.stop_ids(roles.policy.network.generation_config), device=self.device)
-        self.share_rows = self.may_share_rows()
+        reward = None if reward_format else roles.reward  # in a format of its own it reads one text at a time
+        readers = [role.network for role in (roles.policy, roles.value, reward) if role]
+        self.share_rows = all(shares_rows(network, args.longest_text) for network in readers)
         if not self.share_rows:
             print("texts that share a row of this model would not be computed as alone: each has a row of its own")
-        roles.mark_trained()
 
     train = transformers.Trainer.train
     get_train_dataloader = transformers.Trainer.get_train_dataloader
@@ -984,32 +933,29 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One PPO update on a rollout, up to its last optimizer step, which Trainer takes."""
-        args, started = self.args, time.perf_counter()
+        started = time.perf_counter()
         model.eval()  # in train mode gradient checkpointing generates without a cache
         batches = self.roll_out(inputs)
-        rollout_seconds = time.perf_counter() - started
-        rollout = join(batches)
-        self.stop_unless(rollout.logprobs.isfinite().all(), "a log-probability")
+        rolled_out = time.perf_counter()
+        names = ("lengths", "ended", "actions", "states", "logprobs", "entropy", "ref_logprobs", "values", "scores")
+        joined = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+        rollout = types.SimpleNamespace(**joined)  # of all N episodes: (N,) or (N, W)
         self.stop_unless(rollout.scores.isfinite().all(), "a reward")
         self.shape_rewards(rollout)
         self.estimate_advantages(rollout, batches)
         kl = self.total(rollout.kl) / self.episodes
-        if self.state.global_step == 0 and not rollout.ended.any():
-            text = f"none of the first answers ended within --response_length {args.response_length} tokens"
-            print(f"\nwarning: {text}: the policy may not have learned to stop (see training_sft.py)", file=sys.stderr)
-        if args.max_kl and kl > args.max_kl:
+        if self.args.max_kl and kl > self.args.max_kl:
             self.latest = {"objective/kl": kl}  # Trainer's loop has no other way out before its optimizer step
-            raise KLAboveLimit(f"KL {kl:.2f} nats is above --max_kl {args.max_kl}")
+            raise KLAboveLimit(f"KL {kl:.2f} nats is above --max_kl {self.args.max_kl}")
         for module in model.modules():  # layers only checkpoint in train mode, in which routers would add noise
             module.training = getattr(module, "gradient_checkpointing", False)
         losses = self.optimize(model, batches)
-        rollout.seconds = rollout_seconds, time.perf_counter() - started - rollout_seconds
         rollout.read = torch.tensor([batch.input_ids.numel() for batch in batches], device=self.device)
-        self.latest = self.measure(rollout, losses, kl)
-        if args.target_kl:  # Ziegler et al. 2019, section 2.2; horizon 10,000 episodes
-            error = min(max(kl / args.target_kl - 1, -0.2), 0.2)
+        self.latest = self.measure(rollout, losses, rolled_out - started, time.perf_counter() - rolled_out)
+        if self.args.target_kl:  # Ziegler et al. 2019, section 2.2; horizon 10,000 episodes
+            error = min(max(kl / self.args.target_kl - 1, -0.2), 0.2)
             self.ppo_state["kl_coef"] *= 1 + error * self.episodes / 10_000
-        return losses["loss/policy_avg"] + args.vf_coef * losses["loss/value_avg"]
+        return losses["loss/policy_avg"] + self.args.vf_coef * losses["loss/value_avg"]
 
     def stop_unless(self, fine, what):
         """Raise FloatingPointError, in all processes at once, if `what` was not finite in one of them."""
@@ -1025,24 +971,25 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     @torch.no_grad()
     def roll_out(self, rows):
         """A response to every prompt with its log-probabilities, values and scores; returns a list of MicroBatch."""
-        responses = self.generate(self.roles.policy, rows)
+        policy, reference, value = self.roles.policy, self.roles.reference, self.roles.value
+        responses = self.generate(policy, rows)
         longest = torch.tensor([max(map(len, responses))], device=self.device)
         width = self.accelerator.gather(longest).max().item()
         batches = []
         for group in self.make_groups(rows, responses):
             some = [rows[i] for i in group], [responses[i] for i in group]
             batches.append(self.collate(*some, width, self.share_rows and len(group) > 1))
-        with self.roles.policy.active():
+        with policy.active() as network:
             for batch in batches:
-                logits = self.response_logits(self.roles.policy, batch)
+                logits = self.response_logits(network, batch)
                 batch.logprobs = batch.place_actions(selective_log_softmax(logits, batch.targets))
                 batch.entropy = batch.place_actions(entropy_from_logits(logits))
-        with self.roles.reference.active():
+        with reference.active() as network:
             for batch in batches:
-                batch.ref_logprobs = self.response_logprobs(self.roles.reference, batch)
-        with self.roles.value.active():
+                batch.ref_logprobs = self.response_logprobs(network, batch)
+        with value.active() as network:
             for batch in batches:
-                batch.values = self.state_values(batch) * batch.states
+                batch.values = value.read(self.hidden_states(network, batch)[batch.state_index]) * batch.states
         self.score(batches)
         return batches
 
@@ -1055,72 +1002,40 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             max_new_tokens=self.args.response_length, do_sample=sample, eos_token_id=self.stop_ids.tolist(),
             pad_token_id=self.tokenizer.pad_token_id, **sampling,
         )  # fmt: skip
-        prompts = [torch.tensor(row["prompt_ids"]) for row in rows]
-        same_length, responses = {}, {}
-        for i, prompt in enumerate(prompts):  # padding before a text would enter a state that goes from token to token
-            same_length.setdefault(len(prompt) if is_recurrent(role.network) else 0, []).append(i)
-        size = self.args.local_rollout_forward_batch_size
-        groups = [group[k : k + size] for group in same_length.values() for k in range(0, len(group), size)]
+        prompts, responses = [torch.tensor(row["prompt_ids"]) for row in rows], []
+        # padding before a text would enter a state that goes from token to token
+        size = 1 if is_recurrent(role.network) else self.args.local_rollout_forward_batch_size
         # autocast keeps its 16-bit copies of weights for the next token only where they are trained
         with role.active(train=True) as network, self.accelerator.autocast():
             kept, network.generation_config = network.generation_config, config  # its own would fill gaps (top_p)
-            for group in groups:
-                some = [prompts[i] for i in group]
+            for some in (prompts[i : i + size] for i in range(0, len(prompts), size)):
                 ids = pad_sequence(some, True, self.tokenizer.pad_token_id, padding_side="left")
-                mask = pad_sequence([torch.ones_like(ids) for ids in some], True, padding_side="left")
+                mask = pad_sequence([torch.ones_like(prompt) for prompt in some], True, padding_side="left")
                 inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
                 sampled = network.generate(**inputs)[:, ids.shape[1] :]
                 stops = torch.isin(sampled, self.stop_ids)
                 ends = torch.where(stops.any(1), stops.int().argmax(1) + 1, sampled.shape[1])
-                responses |= {i: row[:end] for i, row, end in zip(group, sampled.tolist(), ends.tolist())}
+                responses += [response[:end] for response, end in zip(sampled.tolist(), ends.tolist())]
             network.generation_config = kept
-        return [responses[i] for i in range(len(rows))]
-
-    @torch.no_grad()
-    def may_share_rows(self):
-        """Whether several texts in one row are the same computation as each alone, in every model that reads tokens: no
-        layer sees less than the longest text or carries a state, and in a trial a short, the longest and again a short
-        text, which share a beginning, have the hidden states that they have alone."""
-        reward = None if self.reward_format else self.roles.reward  # in a format of its own it reads one text at a time
-        roles = [role for role in (self.roles.policy, self.roles.value, reward) if role]
-        longest = self.args.longest_text
-        if any(is_recurrent(role.network) or not sees_whole_texts(role.network, longest) for role in roles):
-            return False
-        ids = torch.randint(len(self.tokenizer), (longest,), generator=torch.Generator().manual_seed(0)).tolist()
-        rows = [{"prompt_ids": ids[: longest // 2]}] * 3
-        responses = [ids[-1:], ids[longest // 2 :], ids[-2:-1]]
-        batches = [self.collate([row], [response], longest) for row, response in zip(rows, responses)]
-        batches.append(self.collate(rows, responses, longest, one_row=True))
-        for role in {id(role.model): role for role in roles}.values():
-            with role.active() as network:
-                try:
-                    states = [self.hidden_states(role, batch)[batch.state_index[batch.actions]] for batch in batches]
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception:  # a model that cannot read such a row
-                    return False
-            rough = self.args.bf16 or self.args.fp16 or getattr(network, "is_quantized", False)
-            alone, shared = torch.cat(states[:3]), states[3]
-            if (shared - alone).abs().max() > (0.05 if rough else 1e-3) * alone.abs().max():
-                return False
-        return True
+        return responses
 
     def make_groups(self, rows, responses):
         """Indices of the episodes of each micro-batch, sequences of like length together.
 
-        A shared row holds the tokens of `group_size` sequences of the longest kind, so that short ones share passes,
-        but no more than the hidden size unless one sequence has more: there attention, which is not sparse in a shared
-        row, costs about a sixth of the linear layers. Rows of their own, and mini-batches, which should be equal in
-        number, are of `group_size` sequences."""
+        A shared row holds the tokens of `size` sequences of the longest kind, so that short ones share passes, but no
+        more than the hidden size unless one sequence has more: there attention, which is not sparse in a shared row,
+        costs about a sixth of the linear layers. Rows of their own, and mini-batches, which should be equal in number,
+        are of `size` sequences."""
+        size = min(self.args.per_device_train_batch_size, len(rows) // self.args.num_mini_batches)
         shared = len(os.path.commonprefix([row["prompt_ids"] for row in rows]))
         own = [len(row["prompt_ids"]) - shared + len(response) for row, response in zip(rows, responses)]
-        limit = min(self.group_size * self.args.longest_text, self.roles.config.get_text_config().hidden_size)
-        by_number = self.args.num_mini_batches > 1 or not self.share_rows
+        order = sorted(range(len(rows)), key=lambda i: -own[i])
+        if self.args.num_mini_batches > 1 or not self.share_rows:
+            return [order[k : k + size] for k in range(0, len(order), size)]
+        limit = min(size * self.args.longest_text, self.roles.config.get_text_config().hidden_size)
         groups = [[]]
-        for i in sorted(range(len(rows)), key=lambda i: -own[i]):
-            tokens = shared + sum(own[k] for k in [*groups[-1], i])
-            full = len(groups[-1]) >= self.group_size if by_number else tokens > limit
-            if groups[-1] and full:
+        for i in order:
+            if groups[-1] and shared + sum(own[k] for k in [*groups[-1], i]) > limit:
                 groups.append([])
             groups[-1].append(i)
         return groups
@@ -1136,21 +1051,19 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             texts = [torch.tensor(prompt[shared:] + response) for prompt, response in zip(prompts, responses)]
             sizes = torch.tensor([len(text) for text in texts])
             if one_row:
-                ids = torch.cat([torch.tensor(prompts[0][:shared], dtype=torch.long), *texts])[None]
+                beginning = torch.tensor(prompts[0][:shared], dtype=torch.long)
+                ids = torch.cat([beginning, *texts])[None]
                 positions = torch.cat([torch.arange(shared), *(shared + torch.arange(len(text)) for text in texts)])
                 firsts = shared + sizes.cumsum(0) - sizes  # places of the texts in the flat ids
             else:
                 ids = pad_sequence(texts, batch_first=True, padding_value=self.tokenizer.pad_token_id)
                 positions = torch.arange(ids.shape[1])
                 firsts = torch.arange(len(texts)) * ids.shape[1]
-            lengths = torch.tensor([len(response) for response in responses])
-            starts = firsts + sizes - lengths - 1
-            steps = torch.arange(width)
+            lengths, steps = torch.tensor([len(response) for response in responses]), torch.arange(width)
             actions, states = steps < lengths[:, None], steps <= lengths[:, None]
-            state_index = starts[:, None] + torch.minimum(steps, lengths[:, None])
-            places = state_index[actions]
-            columns, inverse = (places % ids.shape[1]).unique(return_inverse=True)
-            action_index = places // ids.shape[1] * len(columns) + inverse
+            state_index = (firsts + sizes - lengths - 1)[:, None] + torch.minimum(steps, lengths[:, None])
+            columns, inverse = (state_index[actions] % ids.shape[1]).unique(return_inverse=True)
+            action_index = state_index[actions] // ids.shape[1] * len(columns) + inverse
             targets = torch.zeros(len(ids) * len(columns), dtype=torch.long)
             targets[action_index] = torch.tensor([token for response in responses for token in response])
             ended = torch.isin(torch.tensor([response[-1] for response in responses]), self.stop_ids)
@@ -1168,54 +1081,52 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         dtype = compute_dtype(self.args)
         return torch.full(seen.shape, torch.finfo(dtype).min, dtype=dtype).masked_fill(seen, 0)[None, None]
 
-    def response_logits(self, role, batch):
-        """Logits (R, K, vocabulary) before the response tokens, over the sampling temperature, float32."""
+    def read(self, model, batch, **kwargs):
+        """What a model makes of the rows."""
+        place = {"position_ids": batch.position_ids, "attention_mask": batch.mask}
         with self.accelerator.autocast():
-            return role.network(**batch.inputs, logits_to_keep=batch.columns).logits.float() / self.args.temperature
+            return model(input_ids=batch.input_ids, use_cache=False, **place, **kwargs)
 
-    def response_logprobs(self, role, batch):
+    def response_logits(self, network, batch):
+        """Logits (R, K, vocabulary) before the response tokens, over the sampling temperature, float32."""
+        return self.read(network, batch, logits_to_keep=batch.columns).logits.float() / self.args.temperature
+
+    def response_logprobs(self, network, batch):
         """Log-probabilities (B, W) of the response tokens, 0 where there is none.
 
         The one code path for old, new and reference log-probabilities: the first ratio is 1 and the first KL is 0."""
-        return batch.place_actions(selective_log_softmax(self.response_logits(role, batch), batch.targets))
+        return batch.place_actions(selective_log_softmax(self.response_logits(network, batch), batch.targets))
 
-    def hidden_states(self, role, batch):
-        """Last hidden states (R * S, hidden) of the rows."""
-        with self.accelerator.autocast():
-            return find_body(role.network)(**batch.inputs).last_hidden_state.flatten(0, 1)
-
-    def state_values(self, batch):
-        """Values (B, W) of the state before each response token."""
-        return self.roles.value.read(self.hidden_states(self.roles.value, batch)[batch.state_index])
+    def hidden_states(self, network, batch):
+        """Last hidden states (R * S, hidden) of the rows, those that a head reads."""
+        body = getattr(network, network.base_model_prefix, None) or network.model  # Llama 4's base_model is itself
+        return self.read(body, batch).last_hidden_state.flatten(0, 1)
 
     def score(self, batches):
         """Fill in the score (B,) of each response: reward model plus reward function, before penalty and scaling.
 
         The function is called once for all of them."""
-        for batch in batches:
-            batch.scores = torch.zeros(len(batch.rows), device=self.device)
-            if self.roles.reward:
-                batch.scores += self.model_scores(batch)
+        texts = [self.response_texts(batch) for batch in batches]
+        given = [0.0 for batch in batches for _ in batch.rows]
         if self.reward_function:
             prompts = [row["text"] for batch in batches for row in batch.rows]
-            texts = [text for batch in batches for text in self.response_texts(batch)]
-            scores = torch.tensor(self.reward_function(prompts, texts), device=self.device)
-            for batch, part in zip(batches, scores.split([len(batch.rows) for batch in batches])):
-                batch.scores += part
+            given = self.reward_function(prompts, sum(texts, []))
+        parts = torch.tensor(given, device=self.device).split([len(batch.rows) for batch in batches])
+        for batch, batch_texts, scores in zip(batches, texts, parts):
+            batch.scores = scores + (self.model_scores(batch, batch_texts) if self.roles.reward else 0)
 
-    def model_scores(self, batch):
-        """The reward model's score (B,) of each response, read at its last token."""
-        role = self.roles.reward
-        with role.active():
+    def model_scores(self, batch, texts):
+        """The reward model's score (B,) of each response, read at its last token; where it reads other tokens than the
+        policy writes, of the conversation in its own. An answer that was cut off has no end token."""
+        role, scores = self.roles.reward, []
+        with role.active() as network:
             if self.reward_format is None:
-                return role.read(self.hidden_states(role, batch)[batch.state_index[:, 0] + batch.lengths])
-            return torch.cat([role.read(self.hidden_states(role, text)[-1:]) for text in self.translate(batch)])
-
-    def translate(self, batch):
-        """Each conversation in the reward model's tokens; an answer that was cut off has no end token."""
-        for row, text, ended in zip(batch.rows, self.response_texts(batch), batch.ended):
-            ids = self.reward_format.encode([*row["messages"], {"role": "assistant", "content": text}])[0]
-            yield self.collate([{"prompt_ids": ids[:1]}], [ids[1:] if ended else ids[1:-1]], len(ids))
+                return role.read(self.hidden_states(network, batch)[batch.state_index[:, 0] + batch.lengths])
+            for row, text, ended in zip(batch.rows, texts, batch.ended):
+                ids = self.reward_format.encode([*row["messages"], {"role": "assistant", "content": text}])[0]
+                alone = self.collate([{"prompt_ids": ids[:1]}], [ids[1:] if ended else ids[1:-1]], len(ids))
+                scores.append(role.read(self.hidden_states(network, alone)[-1:]))
+            return torch.cat(scores)
 
     def response_texts(self, batch):
         texts = self.tokenizer.batch_decode(batch.responses, skip_special_tokens=True)
@@ -1235,8 +1146,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             score = score.clamp(-args.reward_clip, args.reward_clip)
         rollout.shaped_scores = score - args.missing_eos_penalty * ~rollout.ended
         rollout.kl = (rollout.logprobs - rollout.ref_logprobs) * rollout.actions
-        k3 = (-rollout.kl).exp() - 1 + rollout.kl
-        rollout.penalty = self.ppo_state["kl_coef"] * (rollout.kl if args.kl_estimator == "k1" else k3)
+        estimate = rollout.kl if args.kl_estimator == "k1" else (-rollout.kl).exp() - 1 + rollout.kl
+        rollout.penalty = self.ppo_state["kl_coef"] * estimate
         ends = rollout.states.sum(1, keepdim=True) - 1
         rollout.rewards = (-rollout.penalty).scatter_add(1, ends, rollout.shaped_scores[:, None])
         if args.whiten_rewards:
@@ -1276,11 +1187,9 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         for _ in range(self.args.num_ppo_epochs):
             parts = torch.randperm(len(batches)).split(len(batches) // self.args.num_mini_batches)
             plan += [[batches[i] for i in part] for part in parts]
-        self.inner_norms = []
         for mini_batch in plan[:-1]:
             stats.append(self.accumulate_gradients(model, mini_batch))
-            norm = self._clip_grad_norm(model) if self.args.max_grad_norm else None
-            self.inner_norms.append(self._get_grad_norm(model, norm))
+            self._get_grad_norm(model, self._clip_grad_norm(model) if self.args.max_grad_norm else None)
             self.optimizer.step()
             self.optimizer.zero_grad()
         stats.append(self.accumulate_gradients(model, plan[-1]))
@@ -1312,7 +1221,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     def policy_backward(self, batch, actions):
         """Gradients of the clipped policy loss (Schulman et al. 2017, arXiv:1707.06347, equation 7), as a part of the
         mean over `actions` positions. Returns this part of the metrics."""
-        difference = (self.response_logprobs(self.roles.policy, batch) - batch.logprobs) * batch.actions
+        logprobs = self.response_logprobs(self.roles.policy.network, batch)
+        difference = (logprobs - batch.logprobs) * batch.actions
         ratio = difference.exp()
         clipped = ratio.clamp(1 - self.args.cliprange, 1 + self.args.cliprange)
         loss, clipped_loss = -batch.advantages * ratio, -batch.advantages * clipped
@@ -1327,8 +1237,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 
     def value_backward(self, batch, states):
         """The same for the clipped value loss and `states` positions."""
-        values = self.state_values(batch)
-        clip = self.args.cliprange_value
+        role, clip = self.roles.value, self.args.cliprange_value
+        values = role.read(self.hidden_states(role.network, batch)[batch.state_index])
         near = torch.max(torch.min(values, batch.values + clip), batch.values - clip)
         errors, near_errors = (values - batch.returns).square(), (near - batch.returns).square()
         value_loss = 0.5 * (torch.max(errors, near_errors) * batch.states).sum() / states
@@ -1336,59 +1246,51 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         clipfrac = ((near_errors > errors) * batch.states).sum() / states
         return {"loss/value_avg": value_loss.detach(), "val/clipfrac_avg": clipfrac}
 
-    def measure(self, rollout, losses, kl):
+    # ---- what is reported ----
+
+    def measure(self, rollout, losses, rollout_seconds, train_seconds):
         """The update's metrics, over response tokens only and all processes (names as in TRL)."""
-        n, tokens = self.episodes, self.total(rollout.lengths)
-        rollout_seconds, train_seconds = rollout.seconds
-        score = self.total(rollout.scores) / n
-        returns = rollout.returns[rollout.states]
-        variance = self.moments(returns)[1]
-        unexplained = self.moments(returns - rollout.values[rollout.states])[1]
+        n = self.episodes
+        names = ("kl", "lengths", "ended", "scores", "shaped_scores", "logprobs", "entropy", "penalty", "read")
+        total = {name: self.total(getattr(rollout, name)) for name in names}
+        spread = self.total((rollout.scores - total["scores"] / n).square()) / n
+        variance = self.moments(rollout.returns[rollout.states])[1]
+        unexplained = self.moments((rollout.returns - rollout.values)[rollout.states])[1]
         return {
-            "objective/scores": score,
-            "objective/scores_std": math.sqrt(self.total((rollout.scores - score).square()) / n),
-            "objective/kl": kl,
+            "objective/scores": total["scores"] / n,
+            "objective/scores_std": math.sqrt(spread),
+            "objective/kl": total["kl"] / n,
             "objective/kl_coef": self.ppo_state["kl_coef"],
-            "objective/entropy": -self.total(rollout.logprobs) / n,
-            "objective/non_score_reward": -self.total(rollout.penalty) / n,
-            "objective/rlhf_reward": (self.total(rollout.shaped_scores) - self.total(rollout.penalty)) / n,
-            "policy/entropy_avg": self.total(rollout.entropy) / tokens,
+            "objective/entropy": -total["logprobs"] / n,
+            "objective/non_score_reward": -total["penalty"] / n,
+            "objective/rlhf_reward": (total["shaped_scores"] - total["penalty"]) / n,
+            "policy/entropy_avg": total["entropy"] / total["lengths"],
             **{name: value.item() for name, value in losses.items()},
             "val/explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
-            "response/length": tokens / n,
-            "response/stop_rate": self.total(rollout.ended) / n,
+            "response/length": total["lengths"] / n,
+            "response/stop_rate": total["ended"] / n,
             "speed/rollout_seconds": rollout_seconds,
             "speed/train_seconds": train_seconds,
             "speed/episodes_per_second": n / (rollout_seconds + train_seconds),
-            "speed/rollout_tokens_per_second": tokens / rollout_seconds,
-            "speed/train_tokens_per_second": self.args.num_ppo_epochs * self.total(rollout.read) / train_seconds,
+            "speed/rollout_tokens_per_second": total["lengths"] / rollout_seconds,
+            "speed/train_tokens_per_second": self.args.num_ppo_epochs * total["read"] / train_seconds,
             "episode": (self.state.global_step + 1) * n,
         }
 
     def log(self, logs, start_time=None):
-        """Trainer's log line with the last update's metrics; the gradient norm is the mean of its optimizer steps."""
-        if "grad_norm" in logs:
-            norms = [*self.inner_norms, logs["grad_norm"]]
-            logs = {**logs, "grad_norm": sum(norms) / len(norms), **self.latest}
-        transformers.Trainer.log(self, logs, start_time)
-
-    # ---- fixed prompts ----
+        """Trainer's log line of an update, with its metrics."""
+        transformers.Trainer.log(self, logs | self.latest if "grad_norm" in logs else logs, start_time)
 
     @torch.no_grad()
-    def answer(self, role, rows, sample=False):
-        """Answers to the rows and their scores, one dict each: text, score, length in tokens, and whether it ends."""
-        responses = self.generate(role, rows, sample)
+    def answer(self, name, rows, sample=False):
+        """What a role answers to the rows, one dict each: the text, its score, its length in tokens, whether it ends."""
+        responses = self.generate(getattr(self.roles, name), rows, sample)
         batches = [self.collate([row], [response], len(response)) for row, response in zip(rows, responses)]
         self.score(batches)
-        return [
-            {
-                "answer": self.response_texts(batch)[0],
-                "score": batch.scores.item(),
-                "length": batch.lengths.item(),
-                "ended": batch.ended.item(),
-            }
-            for batch in batches
-        ]
+        keys = [f"{name}_{key}" for key in ("answer", "score", "length", "ended")]
+        texts = [self.response_texts(batch)[0] for batch in batches]
+        figures = [(batch.scores.item(), batch.lengths.item(), batch.ended.item()) for batch in batches]
+        return [dict(zip(keys, (text, *found))) for text, found in zip(texts, figures)]
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Greedy answers of the policy and of the reference to the fixed prompts, with their scores.
@@ -1399,14 +1301,11 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             if line["step"] == step and "eval_policy_score" in line:
                 return line
         self.roles.eval()
-        self.references = self.references or self.answer(self.roles.reference, rows)
-        answers = {"policy": self.answer(self.roles.policy, rows), "reference": self.references}
-        metrics, samples = {}, [{"step": step, "row": row["row"], "prompt": row["text"]} for row in rows]
-        for who, found in answers.items():
-            for key in ("score", "length", "ended"):
-                metrics[f"eval_{who}_{key}"] = sum(answer[key] for answer in found) / len(rows)
-            for sample, answer in zip(samples, found):
-                sample |= {f"{who}_{key}": value for key, value in answer.items()}
+        self.references = self.references or self.answer("reference", rows)
+        samples = [{"step": step, "row": row["row"], "prompt": row["text"]} for row in rows]
+        samples = [a | b | c for a, b, c in zip(samples, self.answer("policy", rows), self.references)]
+        keys = [f"{name}_{key}" for name in ("policy", "reference") for key in ("score", "length", "ended")]
+        metrics = {f"eval_{key}": sum(sample[key] for sample in samples) / len(rows) for key in keys}
         if self.is_world_process_zero():
             path = Path(self.args.output_dir, "samples.jsonl")
             lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
@@ -1414,18 +1313,18 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             lines += [json.dumps(sample, ensure_ascii=False) for sample in samples]
             Path(f"{path}.partial").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
             os.replace(f"{path}.partial", path)
-            means = ", ".join(f"{who} {metrics[f'eval_{who}_score']:+.2f}" for who in answers)
-            print(f"\nupdate {step}, mean score of the answers to {len(rows)} fixed prompts: {means}")
+            print(f"\nupdate {step}, mean score of the answers to {len(rows)} fixed prompts: policy "
+                  f"{metrics['eval_policy_score']:+.2f}, reference {metrics['eval_reference_score']:+.2f}")  # fmt: skip
             for sample in samples[:5]:
                 print(f"\n> {sample['prompt'].strip()[-200:]}")
-                for who in answers:
-                    print(f"  {who:<10}{sample[f'{who}_score']:+.2f}  {sample[f'{who}_answer'].strip()}")
+                for name in ("policy", "reference"):
+                    print(f"  {name:<10}{sample[f'{name}_score']:+.2f}  {sample[f'{name}_answer'].strip()}")
         self.log(metrics)
         return metrics
 
     def measure_reference(self, rows):
         """Mean and spread of the score on the reference's own sampled answers (--normalize_reward)."""
-        scores = [found["score"] for found in self.answer(self.roles.reference, rows, sample=True)]
+        scores = [found["reference_score"] for found in self.answer("reference", rows, sample=True)]
         scores = self.accelerator.gather(torch.tensor(scores, device=self.device))
         self.ppo_state |= {"reward_mean": scores.mean().item(), "reward_std": max(scores.std().item(), 1e-4)}
         self.roles.mark_trained()  # the optimizer is made after this
@@ -1435,9 +1334,9 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     def _save(self, output_dir=None, state_dict=None):
         """Policy at the top of the directory, value model in `value/` (in the form of a reward model's checkpoint)."""
         output_dir = Path(output_dir or self.args.output_dir)
-        save_roles(self.roles, output_dir)
-        for place in (output_dir, output_dir / "value"):
-            self.tokenizer.save_pretrained(place)
+        for role, directory in ((self.roles.policy, output_dir), (self.roles.value, output_dir / "value")):
+            role.save(directory)
+            self.tokenizer.save_pretrained(directory)
         generation = self.roles.policy.network.generation_config.to_diff_dict()
         write_json(output_dir / "generation_config.json", {**generation, "eos_token_id": self.stop_ids.tolist()})
         write_json(output_dir / "ppo_state.json", self.ppo_state)
@@ -1445,15 +1344,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         checkpoint = Path(resume_from_checkpoint)
-        for role, directory in ((self.roles.policy, checkpoint), (self.roles.value, checkpoint / "value")):
-            if not role.adapter:
-                for file in sorted(directory.glob("model*.safetensors")):
-                    role.model.load_state_dict(load_file(file), strict=False)
-                continue
-            weights = load_file(directory / "adapter_model.safetensors")
-            if role.head is not None:
-                role.head.weight.data.copy_(weights.pop(SCORE))
-            peft.set_peft_model_state_dict(role.model, weights, adapter_name=role.adapter)
+        self.roles.policy.load(checkpoint)
+        self.roles.value.load(checkpoint / "value")
         self.ppo_state = read_json(checkpoint / "ppo_state.json")
 
 
@@ -1604,14 +1496,16 @@ def run_stage(args):
     reward_function = load_reward_function(args.reward_function) if args.reward_function else None
     policy = locate_model(args.model_path, "--model_path")
     reward = locate_model(args.reward_model_path, "--reward_model_path") if args.reward_model_path else None
-    check_models(args, policy, reward)
+    if policy.lora:
+        check_lora_flags(args, policy)
+    if reward:
+        print(f"--reward_model_path {args.reward_model_path}: {describe_reward_model(reward.run)}")
     checkpoint = find_checkpoint(args)
     if args.push_to_hub:
         huggingface_hub.utils.validate_repo_id(Path(args.output_dir).resolve().name)
         huggingface_hub.whoami()
 
-    tokenizer = load_tokenizer(policy, args)
-    prompt_format = choose_format("--model_path", args.prompt_format, policy.run.get("prompt_format"), tokenizer)
+    prompt_format = load_format(args, policy, args.prompt_format)
     reward_format, same_tokens = pick_reward_format(args, reward, prompt_format) if reward else (None, True)
     train_rows, counts = load_prompts(args, args.subset, args.split, "--split", prompt_format)
     eval_rows = train_rows.select(range(min(8, len(train_rows))))
@@ -1636,7 +1530,9 @@ def run_stage(args):
     print(f"{updates} updates of {episodes} episodes, {steps} optimizer steps each")
     if args.dry_run:
         for row in train_rows.select(range(min(2, len(train_rows)))):
-            print(f"--- row {row['row']}, {len(row['prompt_ids'])} tokens\n{tokenizer.decode(row['prompt_ids'])}")
+            print(
+                f"--- row {row['row']}, {len(row['prompt_ids'])} tokens\n{prompt_format.tokenizer.decode(row['prompt_ids'])}"
+            )
         print("dry run: everything fits; nothing was loaded or written")
         return
 
