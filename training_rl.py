@@ -29,7 +29,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import re
@@ -312,7 +311,6 @@ if __name__ == "__main__":  # before the slow imports: --help and a mistyped fla
     parse_flags()
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional CPU kernel at every start
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # trl 1.12 uses names of before v6
 
 import accelerate
@@ -323,20 +321,17 @@ import psutil
 import torch
 import transformers
 from peft.helpers import disable_input_dtype_casting
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, safe_open, save_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers.trainer_callback import ProgressCallback
 from trl.experimental import ppo as trl_ppo
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 SCORE = "base_model.model.score.weight"  # PEFT's name for the head of a reward model's adapter
-# Families that compute several texts in one row as each alone: they attend to whole texts, take positions from
-# position_ids and a 4-D mask as it is (tests/test_families.py).
-SHARES_ROWS = {
-    "deepseek_v3", "glm4", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe",
-    "seed_oss", "smollm3", "stablelm", "starcoder2",
-}  # fmt: skip
+# Families that compute several texts in one row as each alone (held by tests/test_rl.py): they attend to whole texts,
+# and take positions and a 4-D mask as they are given.
+SHARES_ROWS = """arcee cohere deepseek_v3 ernie4_5 gemma glm glm4 gpt2 gpt_neox granite llama mistral mixtral nemotron olmo
+    olmo2 phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2""".split()
 
 
 def read_json(path):
@@ -353,12 +348,11 @@ def write_json(path, value):
 
 @dataclasses.dataclass
 class PPOSettings(trl_ppo.PPOConfig):
-    """TRL's PPOConfig with what it has no field for. `per_device_train_batch_size` counts sequences in a forward pass,
-    `episodes_per_update` the answers of an update on each process; lengths are in tokens, KL in nats per answer."""
+    """TRL's PPOConfig and what it has no field for. `per_device_train_batch_size`: sequences in a forward pass."""
 
-    episodes_per_update: int = 1
-    longest_text: int = 640  # a prompt with its answer
-    target_kl: float | None = None
+    episodes_per_update: int = 1  # answers, on each process
+    longest_text: int = 640  # tokens of a prompt with its answer
+    target_kl: float | None = None  # nats per answer
     max_kl: float | None = None
     reward_clip: float | None = None
 
@@ -413,10 +407,10 @@ def load_split(args, subset, split, flag):
     place, source, files = Path(args.dataset_name), args.dataset_name, {"data_dir": subset}
     if place.is_file():
         source, files = place.suffix[1:].replace("jsonl", "json"), {"data_files": str(place)}
-    elif (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():  # of save_to_disk
-        parts = read_json(place / "dataset_dict.json").get("splits", [])
-        parts = {part: f"{place}/{part}/*.arrow" for part in parts}
-        source, files = "arrow", {"data_files": parts or {"train": f"{place}/*.arrow"}}
+    elif any(place.glob("dataset_*.json")):  # of save_to_disk
+        parts = read_json(place / "dataset_dict.json").get("splits", ["."])
+        source = "arrow"
+        files = {"data_files": {part.replace(".", "train"): f"{place}/{part}/*.arrow" for part in parts}}
     name, bracket, part = split.partition("[")
     where = f"{args.dataset_name} {subset or ''}".strip()
     try:
@@ -435,9 +429,7 @@ def load_split(args, subset, split, flag):
 
 
 def load_prompts(args, subset, split, flag, prompt_format):
-    """(rows, counts) of one split: rows with `row`, `prompt_ids`, `messages` and `text` (the last user turn).
-
-    Prompts over --max_prompt_length are left out, and up to a tenth that are no prompts."""
+    """(rows, counts) of a split without what is too long: `row`, `prompt_ids`, `messages`, `text` (the last turn)."""
     data, where = load_split(args, subset, split, flag)
     column = next((name for name in ("prompt", "question") if name in data.column_names), None)
     if not column:
@@ -465,15 +457,13 @@ def load_prompts(args, subset, split, flag, prompt_format):
         if left_out > len(rows) / 10:
             fail(message)
         print(f"warning: left out: {message}", file=sys.stderr)
-    counts = {"rows": len(kept), "too_long": len(rows) - left_out - len(kept), "left_out": left_out}
-    summary = (
-        f"{where}: column {column}, format {prompt_format.name}; {len(kept)} prompts, {counts['too_long']} left out"
-    )
-    summary += f" (over --max_prompt_length {args.max_prompt_length} tokens)"
+    too_long = len(rows) - left_out - len(kept)
+    reason = f"over --max_prompt_length {args.max_prompt_length} tokens"
     if not len(kept):
-        fail(summary)
-    print(summary)
-    return kept, counts
+        fail(f"{where}: all {too_long} prompts are {reason}")
+    kind = f"column {column}, format {prompt_format.name}"
+    print(f"{where}: {kind}; {len(kept)} prompts, {too_long} left out ({reason})")
+    return kept, {"rows": len(kept), "too_long": too_long, "left_out": left_out}
 
 
 def load_reward_function(spec):
@@ -563,15 +553,15 @@ def check_lora_flags(args, source):
             fail(f"--lora_{name} {asked}: the adapter {source.adapter} has {found}; leave the flag out")
 
 
-def describe_reward_model(run):
-    """How good the reward model is, by the report in its run.json."""
+def report_reward_model(path, run):
+    """Say how good the reward model is, by the report in its run.json."""
     report = run.get("metrics", {}).get("report")
-    if not report:
-        return "no evaluation on record, so nobody knows how good it is"
-    low, high = report["accuracy_interval"]
-    chance = ", which is not above chance" if low <= 0.5 else ""
-    share = f"prefers the chosen answer in {report['accuracy']:.3f} of {report['pairs']} pairs"
-    return f"{share} (95% interval {low:.3f} to {high:.3f}){chance}"
+    quality = "no evaluation on record, so nobody knows how good it is"
+    if report:
+        low, high = report["accuracy_interval"]
+        quality = f"prefers the chosen answer in {report['accuracy']:.3f} of {report['pairs']} pairs (95% interval "
+        quality += f"{low:.3f} to {high:.3f}){', which is not above chance' if low <= 0.5 else ''}"
+    print(f"--reward_model_path {path}: {quality}")
 
 
 def load_format(args, source, requested, other=None):
@@ -735,14 +725,11 @@ class Roles(torch.nn.Module):
             switch_off(network)
         self.mark_trained()
 
-    def trained(self):
-        return [p for p in self.policy.parameters() + self.value.parameters() if p.is_floating_point()]
-
     def mark_trained(self):
         """Gradients for the policy and the value model only; `Role.active` leaves them to the role that it was for."""
         self.requires_grad_(False)
-        for parameter in self.trained():
-            parameter.requires_grad_(True)
+        for parameter in self.policy.parameters() + self.value.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
 
 
 def new_lora(args, task_type):
@@ -826,7 +813,7 @@ def report_roles(roles):
         if role:
             print(f"  {name:<10}{'an adapter on ' if role.adapter else ''}{role.model.config.name_or_path}")
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    needed = 12 * sum(p.numel() for p in roles.trained())
+    needed = 12 * sum(p.numel() for p in roles.parameters() if p.requires_grad)
     if needed > free:
         text = f"gradients and optimizer take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: see --use_lora"
         print(f"warning: {text}", file=sys.stderr)
@@ -842,14 +829,13 @@ def is_recurrent(network):
 
 
 def shares_rows(network, longest):
-    """Whether several texts of up to `longest` tokens in one row are the same computation as each alone."""
+    """Whether several texts of up to `longest` tokens in one row are the same computation as each alone: no layer sees
+    less, and none turns its rotations by the length (longrope)."""
     config = network.config.get_text_config()
-    takes_masks = network.config._attn_implementation in ("sdpa", "eager")  # flash attention takes none
-    return (
-        config.model_type in SHARES_ROWS
-        and takes_masks
-        and (getattr(config, "sliding_window", 0) or longest) >= longest
-    )
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = [getattr(config, "sliding_window", None), rope.get("original_max_position_embeddings")]
+    takes_masks = network.config._attn_implementation in ("sdpa", "eager")
+    return config.model_type in SHARES_ROWS and takes_masks and all(longest <= (limit or longest) for limit in limits)
 
 
 @dataclasses.dataclass
@@ -1431,21 +1417,16 @@ def describe_run(args, source, prompt_format, counts):
     def digest(value):
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
-    tokenizer = prompt_format.tokenizer
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+    template, vocabulary = prompt_format.tokenizer.chat_template, prompt_format.tokenizer.get_vocab()
     return {
-        "stage": "rl",
-        "base_model": source.base,
-        "base_digest": digest_base(source.base) if args.use_lora else None,
-        "parent": str(source.adapter or source.base),
-        "parent_stage": source.run.get("stage"),
-        "prompt_format": prompt_format.name,
-        "chat_template_hash": digest(tokenizer.chat_template) if prompt_format.name == "chat" else None,
-        "tokenizer_hash": digest(tokenizer.get_vocab()),
-        "dataset": {"name": args.dataset_name, "subset": args.subset, **counts},
-        "arguments": vars(args),
+        "stage": "rl", "base_model": source.base, "base_digest": digest_base(source.base) if args.use_lora else None,
+        "parent": str(source.adapter or source.base), "parent_stage": source.run.get("stage"),
+        "prompt_format": prompt_format.name, "tokenizer_hash": digest(vocabulary),
+        "chat_template_hash": digest(template) if prompt_format.name == "chat" else None,
+        "dataset": {"name": args.dataset_name, "subset": args.subset, **counts}, "arguments": vars(args),
         "versions": {"scripts": 2, **{name: importlib.metadata.version(name) for name in packages}},
-    }
+    }  # fmt: skip
 
 
 def train(trainer, callback, checkpoint):
@@ -1460,13 +1441,13 @@ def train(trainer, callback, checkpoint):
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         return None
     except (FloatingPointError, KLAboveLimit) as error:
-        done, limit = trainer.state.global_step, isinstance(error, KLAboveLimit)
-        steps = {finished_steps(path): path for path in Path(trainer.args.output_dir).glob("checkpoint-*")}
-        newest = steps.get(max((step for step in steps if step <= done - limit), default=0), "none")
         print(file=sys.stderr)  # here the line of the bar ends
-        if not limit:
-            fail(f"{error}; the last good checkpoint: {newest}")
-        print(f"{error}: stopped after update {done}; the newest checkpoint below it: {newest}")
+        done, too_far = trainer.state.global_step, isinstance(error, KLAboveLimit)
+        steps = {finished_steps(path): path for path in Path(trainer.args.output_dir).glob("checkpoint-*")}
+        good = steps.get(max((step for step in steps if step <= done - too_far), default=0), "none")
+        if not too_far:
+            fail(f"{error}; the last good checkpoint: {good}")
+        print(f"{error}: stopped after update {done}; the newest checkpoint below it: {good}")
         return str(error)
     finally:
         for name, handler in handlers.items():
@@ -1499,7 +1480,7 @@ def run_stage(args):
     if policy.lora:
         check_lora_flags(args, policy)
     if reward:
-        print(f"--reward_model_path {args.reward_model_path}: {describe_reward_model(reward.run)}")
+        report_reward_model(args.reward_model_path, reward.run)
     checkpoint = find_checkpoint(args)
     if args.push_to_hub:
         huggingface_hub.utils.validate_repo_id(Path(args.output_dir).resolve().name)
