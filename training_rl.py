@@ -346,6 +346,13 @@ def write_json(path, value):
     Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
+def write_lines(path, rows):
+    """JSON Lines, which replace those that are there when they are complete."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    Path(f"{path}.partial").write_text(text, encoding="utf-8")
+    os.replace(f"{path}.partial", path)
+
+
 @dataclasses.dataclass
 class PPOSettings(trl_ppo.PPOConfig):
     """TRL's PPOConfig and what it has no field for. `per_device_train_batch_size`: sequences in a forward pass."""
@@ -448,21 +455,20 @@ def load_prompts(args, subset, split, flag, prompt_format):
 
     rows = data.map(encode, with_indices=True, remove_columns=data.column_names, desc="Tokenizing")
     kept = rows.filter(lambda row: 0 < len(row["prompt_ids"]) <= args.max_prompt_length).remove_columns("problem")
-    numbers = {}  # of the rows with each problem
+    numbers = {"": []}  # of the rows with each problem
     for number, problem in enumerate(rows["problem"]):
         numbers.setdefault(problem, []).append(str(number))
-    left_out = len(rows) - len(numbers.pop("", []))
+    left_out = len(rows) - len(numbers.pop(""))
     for problem, found in numbers.items():
         message = f"{where}: {len(found)} of {len(rows)} rows (row {', '.join(found[:3])}): {problem}"
         if left_out > len(rows) / 10:
             fail(message)
         print(f"warning: left out: {message}", file=sys.stderr)
     too_long = len(rows) - left_out - len(kept)
-    reason = f"over --max_prompt_length {args.max_prompt_length} tokens"
+    limit = f"{too_long} left out (over --max_prompt_length {args.max_prompt_length} tokens)"
     if not len(kept):
-        fail(f"{where}: all {too_long} prompts are {reason}")
-    kind = f"column {column}, format {prompt_format.name}"
-    print(f"{where}: {kind}; {len(kept)} prompts, {too_long} left out ({reason})")
+        fail(f"{where}: there is no prompt, {limit}")
+    print(f"{where}: column {column}, format {prompt_format.name}; {len(kept)} prompts, {limit}")
     return kept, {"rows": len(kept), "too_long": too_long, "left_out": left_out}
 
 
@@ -502,55 +508,53 @@ class Source:
 
 def digest_base(base):
     """Hash of a part of one weight matrix of a local base model, which training it in place would change; else None."""
-    files = sorted(Path(base).glob("*.safetensors"))
-    if not files:
-        return None
-    with safe_open(files[0], framework="pt") as file:
-        matrices = sorted(name for name in file.keys() if len(file.get_slice(name).get_shape()) == 2)
-        rows = file.get_slice(matrices[len(matrices) // 2])[:64]
-    return hashlib.sha256(rows.float().numpy().tobytes()).hexdigest()[:16]
+    for path in sorted(Path(base).glob("*.safetensors"))[:1]:
+        with safe_open(path, framework="pt") as file:
+            matrices = sorted(name for name in file.keys() if len(file.get_slice(name).get_shape()) == 2)
+            rows = file.get_slice(matrices[len(matrices) // 2])[:64]
+        return hashlib.sha256(rows.float().numpy().tobytes()).hexdigest()[:16]
 
 
-def locate_model(path, flag):
-    """The Source that `path` (a hub id, a model directory or an adapter directory) is; no base model is loaded."""
-    folder, scores = Path(path), flag == "--reward_model_path"
+def locate_model(args, flag):
+    """The Source of a model that is a hub id, a model directory or an adapter directory; no base model is loaded."""
+    path, scores = getattr(args, flag), flag == "reward_model_path"
+    folder, flag = Path(path), f"--{flag} {path}"
     run, has_lora = read_json(folder / "run.json"), (folder / "adapter_config.json").is_file()
     stage = run.get("parent_stage") if run.get("stage") == "merge" else run.get("stage")
     if stage and (stage == "reward") != scores:
-        fail(f"{flag} {path} comes from the stage {stage!r}, so it is the wrong kind of model")
+        fail(f"{flag} comes from the stage {stage!r}, so it is the wrong kind of model")
     if folder.is_dir() and not has_lora and not (folder / "config.json").is_file():
-        fail(f"{flag} {path} holds no model; that of a finished run is in its final_checkpoint")
+        fail(f"{flag} holds no model; that of a finished run is in its final_checkpoint")
     lora = peft.PeftConfig.from_pretrained(path) if has_lora else None
     base = str(lora.base_model_name_or_path) if lora else path
     if not Path(base).is_dir() and (Path(base).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base)):
-        fail(f"{flag} {path}: {base!r} does not exist; it should be a model directory or a hub id")
+        fail(f"{flag}: {base!r} does not exist; it should be a model directory or a hub id")
     if lora and Path(base).is_dir() and run.get("base_digest") not in (None, digest_base(base)):
-        fail(f"the base model {base} has other weights than the one that the adapter {path} was trained on")
+        fail(f"{flag} was trained on other weights than the base model {base} has now")
     base = str(Path(base).resolve()) if Path(base).is_dir() else base
     if not lora:
         return Source(base, run)
     weights = load_file(folder / "adapter_model.safetensors")
     heads = [weights.pop(name) for name in list(weights) if "lora_" not in name]
     if lora.peft_type != "LORA" or lora.alora_invocation_tokens:
-        fail(f"{flag} {path} is a {lora.peft_type} adapter; only plain LoRA adapters can be trained on")
+        fail(f"{flag} is a {lora.peft_type} adapter; only plain LoRA adapters can be trained on")
     if scores and [head.shape[:-1] for head in heads] != [(1,)]:
-        fail(f"{flag} {path} is not a reward model's adapter: it should hold LoRA weights and one scalar head")
+        fail(f"{flag} is not a reward model's adapter: it should hold LoRA weights and one scalar head")
     if heads and not scores:
-        fail(f"{flag} {path} changes more than LoRA weights (modules_to_save, bias): merge it, and start from that")
+        fail(f"{flag} changes more than LoRA weights (modules_to_save, bias): merge it, and start from that")
     lora.inference_mode, lora.modules_to_save = False, None
     lora.task_type = None if scores else "CAUSAL_LM"  # PEFT would make a head of its own for SEQ_CLS
     return Source(base, run, folder.resolve(), lora, weights, *heads)
 
 
-def check_lora_flags(args, source):
+def check_lora_flags(args, lora):
     """Refuse flags that contradict the adapter that training goes on from."""
-    lora = source.lora
     targets = [lora.target_modules] if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
     has = {"r": lora.r, "alpha": lora.lora_alpha, "dropout": lora.lora_dropout, "target_modules": targets}
     for name, found in has.items():
         asked = getattr(args, f"lora_{name}")
         if (sorted(asked) if isinstance(asked, list) else asked) not in (None, found):
-            fail(f"--lora_{name} {asked}: the adapter {source.adapter} has {found}; leave the flag out")
+            fail(f"--lora_{name} {asked}: the adapter {args.model_path} has {found}; leave the flag out")
 
 
 def report_reward_model(path, run):
@@ -597,7 +601,7 @@ def compute_dtype(args):
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
-def load_model(kind, base, args, trainable=False, **kwargs):
+def load_model(kind, base, args, trainable=False):
     """A base model, of transformers' AutoModelFor`kind`. Weights that are trained are float32 (under autocast a
     bfloat16 AdamW step of 3e-6 would round to nothing); frozen ones have the precision the model computes in."""
     quantization = transformers.BitsAndBytesConfig(
@@ -612,8 +616,10 @@ def load_model(kind, base, args, trainable=False, **kwargs):
         device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else None,
         trust_remote_code=args.trust_remote_code,
         use_safetensors=True,  # no pickle
-        **kwargs,
+        **({"num_labels": 1} if kind == "SequenceClassification" else {}),
     )
+    if kind == "SequenceClassification" and not hasattr(model, "score"):
+        fail(f"{base} has no scalar head named score, as reward models have here; use --reward_function")
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # 4 bit, packed in a pass in eval mode: no gradients
             module.support_avx512bf16_for_cpu = False
@@ -623,17 +629,9 @@ def load_model(kind, base, args, trainable=False, **kwargs):
     return model
 
 
-def load_classifier(base, args, trainable=False):
-    model = load_model("SequenceClassification", base, args, trainable, num_labels=1)
-    if not hasattr(model, "score"):
-        fail(f"{base} has no scalar head named score, as reward models have here; use --reward_function")
-    return model
-
-
 def switch_off(model):
-    """No dropout, so that the first ratio is 1, and no auxiliary loss of experts, which is SFT's alone.
-
-    `saved_config` keeps what the base has, for saving."""
+    """No dropout, so that the first ratio is 1, and no auxiliary loss of experts, which is SFT's alone; `saved_config`
+    keeps what the base has."""
     model.saved_config = copy.deepcopy(model.config)
     for holder in [model.config, model.config.get_text_config(), *model.modules()]:
         for name, value in vars(holder).items():
@@ -682,7 +680,7 @@ class Role:
         return weights + (list(self.head.parameters()) if self.head is not None else [])
 
     def save(self, directory):
-        """In a form that one PEFT or transformers call loads: a head's adapter as that of a reward model."""
+        """In a form that one PEFT or transformers call loads: adapter and head as those of a reward model."""
         if not self.adapter:
             running, self.model.config = self.model.config, self.model.saved_config
             self.model.save_pretrained(directory)
@@ -701,14 +699,13 @@ class Role:
 
     def load(self, directory):
         """Take back what was saved."""
-        if not self.adapter:
-            for file in directory.glob("model*.safetensors"):
-                self.model.load_state_dict(load_file(file), strict=False)
-            return
-        weights = load_file(directory / "adapter_model.safetensors")
-        if self.head is not None:
-            self.head.weight.data.copy_(weights.pop(SCORE))
-        peft.set_peft_model_state_dict(self.model, weights, adapter_name=self.adapter)
+        for file in directory.glob("model*.safetensors"):
+            self.model.load_state_dict(load_file(file), strict=False)
+        if self.adapter:
+            weights = load_file(directory / "adapter_model.safetensors")
+            if self.head is not None:
+                self.head.weight.data.copy_(weights.pop(SCORE))
+            peft.set_peft_model_state_dict(self.model, weights, adapter_name=self.adapter)
 
 
 class Roles(torch.nn.Module):
@@ -752,8 +749,8 @@ def put_adapter(model, name, config, weights=None, head=None):
             model = peft.get_peft_model(model, copy.deepcopy(config), adapter_name=name)
     except ValueError as error:
         fail(f"--lora_target_modules: {error}")
-    fit = peft.set_peft_model_state_dict(model, weights, adapter_name=name) if weights else None
-    if fit and fit.unexpected_keys:
+    fit = peft.set_peft_model_state_dict(model, weights or {}, adapter_name=name)
+    if fit.unexpected_keys:
         fail(f"an adapter does not fit its base model {model.config.name_or_path}: it has {fit.unexpected_keys[0]}")
     role = Role(model, name)
     if head is not None:
@@ -783,10 +780,11 @@ def load_roles(args, source, reward_source, same_tokens):
     reward = None
     if reward_source:
         shared = args.use_lora and reward_source.lora and reward_source.base == source.base
-        model = policy.model if shared else load_classifier(reward_source.base, args)
-        reward = Role(model, None, None if shared else model.score)
+        model = policy.model if shared else load_model("SequenceClassification", reward_source.base, args)
         if reward_source.lora:
             reward = put_adapter(model, "ppo_reward", reward_source.lora, reward_source.weights, reward_source.head)
+        else:
+            reward = Role(model, None, model.score)
     start = reward if same_tokens else None
     if start and start.adapter:
         value = copy_adapter(start, "ppo_value", start.head.weight)
@@ -797,7 +795,8 @@ def load_roles(args, source, reward_source, same_tokens):
         width = policy.network.get_output_embeddings().weight.shape[1]  # OPT-350m's is not its hidden_size
         value = copy_adapter(policy, "ppo_value", torch.zeros(1, width))
     else:
-        model = load_classifier(reward_source.base if start else source.base, args, trainable=True)
+        base = reward_source.base if start else source.base
+        model = load_model("SequenceClassification", base, args, trainable=True)
         if not start:
             model.score.weight.data.zero_()
         value = Role(model, None, model.score)
@@ -805,27 +804,17 @@ def load_roles(args, source, reward_source, same_tokens):
 
 
 def report_roles(roles):
-    """Say on which model each role stands, and warn where gradients and AdamW's moments (12 bytes a weight) exceed what
-    is free (1 GB = 1e9 bytes)."""
-    print(f"{len(roles.models)} model(s) with {sum(p.nbytes for p in roles.parameters()) / 1e9:.2f} GB of weights:")
-    for name in ("policy", "reference", "reward", "value"):
-        role = getattr(roles, name)
-        if role:
-            print(f"  {name:<10}{'an adapter on ' if role.adapter else ''}{role.model.config.name_or_path}")
+    """Say what the models take, and warn where gradients and AdamW's moments (12 bytes a weight) exceed what is free."""
+    trained = sum(p.numel() for p in roles.parameters() if p.requires_grad)
+    size = sum(p.nbytes for p in roles.parameters()) / 1e9
+    print(f"four roles on {len(roles.models)} model(s), {size:.2f} GB (1e9 bytes); {trained:,} weights are trained")
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    needed = 12 * sum(p.numel() for p in roles.parameters() if p.requires_grad)
-    if needed > free:
-        text = f"gradients and optimizer take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: see --use_lora"
+    if 12 * trained > free:
+        text = f"gradients and optimizer take {12 * trained / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: see --use_lora"
         print(f"warning: {text}", file=sys.stderr)
 
 
-# ---- texts in one row ----
-
-
-def is_recurrent(network):
-    """Whether some layer carries a state from token to token, so that what lies before a text changes it."""
-    kinds = set(getattr(network.config.get_text_config(), "layer_types", None) or ())
-    return network._is_stateful or not kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
+# ---- training ----
 
 
 def shares_rows(network, longest):
@@ -840,12 +829,10 @@ def shares_rows(network, longest):
 
 @dataclasses.dataclass
 class MicroBatch:
-    """Some episodes of a rollout as R rows of S tokens. R is 1 where texts may share a row: the tokens that all prompts
-    begin with once, then of each episode the rest of its prompt and its response (beginning | rest 1, response 1 | rest
-    2, response 2 | ...); `mask` keeps the episodes apart. Else each episode has its own row, padded behind it.
-
-    B episodes, W response positions; a response of length n has actions at 0..n-1, and where W allows the state after
-    its last token at n. What is None at first is filled in by the update, per episode (B,) or position (B, W)."""
+    """B episodes of a rollout with W response positions, as R rows of S tokens. R is 1 where texts share a row: what all
+    prompts begin with, then of each episode the rest of its prompt and its response, which `mask` keeps apart. Else
+    each episode has its own row, padded behind it. A response of length n has actions at 0..n-1, and where W allows the
+    state after its last token at n. What is None at first is filled in by the update."""
 
     rows: list
     responses: list
@@ -875,18 +862,15 @@ class MicroBatch:
 
 
 class KLAboveLimit(Exception):
-    """The KL of a rollout is above --max_kl."""
+    pass
 
 
 class PPOTrainer(trl_ppo.PPOTrainer):
-    """PPO on `transformers.Trainer`'s own loop: TRL's are the algorithm, its settings and the names of its metrics,
-    while its __init__ is skipped and its train() given back to Trainer, one step of which is one update (a rollout,
-    and num_ppo_epochs x num_mini_batches optimizer steps on it), so that clipping, schedule, mixed precision, logging,
-    checkpoints and resume are Trainer's.
+    """TRL's algorithm, settings and names of metrics on the loop of `transformers.Trainer`, whose `train` is taken back:
+    one of its steps is one update, a rollout and num_ppo_epochs x num_mini_batches optimizer steps on it.
 
     `prompt_format` is the policy's; `reward_format` that of a reward model which reads other tokens, or None;
-    `reward_function`(prompts, responses) gives floats for texts, which are added to the model's scores; `run` is what
-    run.json says."""
+    `reward_function`(prompts, responses) gives floats that are added to the model's scores; `run` is for run.json."""
 
     def __init__(self, roles, args, prompt_format, reward_format, reward_function, run, **kwargs):
         self.roles = roles
@@ -895,6 +879,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         self.reward_function = reward_function
         self.run = run
         self.tokenizer = prompt_format.tokenizer
+        self.stop_ids = torch.tensor(prompt_format.stop_ids(roles.policy.network.generation_config), device=args.device)
         self.ppo_state = {"kl_coef": args.kl_coef, "reward_mean": 0.0, "reward_std": 1.0}
         self.latest = {}  # the last update's metrics, for the next log line
         self.references = []  # the reference's answers to the fixed prompts
@@ -902,9 +887,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         super(trl_ppo.PPOTrainer, self).__init__(model=roles, args=args, **kwargs)
         self._train_batch_size = args.episodes_per_update  # the prompts that Trainer draws for one of its steps
         self.model_accepts_loss_kwargs = False
-        self.device = self.accelerator.device
-        self.episodes = args.episodes_per_update * self.accelerator.num_processes
-        self.stop_ids = torch.tensor(prompt_format.stop_ids(roles.policy.network.generation_config), device=self.device)
+        self.episodes = args.episodes_per_update * args.world_size
         reward = None if reward_format else roles.reward  # in a format of its own it reads one text at a time
         readers = [role.network for role in (roles.policy, roles.value, reward) if role]
         self.share_rows = all(shares_rows(network, args.longest_text) for network in readers)
@@ -936,7 +919,6 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         for module in model.modules():  # layers only checkpoint in train mode, in which routers would add noise
             module.training = getattr(module, "gradient_checkpointing", False)
         losses = self.optimize(model, batches)
-        rollout.read = torch.tensor([batch.input_ids.numel() for batch in batches], device=self.device)
         self.latest = self.measure(rollout, losses, rolled_out - started, time.perf_counter() - rolled_out)
         if self.args.target_kl:  # Ziegler et al. 2019, section 2.2; horizon 10,000 episodes
             error = min(max(kl / self.args.target_kl - 1, -0.2), 0.2)
@@ -945,7 +927,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 
     def stop_unless(self, fine, what):
         """Raise FloatingPointError, in all processes at once, if `what` was not finite in one of them."""
-        if self.total(torch.tensor(not fine, device=self.device)):
+        if self.total(torch.tensor(not fine, device=self.args.device)):
             raise FloatingPointError(f"{what} is NaN or infinite in update {self.state.global_step + 1}")
 
     def total(self, values):
@@ -959,7 +941,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         """A response to every prompt with its log-probabilities, values and scores; returns a list of MicroBatch."""
         policy, reference, value = self.roles.policy, self.roles.reference, self.roles.value
         responses = self.generate(policy, rows)
-        longest = torch.tensor([max(map(len, responses))], device=self.device)
+        longest = torch.tensor([max(map(len, responses))], device=self.args.device)
         width = self.accelerator.gather(longest).max().item()
         batches = []
         for group in self.make_groups(rows, responses):
@@ -981,8 +963,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 
     @torch.no_grad()
     def generate(self, role, rows, sample=True):
-        """Responses (lists of token ids, at most response_length, ending with the first stop id) to the rows'
-        prompts."""
+        """Responses to the rows' prompts: lists of at most response_length ids that end with the first stop id."""
         sampling = {"temperature": self.args.temperature, "top_k": 0, "top_p": 1.0} if sample else {}
         config = transformers.GenerationConfig(
             max_new_tokens=self.args.response_length, do_sample=sample, eos_token_id=self.stop_ids.tolist(),
@@ -990,14 +971,20 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         )  # fmt: skip
         prompts, responses = [torch.tensor(row["prompt_ids"]) for row in rows], []
         # padding before a text would enter a state that goes from token to token
-        size = 1 if is_recurrent(role.network) else self.args.local_rollout_forward_batch_size
+        kinds = set(getattr(role.network.config.get_text_config(), "layer_types", None) or ())
+        recurrent = role.network._is_stateful or not kinds <= {
+            "full_attention",
+            "sliding_attention",
+            "chunked_attention",
+        }
+        size = 1 if recurrent else self.args.local_rollout_forward_batch_size
         # autocast keeps its 16-bit copies of weights for the next token only where they are trained
         with role.active(train=True) as network, self.accelerator.autocast():
             kept, network.generation_config = network.generation_config, config  # its own would fill gaps (top_p)
             for some in (prompts[i : i + size] for i in range(0, len(prompts), size)):
                 ids = pad_sequence(some, True, self.tokenizer.pad_token_id, padding_side="left")
                 mask = pad_sequence([torch.ones_like(prompt) for prompt in some], True, padding_side="left")
-                inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+                inputs = {"input_ids": ids.to(self.args.device), "attention_mask": mask.to(self.args.device)}
                 sampled = network.generate(**inputs)[:, ids.shape[1] :]
                 stops = torch.isin(sampled, self.stop_ids)
                 ends = torch.where(stops.any(1), stops.int().argmax(1) + 1, sampled.shape[1])
@@ -1008,10 +995,9 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     def make_groups(self, rows, responses):
         """Indices of the episodes of each micro-batch, sequences of like length together.
 
-        A shared row holds the tokens of `size` sequences of the longest kind, so that short ones share passes, but no
-        more than the hidden size unless one sequence has more: there attention, which is not sparse in a shared row,
-        costs about a sixth of the linear layers. Rows of their own, and mini-batches, which should be equal in number,
-        are of `size` sequences."""
+        A shared row holds the tokens of `size` sequences of the longest kind, but no more than the hidden size (there
+        attention, which is not sparse in it, costs about a sixth of the linear layers) unless one sequence has more.
+        Rows of their own, and mini-batches, which should be equal in number, are of `size` sequences."""
         size = min(self.args.per_device_train_batch_size, len(rows) // self.args.num_mini_batches)
         shared = len(os.path.commonprefix([row["prompt_ids"] for row in rows]))
         own = [len(row["prompt_ids"]) - shared + len(response) for row, response in zip(rows, responses)]
@@ -1019,9 +1005,9 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         if self.args.num_mini_batches > 1 or not self.share_rows:
             return [order[k : k + size] for k in range(0, len(order), size)]
         limit = min(size * self.args.longest_text, self.roles.config.get_text_config().hidden_size)
-        groups = [[]]
-        for i in order:
-            if groups[-1] and shared + sum(own[k] for k in [*groups[-1], i]) > limit:
+        groups = [order[:1]]
+        for i in order[1:]:
+            if shared + sum(own[k] for k in [*groups[-1], i]) > limit:
                 groups.append([])
             groups[-1].append(i)
         return groups
@@ -1033,7 +1019,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         shared = 0  # tokens that all prompts begin with; the last one of each stays its own
         if one_row:
             shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-        with self.device:
+        with self.args.device:
             texts = [torch.tensor(prompt[shared:] + response) for prompt, response in zip(prompts, responses)]
             sizes = torch.tensor([len(text) for text in texts])
             if one_row:
@@ -1078,9 +1064,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         return self.read(network, batch, logits_to_keep=batch.columns).logits.float() / self.args.temperature
 
     def response_logprobs(self, network, batch):
-        """Log-probabilities (B, W) of the response tokens, 0 where there is none.
-
-        The one code path for old, new and reference log-probabilities: the first ratio is 1 and the first KL is 0."""
+        """Log-probabilities (B, W) of the response tokens, 0 where there is none: the one code path for old, new and
+        reference ones, so that the first ratio is 1 and the first KL is 0."""
         return batch.place_actions(selective_log_softmax(self.response_logits(network, batch), batch.targets))
 
     def hidden_states(self, network, batch):
@@ -1089,15 +1074,13 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         return self.read(body, batch).last_hidden_state.flatten(0, 1)
 
     def score(self, batches):
-        """Fill in the score (B,) of each response: reward model plus reward function, before penalty and scaling.
-
-        The function is called once for all of them."""
+        """Fill in the score (B,) of each response: reward model plus reward function, which is called once for all."""
         texts = [self.response_texts(batch) for batch in batches]
         given = [0.0 for batch in batches for _ in batch.rows]
         if self.reward_function:
             prompts = [row["text"] for batch in batches for row in batch.rows]
             given = self.reward_function(prompts, sum(texts, []))
-        parts = torch.tensor(given, device=self.device).split([len(batch.rows) for batch in batches])
+        parts = torch.tensor(given, device=self.args.device).split([len(batch.rows) for batch in batches])
         for batch, batch_texts, scores in zip(batches, texts, parts):
             batch.scores = scores + (self.model_scores(batch, batch_texts) if self.roles.reward else 0)
 
@@ -1122,10 +1105,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     # ---- rewards and advantages ----
 
     def shape_rewards(self, rollout):
-        """Per-token rewards: the KL penalty, and at the end the score, normalized, clipped, less the EOS penalty.
-
-        KL estimators k1 and k3: http://joschu.net/blog/kl-approx.html. The score stands at the state after the last
-        token where there is one, as in TRL."""
+        """Per-token rewards: the KL penalty (http://joschu.net/blog/kl-approx.html), and at the state after the last
+        token, as in TRL, the score, normalized, clipped, less the EOS penalty."""
         args = self.args
         score = (rollout.scores - self.ppo_state["reward_mean"]) / self.ppo_state["reward_std"]
         if args.reward_clip:
@@ -1166,9 +1147,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     # ---- optimization ----
 
     def optimize(self, model, batches):
-        """num_ppo_epochs x num_mini_batches optimizer steps; the gradients of the last are left for Trainer.
-
-        Returns the means over the steps of what they minimized and measured."""
+        """num_ppo_epochs x num_mini_batches optimizer steps; the gradients of the last are left for Trainer. Returns
+        the means over the steps of what they minimized and measured."""
         plan, stats = [], []
         for _ in range(self.args.num_ppo_epochs):
             parts = torch.randperm(len(batches)).split(len(batches) // self.args.num_mini_batches)
@@ -1183,8 +1163,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         return {name: self.accelerator.reduce(value, "sum") for name, value in means.items()}
 
     def accumulate_gradients(self, model, mini_batch):
-        """Gradients of one mini-batch, in which each token counts the same, whatever micro-batch or process it is
-        in. Returns the sums of what the two passes return."""
+        """Gradients of one mini-batch, in which each token counts the same, whatever micro-batch or process it is in."""
         actions = self.total(torch.cat([batch.actions for batch in mini_batch]))
         states = self.total(torch.cat([batch.states for batch in mini_batch]))
         with self.roles.policy.active(train=True):
@@ -1198,8 +1177,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         return {name: sum(part[name] for part in found) for name in found[0]}
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Trainer, too, asks for this right before its optimizer step: nothing that is not finite reaches the
-        weights."""
+        """Trainer, too, asks for this right before its step: nothing that is not finite reaches the weights."""
         norm = float(super()._get_grad_norm(model, grad_norm))
         self.stop_unless(self.args.fp16 or math.isfinite(norm), "the gradient")  # float16 scales by overflows
         return norm
@@ -1237,7 +1215,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     def measure(self, rollout, losses, rollout_seconds, train_seconds):
         """The update's metrics, over response tokens only and all processes (names as in TRL)."""
         n = self.episodes
-        names = ("kl", "lengths", "ended", "scores", "shaped_scores", "logprobs", "entropy", "penalty", "read")
+        names = ("kl", "lengths", "ended", "scores", "shaped_scores", "logprobs", "entropy", "penalty")
         total = {name: self.total(getattr(rollout, name)) for name in names}
         spread = self.total((rollout.scores - total["scores"] / n).square()) / n
         variance = self.moments(rollout.returns[rollout.states])[1]
@@ -1259,7 +1237,6 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             "speed/train_seconds": train_seconds,
             "speed/episodes_per_second": n / (rollout_seconds + train_seconds),
             "speed/rollout_tokens_per_second": total["lengths"] / rollout_seconds,
-            "speed/train_tokens_per_second": self.args.num_ppo_epochs * total["read"] / train_seconds,
             "episode": (self.state.global_step + 1) * n,
         }
 
@@ -1273,15 +1250,14 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         responses = self.generate(getattr(self.roles, name), rows, sample)
         batches = [self.collate([row], [response], len(response)) for row, response in zip(rows, responses)]
         self.score(batches)
-        keys = [f"{name}_{key}" for key in ("answer", "score", "length", "ended")]
         texts = [self.response_texts(batch)[0] for batch in batches]
         figures = [(batch.scores.item(), batch.lengths.item(), batch.ended.item()) for batch in batches]
+        keys = [f"{name}_{key}" for key in ("answer", "score", "length", "ended")]
         return [dict(zip(keys, (text, *found))) for text, found in zip(texts, figures)]
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Greedy answers of the policy and of the reference to the fixed prompts, with their scores.
-
-        Written to samples.jsonl; the first five are printed."""
+        """Greedy answers of the policy and of the reference to the fixed prompts, with their scores, for samples.jsonl;
+        the first five are printed."""
         rows, step = list(self.eval_dataset), self.state.global_step
         for line in self.state.log_history:  # Trainer asks twice where a pass over the data ends
             if line["step"] == step and "eval_policy_score" in line:
@@ -1294,11 +1270,10 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         metrics = {f"eval_{key}": sum(sample[key] for sample in samples) / len(rows) for key in keys}
         if self.is_world_process_zero():
             path = Path(self.args.output_dir, "samples.jsonl")
-            lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-            lines = [line for line in lines if json.loads(line)["step"] < step]  # a resumed run comes by again
-            lines += [json.dumps(sample, ensure_ascii=False) for sample in samples]
-            Path(f"{path}.partial").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            os.replace(f"{path}.partial", path)
+            before = map(json.loads, path.open(encoding="utf-8")) if path.is_file() else []
+            write_lines(
+                path, [line for line in before if line["step"] < step] + samples
+            )  # a resumed run comes by again
             print(f"\nupdate {step}, mean score of the answers to {len(rows)} fixed prompts: policy "
                   f"{metrics['eval_policy_score']:+.2f}, reference {metrics['eval_reference_score']:+.2f}")  # fmt: skip
             for sample in samples[:5]:
@@ -1311,7 +1286,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     def measure_reference(self, rows):
         """Mean and spread of the score on the reference's own sampled answers (--normalize_reward)."""
         scores = [found["reference_score"] for found in self.answer("reference", rows, sample=True)]
-        scores = self.accelerator.gather(torch.tensor(scores, device=self.device))
+        scores = self.accelerator.gather(torch.tensor(scores, device=self.args.device))
         self.ppo_state |= {"reward_mean": scores.mean().item(), "reward_std": max(scores.std().item(), 1e-4)}
         self.roles.mark_trained()  # the optimizer is made after this
 
@@ -1336,8 +1311,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 
 
 class RunCallback(ProgressCallback):
-    """Trainer's bar of updates with reward, KL (nats) and response length (tokens) on it; writes metrics.jsonl, and
-    turns Ctrl-C and SIGTERM into a saved checkpoint."""
+    """Trainer's bar with reward, KL (nats) and response length (tokens) on it; metrics.jsonl; and Ctrl-C or SIGTERM as
+    a saved checkpoint."""
 
     interrupted = False
 
@@ -1360,12 +1335,11 @@ class RunCallback(ProgressCallback):
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        with open(Path(args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        shown = {"reward": "objective/scores", "kl": "objective/kl", "length": "response/length"}
-        if self.training_bar is not None and shown["reward"] in logs:
+        if state.is_world_process_zero:
+            lines = [{"step": line["step"], **line} for line in state.log_history]
+            write_lines(Path(args.output_dir, "metrics.jsonl"), lines)
+        if self.training_bar is not None and "objective/scores" in logs:
+            shown = {"reward": "objective/scores", "kl": "objective/kl", "length": "response/length"}
             self.training_bar.set_postfix({name: f"{logs[key]:.2f}" for name, key in shown.items()})
 
 
@@ -1397,18 +1371,15 @@ def find_checkpoint(args):
     return checkpoint
 
 
-def open_output_dir(output_dir, checkpoint):
-    """Make --output_dir ready: metrics.jsonl as the checkpoint knows it, no checkpoint that was never completed or that
-    is later."""
-    state = read_json(checkpoint / "trainer_state.json") if checkpoint else {"global_step": 0, "log_history": []}
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for path in output_dir.glob("checkpoint-*"):
-        if not 0 < finished_steps(path) <= state["global_step"]:
+def open_output_dir(folder, checkpoint):
+    """Make --output_dir ready: without what a run leaves, but for checkpoints up to the one it goes on from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("checkpoint-*"):
+        if not checkpoint or not 0 < finished_steps(path) <= finished_steps(checkpoint):
             shutil.rmtree(path)
-    if not checkpoint:
-        (output_dir / "samples.jsonl").unlink(missing_ok=True)
-    lines = [json.dumps({"step": entry["step"], **entry}) + "\n" for entry in state["log_history"]]
-    (output_dir / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+    for name in ("samples.jsonl", "metrics.jsonl"):
+        if not checkpoint:
+            (folder / name).unlink(missing_ok=True)
 
 
 def describe_run(args, source, prompt_format, counts):
@@ -1475,10 +1446,10 @@ def publish(trainer, args, metrics):
 
 def run_stage(args):
     reward_function = load_reward_function(args.reward_function) if args.reward_function else None
-    policy = locate_model(args.model_path, "--model_path")
-    reward = locate_model(args.reward_model_path, "--reward_model_path") if args.reward_model_path else None
+    policy = locate_model(args, "model_path")
+    reward = locate_model(args, "reward_model_path") if args.reward_model_path else None
     if policy.lora:
-        check_lora_flags(args, policy)
+        check_lora_flags(args, policy.lora)
     if reward:
         report_reward_model(args.reward_model_path, reward.run)
     checkpoint = find_checkpoint(args)
@@ -1524,9 +1495,8 @@ def run_stage(args):
         open_output_dir(Path(args.output_dir), checkpoint)
     accelerate.PartialState().wait_for_everyone()
     run = describe_run(args, policy, prompt_format, counts)
-    data = {"train_dataset": train_rows, "eval_dataset": eval_rows}
+    data, callback = {"train_dataset": train_rows, "eval_dataset": eval_rows}, RunCallback()
     trainer = PPOTrainer(roles, config, prompt_format, reward_format, reward_function, run, **data)
-    callback = RunCallback()
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(callback)
     if not checkpoint:
