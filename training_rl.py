@@ -819,7 +819,7 @@ def report_roles(roles):
 
 def shares_rows(network, longest):
     """Whether several texts of up to `longest` tokens in one row are the same computation as each alone: no layer sees
-    less, and none turns its rotations by the length (longrope)."""
+    less, and positions are not scaled by the longest of them (longrope)."""
     config = network.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     limits = [getattr(config, "sliding_window", None), rope.get("original_max_position_embeddings")]
@@ -862,7 +862,7 @@ class MicroBatch:
 
 
 class KLAboveLimit(Exception):
-    pass
+    """The KL of a rollout is above --max_kl."""
 
 
 class PPOTrainer(trl_ppo.PPOTrainer):
@@ -909,6 +909,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         names = ("lengths", "ended", "actions", "states", "logprobs", "entropy", "ref_logprobs", "values", "scores")
         joined = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
         rollout = types.SimpleNamespace(**joined)  # of all N episodes: (N,) or (N, W)
+        rollout.read = torch.tensor([batch.input_ids.numel() for batch in batches], device=self.args.device)
+        self.stop_unless(rollout.logprobs.isfinite().all(), "a log-probability")
         self.stop_unless(rollout.scores.isfinite().all(), "a reward")
         self.shape_rewards(rollout)
         self.estimate_advantages(rollout, batches)
@@ -1215,7 +1217,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     def measure(self, rollout, losses, rollout_seconds, train_seconds):
         """The update's metrics, over response tokens only and all processes (names as in TRL)."""
         n = self.episodes
-        names = ("kl", "lengths", "ended", "scores", "shaped_scores", "logprobs", "entropy", "penalty")
+        names = ("kl", "lengths", "ended", "scores", "shaped_scores", "logprobs", "entropy", "penalty", "read")
         total = {name: self.total(getattr(rollout, name)) for name in names}
         spread = self.total((rollout.scores - total["scores"] / n).square()) / n
         variance = self.moments(rollout.returns[rollout.states])[1]
@@ -1237,6 +1239,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             "speed/train_seconds": train_seconds,
             "speed/episodes_per_second": n / (rollout_seconds + train_seconds),
             "speed/rollout_tokens_per_second": total["lengths"] / rollout_seconds,
+            "speed/train_tokens_per_second": self.args.num_ppo_epochs * total["read"] / train_seconds,
             "episode": (self.state.global_step + 1) * n,
         }
 
@@ -1358,6 +1361,8 @@ def find_checkpoint(args):
     if not asked and (folder.is_file() or any(folder.glob("*")) and not args.overwrite_output_dir):
         hint = "--resume_from_checkpoint goes on with that run, --overwrite_output_dir replaces it"
         fail(f"--output_dir {folder} is not empty: {hint}")
+    if asked is True and not finished_steps(newest):
+        print(f"no complete checkpoint in {folder}: starting from the beginning")
     if not asked or asked is True and not finished_steps(newest):
         return None
     checkpoint = newest if asked is True else Path(asked)
@@ -1482,9 +1487,8 @@ def run_stage(args):
     print(f"{updates} updates of {episodes} episodes, {steps} optimizer steps each")
     if args.dry_run:
         for row in train_rows.select(range(min(2, len(train_rows)))):
-            print(
-                f"--- row {row['row']}, {len(row['prompt_ids'])} tokens\n{prompt_format.tokenizer.decode(row['prompt_ids'])}"
-            )
+            text = prompt_format.tokenizer.decode(row["prompt_ids"])
+            print(f"--- row {row['row']}, {len(row['prompt_ids'])} tokens\n{text}")
         print("dry run: everything fits; nothing was loaded or written")
         return
 
