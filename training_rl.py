@@ -974,11 +974,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         prompts, responses = [torch.tensor(row["prompt_ids"]) for row in rows], []
         # padding before a text would enter a state that goes from token to token
         kinds = set(getattr(role.network.config.get_text_config(), "layer_types", None) or ())
-        recurrent = role.network._is_stateful or not kinds <= {
-            "full_attention",
-            "sliding_attention",
-            "chunked_attention",
-        }
+        recurrent = kinds - {"full_attention", "sliding_attention", "chunked_attention"} or role.network._is_stateful
         size = 1 if recurrent else self.args.local_rollout_forward_batch_size
         # autocast keeps its 16-bit copies of weights for the next token only where they are trained
         with role.active(train=True) as network, self.accelerator.autocast():
@@ -1253,10 +1249,12 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         responses = self.generate(getattr(self.roles, name), rows, sample)
         batches = [self.collate([row], [response], len(response)) for row, response in zip(rows, responses)]
         self.score(batches)
-        texts = [self.response_texts(batch)[0] for batch in batches]
-        figures = [(batch.scores.item(), batch.lengths.item(), batch.ended.item()) for batch in batches]
-        keys = [f"{name}_{key}" for key in ("answer", "score", "length", "ended")]
-        return [dict(zip(keys, (text, *found))) for text, found in zip(texts, figures)]
+        answers = []
+        for batch in batches:
+            answer = {"answer": self.response_texts(batch)[0], "score": batch.scores.item()}
+            answer |= {"length": batch.lengths.item(), "ended": batch.ended.item()}
+            answers.append({f"{name}_{key}": value for key, value in answer.items()})
+        return answers
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Greedy answers of the policy and of the reference to the fixed prompts, with their scores, for samples.jsonl;
@@ -1339,8 +1337,8 @@ class RunCallback(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
-            lines = [{"step": line["step"], **line} for line in state.log_history]
-            write_lines(Path(args.output_dir, "metrics.jsonl"), lines)
+            with open(Path(args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
         if self.training_bar is not None and "objective/scores" in logs:
             shown = {"reward": "objective/scores", "kl": "objective/kl", "length": "response/length"}
             self.training_bar.set_postfix({name: f"{logs[key]:.2f}" for name, key in shown.items()})
@@ -1377,14 +1375,15 @@ def find_checkpoint(args):
 
 
 def open_output_dir(folder, checkpoint):
-    """Make --output_dir ready: without what a run leaves, but for checkpoints up to the one it goes on from."""
+    """Make --output_dir ready: checkpoints and log lines up to the checkpoint that the run goes on from, none later."""
+    state = read_json(checkpoint / "trainer_state.json") if checkpoint else {"global_step": 0, "log_history": []}
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("checkpoint-*"):
-        if not checkpoint or not 0 < finished_steps(path) <= finished_steps(checkpoint):
+        if not 0 < finished_steps(path) <= state["global_step"]:
             shutil.rmtree(path)
-    for name in ("samples.jsonl", "metrics.jsonl"):
-        if not checkpoint:
-            (folder / name).unlink(missing_ok=True)
+    if not checkpoint:
+        (folder / "samples.jsonl").unlink(missing_ok=True)
+    write_lines(folder / "metrics.jsonl", [{"step": line["step"], **line} for line in state["log_history"]])
 
 
 def describe_run(args, source, prompt_format, counts):
@@ -1419,11 +1418,12 @@ def train(trainer, callback, checkpoint):
     except (FloatingPointError, KLAboveLimit) as error:
         print(file=sys.stderr)  # here the line of the bar ends
         done, too_far = trainer.state.global_step, isinstance(error, KLAboveLimit)
-        steps = {finished_steps(path): path for path in Path(trainer.args.output_dir).glob("checkpoint-*")}
-        good = steps.get(max((step for step in steps if step <= done - too_far), default=0), "none")
+        saved = Path(trainer.args.output_dir).glob("checkpoint-*")
+        good = [path for path in saved if 0 < finished_steps(path) <= done - too_far]
+        newest = max(good, key=finished_steps, default="none")
         if not too_far:
-            fail(f"{error}; the last good checkpoint: {good}")
-        print(f"{error}: stopped after update {done}; the newest checkpoint below it: {good}")
+            fail(f"{error}; the last good checkpoint: {newest}")
+        print(f"{error}: stopped after update {done}; the newest checkpoint below it: {newest}")
         return str(error)
     finally:
         for name, handler in handlers.items():
