@@ -285,20 +285,18 @@ def parse_flags(argv=None):
         args.learning_rate = 5e-5 if args.use_lora else 3e-6
     args.episodes_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps
     mini_batch = args.episodes_per_update / args.num_mini_batches
+    rewarded = args.reward_model_path or args.reward_function
     uneven = mini_batch % 1 or mini_batch % min(args.per_device_train_batch_size, mini_batch)
     quantized = args.load_in_4bit or args.load_in_8bit
     sharded = os.environ.keys() & {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"}
-    batch = "episodes of an update (--per_device_train_batch_size x --gradient_accumulation_steps)"
+    steps, episodes = f"--num_mini_batches {args.num_mini_batches}", f"{args.episodes_per_update} episodes of an update"
     problems = {
         f"this script needs trl 1.12.0, found {trl}: pip install trl==1.12.0": trl != "1.12.0",
         "--bf16 and --fp16 exclude each other": args.bf16 and args.fp16,
         "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
         "--load_in_4bit and --load_in_8bit need --use_lora: adapters are trained": quantized and not args.use_lora,
-        "a reward is needed: --reward_model_path, --reward_function, or both": (
-            not args.reward_model_path and not args.reward_function
-        ),
-        f"--num_mini_batches {args.num_mini_batches} does not divide the {args.episodes_per_update} {batch} into whole "
-        "micro-batches": uneven,
+        "a reward is needed: --reward_model_path, --reward_function, or both": not rewarded,
+        f"{steps} does not divide the {episodes} (batch size x accumulation) into whole micro-batches": uneven,
         "PPO runs under DDP (accelerate launch --multi_gpu), not under DeepSpeed or FSDP": sharded,
     }
     for problem, is_there in problems.items():
@@ -573,13 +571,13 @@ def load_format(args, source, requested, other=None):
     the model `other` if it has the same vocabulary."""
     own = source.adapter and (source.adapter / "tokenizer_config.json").is_file()
     place = source.adapter if own else source.base
-    tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # lengths, not ids, say what is padding
-    same_tokens = other is not None and tokenizer.get_vocab() == other.tokenizer.get_vocab()
     try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token  # lengths, not ids, say what is padding
+        same_tokens = other is not None and tokenizer.get_vocab() == other.tokenizer.get_vocab()
         return pick_format(requested, "chat", source.run.get("prompt_format", same_tokens and other.name), tokenizer)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         fail(f"{place}: {error}")
 
 
@@ -1415,8 +1413,10 @@ def train(trainer, callback, checkpoint):
         with disable_input_dtype_casting(trainer.roles):  # else LoRA keeps float32 copies of inputs
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         return None
-    except (FloatingPointError, KLAboveLimit) as error:
+    except Exception as error:
         print(file=sys.stderr)  # here the line of the bar ends
+        if not isinstance(error, (FloatingPointError, KLAboveLimit)):
+            raise
         done, too_far = trainer.state.global_step, isinstance(error, KLAboveLimit)
         saved = Path(trainer.args.output_dir).glob("checkpoint-*")
         good = [path for path in saved if 0 < finished_steps(path) <= done - too_far]
