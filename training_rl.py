@@ -29,7 +29,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import re
@@ -38,10 +37,9 @@ import shutil
 import signal
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
-
-TRL_VERSION = "1.12.0"  # the last release with PPOTrainer
 
 
 def fail(message):
@@ -248,9 +246,7 @@ def build_parser():
     add("--resume_from_checkpoint", nargs="?", const=True, metavar="DIR", help="go on from DIR, or from the newest")
     add("--dry_run", action="store_true", help="check everything, show the data as it would be trained on, and stop")
     add("--max_samples", type=number(int, 1), help="use at most this many rows of each split")
-    add(
-        "--prompt_format", choices=["auto", "chat", "qa"], default="auto", help="chat template, or Question/Answer text"
-    )
+    add("--prompt_format", choices=["auto", "chat", "qa"], default="auto", help="chat template, or Question/Answer")
     add("--bf16", action="store_true", help="bfloat16 mixed precision (frozen weights in bfloat16)")
     add("--fp16", action="store_true", help="float16 mixed precision; needs a GPU")
     add("--use_lora", action="store_true", help="train a LoRA adapter in place of all weights")
@@ -283,30 +279,29 @@ def build_parser():
 def parse_flags(argv=None):
     """The flags, checked as far as that needs no library; `episodes_per_update` (of each process) follows from two."""
     args = build_parser().parse_args(argv)
-    found = importlib.metadata.version("trl")
-    args.use_lora = args.use_lora or Path(args.model_path, "adapter_config.json").is_file()
+    trl = importlib.metadata.version("trl")
+    args.use_lora |= Path(args.model_path, "adapter_config.json").is_file()
     if args.learning_rate is None:
         args.learning_rate = 5e-5 if args.use_lora else 3e-6
     args.episodes_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps
     mini_batch = args.episodes_per_update / args.num_mini_batches
+    rewarded = args.reward_model_path or args.reward_function
     uneven = mini_batch % 1 or mini_batch % min(args.per_device_train_batch_size, mini_batch)
     quantized = args.load_in_4bit or args.load_in_8bit
     sharded = os.environ.keys() & {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"}
-    episodes = f"{args.episodes_per_update} episodes of an update (--per_device_train_batch_size x "
-    episodes += "--gradient_accumulation_steps)"
-    mistakes = [
-        (found != TRL_VERSION, f"this script needs trl {TRL_VERSION}, found {found}: pip install trl=={TRL_VERSION}"),
-        (args.bf16 and args.fp16, "--bf16 and --fp16 exclude each other"),
-        (args.load_in_4bit and args.load_in_8bit, "--load_in_4bit and --load_in_8bit exclude each other"),
-        (quantized and not args.use_lora, "--load_in_4bit and --load_in_8bit need --use_lora: adapters are trained"),
-        (not (args.reward_model_path or args.reward_function), "a reward is needed: --reward_model_path, "
-         "--reward_function, or both"),
-        (uneven, f"--num_mini_batches {args.num_mini_batches} does not divide the {episodes} into whole micro-batches"),
-        (sharded, "PPO runs under DDP (accelerate launch --multi_gpu), not under DeepSpeed or FSDP"),
-    ]  # fmt: skip
-    for is_made, message in mistakes:
-        if is_made:
-            fail(message)
+    steps, episodes = f"--num_mini_batches {args.num_mini_batches}", f"{args.episodes_per_update} episodes of an update"
+    problems = {
+        f"this script needs trl 1.12.0, found {trl}: pip install trl==1.12.0": trl != "1.12.0",
+        "--bf16 and --fp16 exclude each other": args.bf16 and args.fp16,
+        "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
+        "--load_in_4bit and --load_in_8bit need --use_lora: adapters are trained": quantized and not args.use_lora,
+        "a reward is needed: --reward_model_path, --reward_function, or both": not rewarded,
+        f"{steps} does not divide the {episodes} (batch size x accumulation) into whole micro-batches": uneven,
+        "PPO runs under DDP (accelerate launch --multi_gpu), not under DeepSpeed or FSDP": sharded,
+    }
+    for problem, is_there in problems.items():
+        if is_there:
+            fail(problem)
     return args
 
 
@@ -314,26 +309,27 @@ if __name__ == "__main__":  # before the slow imports: --help and a mistyped fla
     parse_flags()
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional CPU kernel at every start
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # trl 1.12 uses names of before v6
 
+import accelerate
 import datasets
+import huggingface_hub
+import peft
 import psutil
 import torch
 import transformers
-from accelerate import PartialState
-from accelerate.utils import reduce
-from huggingface_hub import HfApi
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
-from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_callback import ProgressCallback, TrainerCallback, TrainerState
+from safetensors.torch import load_file, safe_open, save_file
+from torch.nn.utils.rnn import pad_sequence
+from transformers.trainer_callback import ProgressCallback
 from trl.experimental import ppo as trl_ppo
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+
+SCORE = "base_model.model.score.weight"  # PEFT's name for the head of a reward model's adapter
+# Families that compute several texts in one row as each alone (held by tests/test_rl.py): they attend to whole texts,
+# and take positions and a 4-D mask as they are given.
+SHARES_ROWS = """arcee cohere deepseek_v3 ernie4_5 gemma glm glm4 gpt2 gpt_neox granite llama mistral mixtral nemotron olmo
+    olmo2 phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2""".split()
 
 
 def read_json(path):
@@ -348,14 +344,20 @@ def write_json(path, value):
     Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
+def write_lines(path, rows):
+    """JSON Lines, which replace those that are there when they are complete."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    Path(f"{path}.partial").write_text(text, encoding="utf-8")
+    os.replace(f"{path}.partial", path)
+
+
 @dataclasses.dataclass
 class PPOSettings(trl_ppo.PPOConfig):
-    """TRL's PPOConfig with what it has no field for. `per_device_train_batch_size` counts sequences in a forward pass,
-    `episodes_per_update` the answers of an update on each process; lengths are in tokens, KL in nats per answer."""
+    """TRL's PPOConfig and what it has no field for. `per_device_train_batch_size`: sequences in a forward pass."""
 
-    episodes_per_update: int = 1
-    longest_text: int = 640  # a prompt with its answer
-    target_kl: float | None = None
+    episodes_per_update: int = 1  # answers, on each process
+    longest_text: int = 640  # tokens of a prompt with its answer
+    target_kl: float | None = None  # nats per answer
     max_kl: float | None = None
     reward_clip: float | None = None
 
@@ -364,11 +366,6 @@ class PPOSettings(trl_ppo.PPOConfig):
         self.world_size = transformers.TrainingArguments.world_size.fget(self)  # PPOConfig hides it behind a None
         self._n_gpu = min(self.n_gpu, 1)  # one process drives one GPU (no DataParallel); several: accelerate launch
 
-    @property
-    def train_batch_size(self):
-        """The prompts that Trainer draws for one of its steps."""
-        return self.episodes_per_update
-
 
 def make_config(args, **own):
     """PPOSettings from the flags that have its fields' names, `own` and --set."""
@@ -376,24 +373,21 @@ def make_config(args, **own):
     values = {name: value for name, value in vars(args).items() if name in fields}
     values |= {
         "gradient_accumulation_steps": 1,  # one Trainer step is one update, of episodes_per_update
-        "gradient_checkpointing": False,  # see load_roles; Trainer would ask it of the wrapper around the models
+        "gradient_checkpointing": False,  # see load_model; Trainer would ask it of the wrapper around the models
         "warmup_steps": min(args.warmup_ratio, 0.999999),  # below 1: a fraction of the steps
         "data_seed": args.seed,  # one order of prompts for all processes, which sample with seeds of their own
         "dataloader_drop_last": True,
         "remove_unused_columns": False,
         "eval_strategy": "steps" if args.eval_steps else "no",
-        "save_strategy": "steps",
         "use_cpu": not torch.accelerator.is_available(),
         "logging_nan_inf_filter": False,  # a NaN is to be seen
-        "resume_from_checkpoint": None,
         "push_to_hub": False,  # at the end, see publish
         **own,
     }
     for pair in args.set:
         name, equals, text = pair.partition("=")
         if not equals or name not in fields or name in values:
-            near = sorted(fields, key=lambda field: -len(os.path.commonprefix([field, name])))[:3]
-            fail(f"--set {pair}: should be FIELD=VALUE, a field of PPOConfig without a flag, such as {', '.join(near)}")
+            fail(f"--set {pair}: should be FIELD=VALUE, with a field of TRL's PPOConfig that has no flag of its own")
         try:
             values[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
         except ValueError:
@@ -402,7 +396,7 @@ def make_config(args, **own):
         fail("--fp16 needs a GPU; on a CPU use --bf16, or neither")
     if args.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         fail(f"--bf16: {torch.cuda.get_device_name()} cannot compute in bfloat16; use --fp16")
-    for name in set(args.report_to) - {"none", "all", *get_available_reporting_integrations()}:
+    for name in {*args.report_to} - {"none", "all", *transformers.integrations.get_available_reporting_integrations()}:
         fail(f"--report_to {name}: not installed; pip install {name}")
     try:
         return PPOSettings(**values)
@@ -410,19 +404,18 @@ def make_config(args, **own):
         fail(f"PPOConfig: {error}")
 
 
-# ---- prompts ----
+# ---- prompts and rewards ----
 
 
 def load_split(args, subset, split, flag):
     """(data, where): one split of the data set, at most --max_samples rows of it, and its name for messages."""
-    place = Path(args.dataset_name)
-    source, files = args.dataset_name, {"data_dir": subset}
+    place, source, files = Path(args.dataset_name), args.dataset_name, {"data_dir": subset}
     if place.is_file():
-        source, files = {"jsonl": "json"}.get(place.suffix[1:], place.suffix[1:]), {"data_files": str(place)}
-    elif (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():  # of save_to_disk
+        source, files = place.suffix[1:].replace("jsonl", "json"), {"data_files": str(place)}
+    elif any(place.glob("dataset_*.json")):  # of save_to_disk
         parts = read_json(place / "dataset_dict.json").get("splits", ["."])
-        parts = {"train" if part == "." else part: f"{place}/{part}/*.arrow" for part in parts}
-        source, files = "arrow", {"data_files": parts}
+        source = "arrow"
+        files = {"data_files": {part.replace(".", "train"): f"{place}/{part}/*.arrow" for part in parts}}
     name, bracket, part = split.partition("[")
     where = f"{args.dataset_name} {subset or ''}".strip()
     try:
@@ -441,9 +434,7 @@ def load_split(args, subset, split, flag):
 
 
 def load_prompts(args, subset, split, flag, prompt_format):
-    """(rows, counts) of one split: rows with `row`, `prompt_ids`, `messages` and `text` (the last user turn).
-
-    Prompts over --max_prompt_length are left out, and up to a tenth that are no prompts."""
+    """(rows, counts) of a split without what is too long: `row`, `prompt_ids`, `messages`, `text` (the last turn)."""
     data, where = load_split(args, subset, split, flag)
     column = next((name for name in ("prompt", "question") if name in data.column_names), None)
     if not column:
@@ -455,37 +446,32 @@ def load_prompts(args, subset, split, flag, prompt_format):
             check_messages(messages, last="user")
             ids, problem = prompt_format.encode(messages, open_end=True)[0], ""
         except ValueError as error:
-            messages, ids, problem = [{"role": "user", "content": ""}], [], f"column {column} {error}"
+            messages, ids, problem = [{"role": "user", "content": ""}], [], f"column {column} {error}".split(", not")[0]
         messages = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
         text = messages[-1]["content"]
         return {"row": index, "problem": problem, "prompt_ids": ids, "messages": messages, "text": text}
 
-    workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = min(workers, len(data) // 2000) or None  # where there are several
-    rows = data.map(encode, with_indices=True, remove_columns=data.column_names, num_proc=workers, desc="Tokenizing")
-    bad = {}
-    for number, problem in zip(rows["row"], rows["problem"]):
-        if problem:
-            bad.setdefault(problem.split(", not")[0], []).append(number)
-    left_out = sum(map(len, bad.values()))
-    for problem, numbers in bad.items():
-        some = ", ".join(map(str, numbers[:3]))
-        message = f"{where}: {len(numbers)} of {len(rows)} rows (row {some}): {problem}"
+    rows = data.map(encode, with_indices=True, remove_columns=data.column_names, desc="Tokenizing")
+    kept = rows.filter(lambda row: 0 < len(row["prompt_ids"]) <= args.max_prompt_length).remove_columns("problem")
+    numbers = {"": []}  # of the rows with each problem
+    for number, problem in enumerate(rows["problem"]):
+        numbers.setdefault(problem, []).append(str(number))
+    left_out = len(rows) - len(numbers.pop(""))
+    for problem, found in numbers.items():
+        message = f"{where}: {len(found)} of {len(rows)} rows (row {', '.join(found[:3])}): {problem}"
         if left_out > len(rows) / 10:
             fail(message)
         print(f"warning: left out: {message}", file=sys.stderr)
-    kept = rows.filter(lambda row: 0 < len(row["prompt_ids"]) <= args.max_prompt_length).remove_columns("problem")
-    counts = {"rows": len(kept), "too_long": len(rows) - left_out - len(kept), "left_out": left_out}
-    limit = f"--max_prompt_length {args.max_prompt_length} tokens"
+    too_long = len(rows) - left_out - len(kept)
+    limit = f"{too_long} left out (over --max_prompt_length {args.max_prompt_length} tokens)"
     if not len(kept):
-        fail(f"{where}: no prompt is within {limit}")
-    kind = f"column {column}, format {prompt_format.name}"
-    print(f"{where}: {kind}; {len(kept)} prompts, {counts['too_long']} left out (over {limit})")
-    return kept, counts
+        fail(f"{where}: there is no prompt, {limit}")
+    print(f"{where}: column {column}, format {prompt_format.name}; {len(kept)} prompts, {limit}")
+    return kept, {"rows": len(kept), "too_long": too_long, "left_out": left_out}
 
 
 def load_reward_function(spec):
-    """`FILE.py:NAME` as a function(prompts, responses) -> list of float, checked on every call."""
+    """`FILE.py:NAME` as a function(prompts, responses) -> list of float."""
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
         fail(f"--reward_function {spec} should read FILE.py:NAME, with a file that exists")
@@ -494,139 +480,118 @@ def load_reward_function(spec):
         fail(f"--reward_function: {path} has no function {name}")
 
     def checked(prompts, responses):
-        scores = function(prompts, responses)
+        scores = [float(score) for score in function(prompts, responses)]
         if len(scores) != len(responses):
             fail(f"--reward_function {spec} returned {len(scores)} numbers for {len(responses)} responses")
-        for score, response in zip(scores, responses):
-            if not isinstance(score, (int, float)) and not hasattr(score, "item"):
-                fail(f"--reward_function {spec} returned {score!r} for the response {response[:40]!r}, not a number")
-        return [float(score) for score in scores]
+        return scores
 
     return checked
 
 
 # ---- models ----
 
-SCORE = "base_model.model.score.weight"  # PEFT's name for the head of a reward model's adapter
-
 
 @dataclasses.dataclass
 class Source:
-    """Where a model comes from: a hub id or absolute directory of a full model, the directory of a LoRA adapter for it
-    (or None), and the run.json that an earlier stage left beside it ({} if none)."""
+    """Where a model comes from: a hub id or absolute directory of a full model, and the run.json that an earlier stage
+    left ({} if none); of a LoRA adapter for it also its directory, config, weights and (reward model) scalar head."""
 
     base: str
-    adapter: Path | None
     run: dict
+    adapter: Path | None = None
+    lora: peft.LoraConfig | None = None
+    weights: dict | None = None
+    head: torch.Tensor | None = None
 
 
 def digest_base(base):
     """Hash of a part of one weight matrix of a local base model, which training it in place would change; else None."""
-    files = sorted(Path(base).glob("*.safetensors"))
-    if not files:
-        return None
-    with safe_open(files[0], framework="pt") as file:
-        matrices = sorted(name for name in file.keys() if len(file.get_slice(name).get_shape()) == 2)
-        rows = file.get_slice(matrices[len(matrices) // 2])[:64]
-    return hashlib.sha256(rows.float().numpy().tobytes()).hexdigest()[:16]
+    for path in sorted(Path(base).glob("*.safetensors"))[:1]:
+        with safe_open(path, framework="pt") as file:
+            matrices = sorted(name for name in file.keys() if len(file.get_slice(name).get_shape()) == 2)
+            rows = file.get_slice(matrices[len(matrices) // 2])[:64]
+        return hashlib.sha256(rows.float().numpy().tobytes()).hexdigest()[:16]
 
 
-def locate_model(path, flag):
-    """The Source that `path` (a hub id, a model directory or an adapter directory) is; no weight is loaded."""
-    folder, base, adapter, hint = Path(path), path, None, ""
-    run = read_json(folder / "run.json")
+def locate_model(args, flag):
+    """The Source of a model that is a hub id, a model directory or an adapter directory; no base model is loaded."""
+    path, scores = getattr(args, flag), flag == "reward_model_path"
+    folder, flag = Path(path), f"--{flag} {path}"
+    run, has_lora = read_json(folder / "run.json"), (folder / "adapter_config.json").is_file()
     stage = run.get("parent_stage") if run.get("stage") == "merge" else run.get("stage")
-    if stage and (stage == "reward") != (flag == "--reward_model_path"):
-        fail(f"{flag} {path} comes from the stage {stage!r}, so it is the wrong kind of model")
-    if (folder / "adapter_config.json").is_file():
-        adapter, hint = folder.resolve(), f" (base_model_name_or_path in {folder / 'adapter_config.json'})"
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or ""
-    elif folder.is_dir() and not (folder / "config.json").is_file():
-        inside = [f"; did you mean {child.parent}?" for child in sorted(folder.glob("*/*config.json"))]
-        fail(f"{flag} {path} holds no model{''.join(inside[:1])}")
+    if stage and (stage == "reward") != scores:
+        fail(f"{flag} comes from the stage {stage!r}, so it is the wrong kind of model")
+    if folder.is_dir() and not has_lora and not (folder / "config.json").is_file():
+        fail(f"{flag} holds no model; that of a finished run is in its final_checkpoint")
+    lora = peft.PeftConfig.from_pretrained(path) if has_lora else None
+    base = str(lora.base_model_name_or_path) if lora else path
     if not Path(base).is_dir() and (Path(base).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base)):
-        fail(f"{flag}: {base!r} does not exist{hint}; it should be a model directory or a hub id")
-    if adapter and Path(base).is_dir() and run.get("base_digest") not in (None, digest_base(base)):
-        fail(f"the base model {base} has other weights than the one that the adapter {path} was trained on")
-    return Source(str(Path(base).resolve()) if Path(base).is_dir() else base, adapter, run)
-
-
-def read_adapter(source, head_count):
-    """(LoraConfig, LoRA weights, list of `head_count` scalar heads) of an adapter; what holds anything else is refused,
-    since one base could not serve the roles."""
-    kind = read_json(source.adapter / "adapter_config.json").get("peft_type")
-    config, weights = (
-        LoraConfig.from_pretrained(source.adapter),
-        load_file(source.adapter / "adapter_model.safetensors"),
-    )
+        fail(f"{flag}: {base!r} does not exist; it should be a model directory or a hub id")
+    if lora and Path(base).is_dir() and run.get("base_digest") not in (None, digest_base(base)):
+        fail(f"{flag} was trained on other weights than the base model {base} has now")
+    base = str(Path(base).resolve()) if Path(base).is_dir() else base
+    if not lora:
+        return Source(base, run)
+    weights = load_file(folder / "adapter_model.safetensors")
     heads = [weights.pop(name) for name in list(weights) if "lora_" not in name]
-    if kind != "LORA" or config.alora_invocation_tokens:
-        fail(f"{source.adapter} is a {kind} adapter; only plain LoRA adapters can be trained on")
-    if head_count and (len(heads) != head_count or heads[0].ndim != 2 or len(heads[0]) != 1):
-        fail(f"{source.adapter} is not a reward model's adapter: it should hold LoRA weights and one scalar head")
-    if heads and not head_count:
-        fail(
-            f"{source.adapter} changes more than LoRA weights (modules_to_save or bias): merge it, and start from that"
-        )
-    config.inference_mode, config.modules_to_save = False, None
-    config.task_type = None if head_count else "CAUSAL_LM"  # PEFT would make a head of its own for SEQ_CLS
-    return config, weights, heads
+    if lora.peft_type != "LORA" or lora.alora_invocation_tokens:
+        fail(f"{flag} is a {lora.peft_type} adapter; only plain LoRA adapters can be trained on")
+    if scores and [head.shape[:-1] for head in heads] != [(1,)]:
+        fail(f"{flag} is not a reward model's adapter: it should hold LoRA weights and one scalar head")
+    if heads and not scores:
+        fail(f"{flag} changes more than LoRA weights (modules_to_save, bias): merge it, and start from that")
+    lora.inference_mode, lora.modules_to_save = False, None
+    lora.task_type = None if scores else "CAUSAL_LM"  # PEFT would make a head of its own for SEQ_CLS
+    return Source(base, run, folder.resolve(), lora, weights, *heads)
 
 
-def check_lora_flags(args, source):
+def check_lora_flags(args, lora):
     """Refuse flags that contradict the adapter that training goes on from."""
-    config = read_adapter(source, head_count=0)[0]
-    targets = [config.target_modules] if isinstance(config.target_modules, str) else sorted(config.target_modules)
-    has = {"r": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout, "target_modules": targets}
+    targets = [lora.target_modules] if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
+    has = {"r": lora.r, "alpha": lora.lora_alpha, "dropout": lora.lora_dropout, "target_modules": targets}
     for name, found in has.items():
         asked = getattr(args, f"lora_{name}")
         if (sorted(asked) if isinstance(asked, list) else asked) not in (None, found):
-            fail(f"--lora_{name} {asked}: the adapter {source.adapter} has {found}; leave the flag out")
+            fail(f"--lora_{name} {asked}: the adapter {args.model_path} has {found}; leave the flag out")
 
 
-def new_lora(args, model, task_type):
-    """The config of a new adapter. all-linear: all linear layers but heads, routers (those of PhiMoE and Llama 4
-    return tuples) and the out_proj of recurrent layers, which PEFT refuses in Mamba."""
-    targets = args.lora_target_modules or ["all-linear"]
-    if targets == ["all-linear"]:
-        kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
-        heads = (model.get_output_embeddings(), getattr(model, "score", None))
-        linear = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
-        linear = [(name, module) for name, module in linear if "Router" not in type(module).__name__]
-        targets = [name for name, module in linear if not any(module is head for head in heads)]
-        targets = [name for name in targets if not (model._is_stateful and name.endswith("out_proj"))]
-    elif len(targets) == 1 and not targets[0].isidentifier():
-        targets = targets[0]  # a regular expression
-    alpha = 32 if args.lora_alpha is None else args.lora_alpha
-    sizes = {"r": args.lora_r or 16, "lora_alpha": alpha, "lora_dropout": args.lora_dropout or 0.0}
-    return LoraConfig(target_modules=targets, task_type=task_type, **sizes)
+def report_reward_model(path, run):
+    """Say how good the reward model is, by the report in its run.json."""
+    report = run.get("metrics", {}).get("report")
+    quality = "no evaluation on record, so nobody knows how good it is"
+    if report:
+        low, high = report["accuracy_interval"]
+        quality = f"prefers the chosen answer in {report['accuracy']:.3f} of {report['pairs']} pairs (95% interval "
+        quality += f"{low:.3f} to {high:.3f}){', which is not above chance' if low <= 0.5 else ''}"
+    print(f"--reward_model_path {path}: {quality}")
 
 
-def load_tokenizer(source, args):
-    """The tokenizer of a checkpoint; a missing pad token is an id it already has, so that no embedding is added."""
+def load_format(args, source, requested, other=None):
+    """The PromptFormat of a checkpoint, with its tokenizer: the requested one, else that in its run.json, else that of
+    the model `other` if it has the same vocabulary."""
     own = source.adapter and (source.adapter / "tokenizer_config.json").is_file()
     place = source.adapter if own else source.base
-    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
-    if tokenizer.pad_token_id is None:
-        reserved = "<|finetune_right_pad_id|>"  # Llama 3.x keeps this one free for padding
-        tokenizer.pad_token = reserved if reserved in tokenizer.get_vocab() else tokenizer.eos_token
-    return tokenizer
-
-
-def load_config(base, args):
-    """The config of a base model."""
     try:
-        return AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token  # lengths, not ids, say what is padding
+        same_tokens = other is not None and tokenizer.get_vocab() == other.tokenizer.get_vocab()
+        return pick_format(requested, "chat", source.run.get("prompt_format", same_tokens and other.name), tokenizer)
     except (OSError, ValueError) as error:
-        fail(f"the model {base} cannot be loaded: {error}")
+        fail(f"{place}: {error}")
 
 
-def check_classifier(base, args, hint):
-    """Refuse a model for which transformers has no sequence classifier."""
-    config = load_config(base, args)
-    remote = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not remote:
-        fail(f"{base} is a {config.model_type}, for which transformers has no sequence classifier: {hint}")
+def pick_reward_format(args, source, prompt_format):
+    """(PromptFormat of a reward model that reads other tokens than the policy writes, or None; whether their
+    vocabulary is the same)."""
+    found = load_format(args, source, "auto", prompt_format)
+    same_tokens = found.tokenizer.get_vocab() == prompt_format.tokenizer.get_vocab()
+    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    if same_tokens and found.encode(probe) == prompt_format.encode(probe):
+        return None, True
+    other = "prompt format or chat template" if same_tokens else "tokenizer"
+    print(f"the reward model was trained with another {other}: it gets texts, in its own format ({found.name})")
+    return found, same_tokens
 
 
 def compute_dtype(args):
@@ -634,75 +599,44 @@ def compute_dtype(args):
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
-def load_model(cls, base, args, trainable=False, **kwargs):
-    """A base model. Weights that are trained are float32 (under autocast a bfloat16 AdamW step of 3e-6 would round to
-    nothing); frozen ones have the precision the model computes in."""
-    quantization = None
-    if args.load_in_4bit or args.load_in_8bit:
-        quantization = transformers.BitsAndBytesConfig(
-            load_in_4bit=args.load_in_4bit, load_in_8bit=args.load_in_8bit, bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype(args),
-        )  # fmt: skip
-    model = cls.from_pretrained(
+def load_model(kind, base, args, trainable=False):
+    """A base model, of transformers' AutoModelFor`kind`. Weights that are trained are float32 (under autocast a
+    bfloat16 AdamW step of 3e-6 would round to nothing); frozen ones have the precision the model computes in."""
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=args.load_in_4bit, load_in_8bit=args.load_in_8bit, bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype(args),
+    )  # fmt: skip
+    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(
         base,
         dtype=torch.float32 if trainable else compute_dtype(args),
         attn_implementation=args.attn_implementation,
-        quantization_config=quantization,
+        quantization_config=quantization if args.load_in_4bit or args.load_in_8bit else None,
         device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else None,
         trust_remote_code=args.trust_remote_code,
         use_safetensors=True,  # no pickle
-        **kwargs,
+        **({"num_labels": 1} if kind == "SequenceClassification" else {}),
     )
+    if kind == "SequenceClassification" and not hasattr(model, "score"):
+        fail(f"{base} has no scalar head named score, as reward models have here; use --reward_function")
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # 4 bit, packed in a pass in eval mode: no gradients
             module.support_avx512bf16_for_cpu = False
     if args.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            fail(f"--gradient_checkpointing: transformers has none for {type(model).__name__}")
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return model
 
 
-def load_classifier(base, args, trainable):
-    model = load_model(AutoModelForSequenceClassification, base, args, trainable, num_labels=1)
-    if not hasattr(model, "score"):
-        fail(f"{base} has no scalar head named score, as reward models have here; use --reward_function")
-    return model
-
-
-def find_body(model):
-    """The part of a language model whose last hidden states its head reads."""
-    return getattr(model, model.base_model_prefix, None) or model.model  # Llama 4's base_model is the model itself
-
-
-def scalar_head(weight):
-    """A linear head without bias and with the given weight (1, hidden), in float32."""
-    head = torch.nn.Linear(weight.shape[1], 1, bias=False)
-    head.weight.data.copy_(weight)
-    return head
-
-
 def switch_off(model):
-    """No dropout, so that the first ratio is 1, and no auxiliary loss of experts, which is SFT's alone.
-
-    `saved_config` keeps what the base has, for saving."""
+    """No dropout, so that the first ratio is 1, and no auxiliary loss of experts, which is SFT's alone; `saved_config`
+    keeps what the base has."""
     model.saved_config = copy.deepcopy(model.config)
     for holder in [model.config, model.config.get_text_config(), *model.modules()]:
         for name, value in vars(holder).items():
-            if "drop" in name and isinstance(value, float):
+            if isinstance(value, float) and ("drop" in name or isinstance(holder, torch.nn.Dropout)):
                 setattr(holder, name, 0.0)
         if getattr(holder, "output_router_logits", False):
             holder.output_router_logits = False
-        if isinstance(holder, torch.nn.Dropout):
-            holder.p = 0.0
-
-
-def save_full(model, directory):
-    """A full model, with its config as it was before `switch_off`."""
-    running, model.config = model.config, model.saved_config
-    model.save_pretrained(directory)
-    model.config = running
 
 
 # ---- roles ----
@@ -722,7 +656,7 @@ class Role:
     @property
     def network(self):
         """The model of transformers, whose adapter is the one that is active."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model
 
     @contextlib.contextmanager
     def active(self, train=False):
@@ -730,7 +664,7 @@ class Role:
         again under gradient checkpointing) belongs inside."""
         if self.adapter:
             self.model.set_adapter(self.adapter, inference_mode=not train)
-        bare = isinstance(self.model, PeftModel) and not self.adapter
+        bare = isinstance(self.model, peft.PeftModel) and not self.adapter
         with self.model.disable_adapter() if bare else contextlib.nullcontext():
             yield self.network
 
@@ -742,6 +676,34 @@ class Role:
         """What training this role changes."""
         weights = [p for name, p in self.model.named_parameters() if not self.adapter or f".{self.adapter}." in name]
         return weights + (list(self.head.parameters()) if self.head is not None else [])
+
+    def save(self, directory):
+        """In a form that one PEFT or transformers call loads: adapter and head as those of a reward model."""
+        if not self.adapter:
+            running, self.model.config = self.model.config, self.model.saved_config
+            self.model.save_pretrained(directory)
+            self.model.config = running
+            return
+        config = copy.copy(self.model.peft_config[self.adapter])
+        weights = peft.get_peft_model_state_dict(self.model, adapter_name=self.adapter)
+        if self.head is not None:
+            weights[SCORE] = self.head.weight.detach()
+            config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
+        config.inference_mode = True
+        config.save_pretrained(directory)
+        self.model.create_or_update_model_card(directory)
+        weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+        save_file(weights, directory / "adapter_model.safetensors", {"format": "pt"})
+
+    def load(self, directory):
+        """Take back what was saved."""
+        for file in directory.glob("model*.safetensors"):
+            self.model.load_state_dict(load_file(file), strict=False)
+        if self.adapter:
+            weights = load_file(directory / "adapter_model.safetensors")
+            if self.head is not None:
+                self.head.weight.data.copy_(weights.pop(SCORE))
+            peft.set_peft_model_state_dict(self.model, weights, adapter_name=self.adapter)
 
 
 class Roles(torch.nn.Module):
@@ -758,164 +720,117 @@ class Roles(torch.nn.Module):
             switch_off(network)
         self.mark_trained()
 
-    def trained(self):
-        return [p for p in self.policy.parameters() + self.value.parameters() if p.is_floating_point()]
-
     def mark_trained(self):
         """Gradients for the policy and the value model only; `Role.active` leaves them to the role that it was for."""
         self.requires_grad_(False)
-        for parameter in self.trained():
-            parameter.requires_grad_(True)
+        for parameter in self.policy.parameters() + self.value.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
 
 
-def put_adapter(model, name, config, weights=None):
-    """One more adapter on `model`; returns the PeftModel that it is then."""
+def new_lora(args, task_type):
+    """The config of a new adapter, if nothing else is asked for on all linear layers but heads."""
+    targets = args.lora_target_modules or ["all-linear"]
+    if len(targets) == 1 and not targets[0].isidentifier():
+        targets = targets[0]  # all-linear, or a regular expression
+    alpha = 32 if args.lora_alpha is None else args.lora_alpha
+    sizes = {"r": args.lora_r or 16, "lora_alpha": alpha, "lora_dropout": args.lora_dropout or 0.0}
+    heads = None if task_type else ["score"]  # PEFT knows that of a CAUSAL_LM
+    return peft.LoraConfig(target_modules=targets, exclude_modules=heads, task_type=task_type, **sizes)
+
+
+def put_adapter(model, name, config, weights=None, head=None):
+    """A Role of one more adapter on `model`, with the weights that are given, and a float32 copy of a scalar head."""
     try:
-        if isinstance(model, PeftModel):
+        if isinstance(model, peft.PeftModel):
             model.add_adapter(name, copy.deepcopy(config))
         else:
-            model = get_peft_model(model, copy.deepcopy(config), adapter_name=name)
+            model = peft.get_peft_model(model, copy.deepcopy(config), adapter_name=name)
     except ValueError as error:
         fail(f"--lora_target_modules: {error}")
-    if weights is not None:
-        fit = set_peft_model_state_dict(model, weights, adapter_name=name)
-        if fit.unexpected_keys:
-            fail(f"an adapter does not fit its base model {model.config.name_or_path}: it has {fit.unexpected_keys[0]}")
-    return model
+    fit = peft.set_peft_model_state_dict(model, weights or {}, adapter_name=name)
+    if fit.unexpected_keys:
+        fail(f"an adapter does not fit its base model {model.config.name_or_path}: it has {fit.unexpected_keys[0]}")
+    role = Role(model, name)
+    if head is not None:
+        role.head = torch.nn.Linear(head.shape[1], 1, bias=False)
+        role.head.weight.data.copy_(head)
+    return role
 
 
 def copy_adapter(role, name, head=None):
-    """A Role on the same model, with a copy of the adapter, and a head with the weights `head`."""
-    weights = get_peft_model_state_dict(role.model, adapter_name=role.adapter)
-    weights = {key: tensor.clone() for key, tensor in weights.items()}
-    model = put_adapter(role.model, name, role.model.peft_config[role.adapter], weights)
-    return Role(model, name, None if head is None else scalar_head(head))
+    """A Role of a copy of a role's adapter on the same model."""
+    weights = peft.get_peft_model_state_dict(role.model, adapter_name=role.adapter)
+    return put_adapter(role.model, name, role.model.peft_config[role.adapter], weights, head)
 
 
-def load_policy(args, source):
-    """Policy and reference: an adapter (a copy of the one at --model_path, or a new one) and its frozen copy; with
-    neither adapter nor --use_lora two full models."""
-    if not args.use_lora:
-        models = [load_model(AutoModelForCausalLM, source.base, args, trainable=True) for _ in range(2)]
-        return Role(models[0]), Role(models[1])
-    model, weights = load_model(AutoModelForCausalLM, source.base, args), None
-    if source.adapter:
-        lora, weights, _ = read_adapter(source, head_count=0)
-    else:
-        lora = new_lora(args, model, "CAUSAL_LM")
-    policy = Role(put_adapter(model, "default", lora, weights), "default")
-    return policy, copy_adapter(policy, "ppo_reference")
+def load_roles(args, source, reward_source, same_tokens):
+    """Every base model once, with the roles on it: policy and its frozen copy as adapters or as full models, and the
+    reward model on the policy's base if that is the base it was trained on.
 
-
-def load_reward(args, source, policy_source, policy):
-    """The reward model: its adapter on the policy's base if that is the base it was trained on, else a model of its
-    own."""
-    if not source.adapter:
-        model = load_classifier(source.base, args, trainable=False)
-        return Role(model, None, model.score)
-    lora, weights, (head,) = read_adapter(source, head_count=1)
-    shared = args.use_lora and source.base == policy_source.base
-    model = policy.model if shared else load_classifier(source.base, args, trainable=False)
-    return Role(put_adapter(model, "ppo_reward", lora, weights), "ppo_reward", scalar_head(head))
-
-
-def load_value(args, policy, reward):
-    """The value model starts as a copy of the reward model (Stiennon et al. 2020, section 3.4: the value function
-    starts from the reward model's weights), if there is one that reads the policy's tokens; else it starts from the
-    policy with a zero head, so that the first advantages are those of the rewards alone."""
-    if reward and reward.adapter:
-        return copy_adapter(reward, "ppo_value", reward.head.weight.data)
-    if args.use_lora and reward:  # an adapter on the classifier, which without it is the reward model
-        reward.model = put_adapter(reward.model, "ppo_value", new_lora(args, reward.model, None))
-        return Role(reward.model, "ppo_value", scalar_head(reward.head.weight.data))
+    The value model starts as a copy of the reward model (Stiennon et al. 2020, section 3.4), if there is one that reads
+    the policy's tokens; else as the policy with a zero head, so that the first advantages are those of the rewards."""
     if args.use_lora:
+        model = load_model("CausalLM", source.base, args)
+        policy = put_adapter(model, "default", source.lora or new_lora(args, "CAUSAL_LM"), source.weights)
+        reference = copy_adapter(policy, "ppo_reference")
+    else:
+        policy, reference = (Role(load_model("CausalLM", source.base, args, trainable=True)) for _ in range(2))
+    reward = None
+    if reward_source:
+        shared = args.use_lora and reward_source.lora and reward_source.base == source.base
+        model = policy.model if shared else load_model("SequenceClassification", reward_source.base, args)
+        if reward_source.lora:
+            reward = put_adapter(model, "ppo_reward", reward_source.lora, reward_source.weights, reward_source.head)
+        else:
+            reward = Role(model, None, model.score)
+    start = reward if same_tokens else None
+    if start and start.adapter:
+        value = copy_adapter(start, "ppo_value", start.head.weight)
+    elif start and args.use_lora:  # on the classifier, which without this adapter is the reward model
+        value = put_adapter(start.model, "ppo_value", new_lora(args, None), head=start.head.weight)
+        start.model = value.model
+    elif args.use_lora:
         width = policy.network.get_output_embeddings().weight.shape[1]  # OPT-350m's is not its hidden_size
-        return copy_adapter(policy, "ppo_value", torch.zeros(1, width))
-    model = load_classifier((reward or policy).model.config.name_or_path, args, trainable=True)
-    if not reward:
-        model.score.weight.data.zero_()
-    return Role(model, None, model.score)
-
-
-def load_roles(args, policy_source, reward_source, same_tokens):
-    """Every base model once, with the roles on it."""
-    policy, reference = load_policy(args, policy_source)
-    reward = load_reward(args, reward_source, policy_source, policy) if reward_source else None
-    value = load_value(args, policy, reward if same_tokens else None)
+        value = copy_adapter(policy, "ppo_value", torch.zeros(1, width))
+    else:
+        base = reward_source.base if start else source.base
+        model = load_model("SequenceClassification", base, args, trainable=True)
+        if not start:
+            model.score.weight.data.zero_()
+        value = Role(model, None, model.score)
     return Roles(policy, reference, reward, value)
 
 
 def report_roles(roles):
-    """Say on which model each role stands and what it adds to it; a warning where gradients and AdamW's moments (12
-    bytes a weight) exceed what is free beside the weights (1 GB = 1e9 bytes)."""
-    print(f"{len(roles.models)} model(s) with {sum(p.nbytes for p in roles.parameters()) / 1e9:.2f} GB of weights:")
-    for name, kind in {"policy": "trained", "reference": "frozen", "reward": "frozen", "value": "trained"}.items():
-        role = getattr(roles, name)
-        if role is None:
-            print(f"  {name:<10}no model: --reward_function")
-            continue
-        adapter = f"adapter, {sum(p.nbytes for p in role.parameters()) / 1e6:.1f} MB, on " if role.adapter else ""
-        number = [model is role.model for model in roles.models].index(True) + 1
-        print(f"  {name:<10}{kind:<8}{adapter}model {number}, {role.model.config.name_or_path}")
+    """Say what the models take, and warn where gradients and AdamW's moments (12 bytes a weight) exceed what is free."""
+    trained = sum(p.numel() for p in roles.parameters() if p.requires_grad)
+    size = sum(p.nbytes for p in roles.parameters()) / 1e9
+    print(f"four roles on {len(roles.models)} model(s), {size:.2f} GB (1e9 bytes); {trained:,} weights are trained")
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    needed = 12 * sum(p.numel() for p in roles.trained())
-    if needed > free:
-        text = f"gradients and optimizer take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: see --use_lora"
+    if 12 * trained > free:
+        text = f"gradients and optimizer take {12 * trained / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: see --use_lora"
         print(f"warning: {text}", file=sys.stderr)
 
 
-def save_roles(roles, directory):
-    """The policy in `directory` and the value model in its `value/`, as one PEFT or transformers call loads each."""
-    policy, value = roles.policy, roles.value
-    if policy.adapter:
-        policy.model.save_pretrained(directory, selected_adapters=[policy.adapter])
-    else:
-        save_full(policy.model, directory)
-    if not value.adapter:
-        save_full(value.model, directory / "value")
-        return
-    weights = get_peft_model_state_dict(value.model, adapter_name=value.adapter)
-    weights[SCORE] = value.head.weight.detach()
-    config = copy.copy(value.model.peft_config[value.adapter])
-    config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], True
-    config.save_pretrained(directory / "value")
-    weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
-    save_file(weights, directory / "value" / "adapter_model.safetensors", {"format": "pt"})
+# ---- training ----
 
 
-# ---- texts in one row ----
-
-# what a layer may see less than the whole text by, as the configs of transformers name it
-WINDOWS = {
-    "sliding_window", "sliding_windows", "sliding_window_size", "attention_chunk_size", "window_size",
-    "attention_window", "attention_window_size", "local_attention", "index_topk",
-}  # fmt: skip
-ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
-
-
-def is_recurrent(network):
-    """Whether some layer carries a state from token to token, so that what lies before a text changes it."""
-    kinds = set(getattr(network.config.get_text_config(), "layer_types", None) or ())
-    return network._is_stateful or not kinds <= ATTENTION
-
-
-def sees_whole_texts(network, longest):
-    """Whether no layer sees less than `longest` tokens, under any mask (flash attention takes none)."""
+def shares_rows(network, longest):
+    """Whether several texts of up to `longest` tokens in one row are the same computation as each alone: no layer sees
+    less, and positions are not scaled by the longest of them (longrope)."""
     config = network.config.get_text_config()
-    unused = set() if "local" in getattr(config, "attention_layers", ["local"]) else {"window_size"}  # GPT-Neo
-    windows = [getattr(config, name, None) for name in WINDOWS - unused]
-    takes_masks = "flash" not in (network.config._attn_implementation or "")
-    return takes_masks and all(window >= longest for window in windows if isinstance(window, int))
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = [getattr(config, "sliding_window", None), rope.get("original_max_position_embeddings")]
+    takes_masks = network.config._attn_implementation in ("sdpa", "eager")
+    return config.model_type in SHARES_ROWS and takes_masks and all(longest <= (limit or longest) for limit in limits)
 
 
 @dataclasses.dataclass
 class MicroBatch:
-    """Some episodes of a rollout as R rows of S tokens. R is 1 where texts may share a row: the tokens that all prompts
-    begin with once, then of each episode the rest of its prompt and its response (beginning | rest 1, response 1 | rest
-    2, response 2 | ...); `mask` keeps the episodes apart. Else each episode has its own row, padded behind it.
-
-    B episodes, W response positions; a response of length n has actions at 0..n-1, and where W allows the state after
-    its last token at n. What is None at first is filled in by the rollout, per episode (B,) or position (B, W)."""
+    """B episodes of a rollout with W response positions, as R rows of S tokens. R is 1 where texts share a row: what all
+    prompts begin with, then of each episode the rest of its prompt and its response, which `mask` keeps apart. Else
+    each episode has its own row, padded behind it. A response of length n has actions at 0..n-1, and where W allows the
+    state after its last token at n. What is None at first is filled in by the update."""
 
     rows: list
     responses: list
@@ -935,18 +850,8 @@ class MicroBatch:
     ref_logprobs: torch.Tensor = None  # (B, W)
     values: torch.Tensor = None  # (B, W) of the state before the token
     scores: torch.Tensor = None  # (B,) from reward model and function
-    shaped_scores: torch.Tensor = None  # (B,) normalized, clipped, less the EOS penalty
-    kl: torch.Tensor = None  # (B, W) log(policy / reference)
-    penalty: torch.Tensor = None  # (B, W) the KL estimate that is subtracted from the reward
-    rewards: torch.Tensor = None  # (B, W)
     advantages: torch.Tensor = None  # (B, W)
     returns: torch.Tensor = None  # (B, W)
-
-    @property
-    def inputs(self):
-        """What a model reads."""
-        place = {"attention_mask": self.mask, "position_ids": self.position_ids}
-        return {"input_ids": self.input_ids, "use_cache": False, **place}
 
     def place_actions(self, values):
         """Values (R, K) as (B, W): those of the actions at their places, 0 elsewhere."""
@@ -959,14 +864,11 @@ class KLAboveLimit(Exception):
 
 
 class PPOTrainer(trl_ppo.PPOTrainer):
-    """PPO on `transformers.Trainer`'s own loop: TRL's are the algorithm, its settings and the names of its metrics,
-    while its __init__ is skipped and its train() given back to Trainer, one step of which is one update (a rollout,
-    and num_ppo_epochs x num_mini_batches optimizer steps on it), so that clipping, schedule, mixed precision, logging,
-    checkpoints and resume are Trainer's.
+    """TRL's algorithm, settings and names of metrics on the loop of `transformers.Trainer`, whose `train` is taken back:
+    one of its steps is one update, a rollout and num_ppo_epochs x num_mini_batches optimizer steps on it.
 
     `prompt_format` is the policy's; `reward_format` that of a reward model which reads other tokens, or None;
-    `reward_function`(prompts, responses) gives floats for texts, which are added to the model's scores; `run` is what
-    run.json says."""
+    `reward_function`(prompts, responses) gives floats that are added to the model's scores; `run` is for run.json."""
 
     def __init__(self, roles, args, prompt_format, reward_format, reward_function, run, **kwargs):
         self.roles = roles
@@ -975,25 +877,24 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         self.reward_function = reward_function
         self.run = run
         self.tokenizer = prompt_format.tokenizer
-        self.group_size = min(args.per_device_train_batch_size, args.episodes_per_update // args.num_mini_batches)
+        self.stop_ids = torch.tensor(prompt_format.stop_ids(roles.policy.network.generation_config), device=args.device)
         self.ppo_state = {"kl_coef": args.kl_coef, "reward_mean": 0.0, "reward_std": 1.0}
         self.latest = {}  # the last update's metrics, for the next log line
-        self.inner_norms = []  # gradient norms of its optimizer steps but the last
         self.references = []  # the reference's answers to the fixed prompts
-        kwargs |= {"data_collator": lambda rows: rows, "processing_class": self.tokenizer}
+        kwargs |= {"data_collator": list, "processing_class": self.tokenizer}
         super(trl_ppo.PPOTrainer, self).__init__(model=roles, args=args, **kwargs)
+        self._train_batch_size = args.episodes_per_update  # the prompts that Trainer draws for one of its steps
         self.model_accepts_loss_kwargs = False
-        self.device = self.accelerator.device
-        self.episodes = args.episodes_per_update * self.accelerator.num_processes
-        self.stop_ids = torch.tensor(prompt_format.stop_ids(roles.policy.network.generation_config), device=self.device)
-        self.share_rows = self.may_share_rows()
+        self.episodes = args.episodes_per_update * args.world_size
+        reward = None if reward_format else roles.reward  # in a format of its own it reads one text at a time
+        readers = [role.network for role in (roles.policy, roles.value, reward) if role]
+        self.share_rows = all(shares_rows(network, args.longest_text) for network in readers)
         if not self.share_rows:
             print("texts that share a row of this model would not be computed as alone: each has a row of its own")
-        roles.mark_trained()
 
-    train = Trainer.train
-    get_train_dataloader = Trainer.get_train_dataloader
-    _save_checkpoint = Trainer._save_checkpoint
+    train = transformers.Trainer.train
+    get_train_dataloader = transformers.Trainer.get_train_dataloader
+    _save_checkpoint = transformers.Trainer._save_checkpoint
 
     # ---- one update ----
 
@@ -1003,236 +904,194 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         model.eval()  # in train mode gradient checkpointing generates without a cache
         batches = self.roll_out(inputs)
         rolled_out = time.perf_counter()
-        self.stop_unless(all(batch.logprobs.isfinite().all() for batch in batches), "a log-probability")
-        self.stop_unless(all(batch.scores.isfinite().all() for batch in batches), "a reward")
-        self.shape_rewards(batches)
-        self.estimate_advantages(batches)
-        kl = self.total(batch.kl for batch in batches) / self.episodes
-        if self.state.global_step == 0 and not any(batch.ended.any() for batch in batches):
-            text = f"none of the first answers ended within --response_length {self.args.response_length} tokens"
-            print(f"\nwarning: {text}: the policy may not have learned to stop (see training_sft.py)", file=sys.stderr)
+        names = ("lengths", "ended", "actions", "states", "logprobs", "entropy", "ref_logprobs", "values", "scores")
+        joined = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+        rollout = types.SimpleNamespace(**joined)  # of all N episodes: (N,) or (N, W)
+        rollout.read = torch.tensor([batch.input_ids.numel() for batch in batches], device=self.args.device)
+        self.stop_unless(rollout.logprobs.isfinite().all(), "a log-probability")
+        self.stop_unless(rollout.scores.isfinite().all(), "a reward")
+        self.shape_rewards(rollout)
+        self.estimate_advantages(rollout, batches)
+        kl = self.total(rollout.kl) / self.episodes
         if self.args.max_kl and kl > self.args.max_kl:
             self.latest = {"objective/kl": kl}  # Trainer's loop has no other way out before its optimizer step
             raise KLAboveLimit(f"KL {kl:.2f} nats is above --max_kl {self.args.max_kl}")
         for module in model.modules():  # layers only checkpoint in train mode, in which routers would add noise
             module.training = getattr(module, "gradient_checkpointing", False)
         losses = self.optimize(model, batches)
-        self.latest = self.measure(batches, losses, kl, rolled_out - started, time.perf_counter() - rolled_out)
+        self.latest = self.measure(rollout, losses, rolled_out - started, time.perf_counter() - rolled_out)
         if self.args.target_kl:  # Ziegler et al. 2019, section 2.2; horizon 10,000 episodes
             error = min(max(kl / self.args.target_kl - 1, -0.2), 0.2)
             self.ppo_state["kl_coef"] *= 1 + error * self.episodes / 10_000
-        return losses["policy_loss"] + self.args.vf_coef * losses["value_loss"]
+        return losses["loss/policy_avg"] + self.args.vf_coef * losses["loss/value_avg"]
 
     def stop_unless(self, fine, what):
         """Raise FloatingPointError, in all processes at once, if `what` was not finite in one of them."""
-        if self.total([torch.tensor(float(not fine), device=self.device)]):
+        if self.total(torch.tensor(not fine, device=self.args.device)):
             raise FloatingPointError(f"{what} is NaN or infinite in update {self.state.global_step + 1}")
 
     def total(self, values):
-        """The sum of tensors over all processes, a float."""
-        return self.accelerator.reduce(sum(value.sum().float() for value in values), "sum").item()
+        """The sum of a tensor over all processes, a float."""
+        return self.accelerator.reduce(values.sum().float(), "sum").item()
 
     # ---- rollout ----
 
     @torch.no_grad()
     def roll_out(self, rows):
         """A response to every prompt with its log-probabilities, values and scores; returns a list of MicroBatch."""
-        responses = self.generate(self.roles.policy, rows)
-        longest = torch.tensor([max(map(len, responses))], device=self.device)
+        policy, reference, value = self.roles.policy, self.roles.reference, self.roles.value
+        responses = self.generate(policy, rows)
+        longest = torch.tensor([max(map(len, responses))], device=self.args.device)
         width = self.accelerator.gather(longest).max().item()
-        groups = self.make_groups(rows, responses)
-        episodes = [([rows[i] for i in group], [responses[i] for i in group]) for group in groups]
-        batches = [self.collate(*some, width, self.share_rows and len(some[0]) > 1) for some in episodes]
-        with self.roles.policy.active():
+        batches = []
+        for group in self.make_groups(rows, responses):
+            some = [rows[i] for i in group], [responses[i] for i in group]
+            batches.append(self.collate(*some, width, self.share_rows and len(group) > 1))
+        with policy.active() as network:
             for batch in batches:
-                logits = self.response_logits(self.roles.policy, batch)
+                logits = self.response_logits(network, batch)
                 batch.logprobs = batch.place_actions(selective_log_softmax(logits, batch.targets))
                 batch.entropy = batch.place_actions(entropy_from_logits(logits))
-        with self.roles.reference.active():
+        with reference.active() as network:
             for batch in batches:
-                batch.ref_logprobs = self.response_logprobs(self.roles.reference, batch)
-        with self.roles.value.active():
+                batch.ref_logprobs = self.response_logprobs(network, batch)
+        with value.active() as network:
             for batch in batches:
-                batch.values = self.state_values(batch) * batch.states
+                batch.values = value.read(self.hidden_states(network, batch)[batch.state_index]) * batch.states
         self.score(batches)
         return batches
 
     @torch.no_grad()
     def generate(self, role, rows, sample=True):
-        """Responses (lists of token ids, at most response_length, ending with the first stop id) to the rows'
-        prompts."""
+        """Responses to the rows' prompts: lists of at most response_length ids that end with the first stop id."""
         sampling = {"temperature": self.args.temperature, "top_k": 0, "top_p": 1.0} if sample else {}
         config = transformers.GenerationConfig(
             max_new_tokens=self.args.response_length, do_sample=sample, eos_token_id=self.stop_ids.tolist(),
             pad_token_id=self.tokenizer.pad_token_id, **sampling,
         )  # fmt: skip
-        prompts, responses, same_length = [row["prompt_ids"] for row in rows], {}, {}
-        for i, prompt in enumerate(prompts):  # padding before a text would enter a state that goes from token to token
-            same_length.setdefault(len(prompt) if is_recurrent(role.network) else 0, []).append(i)
-        size = self.args.local_rollout_forward_batch_size
-        groups = [group[k : k + size] for group in same_length.values() for k in range(0, len(group), size)]
+        prompts, responses = [torch.tensor(row["prompt_ids"]) for row in rows], []
+        # padding before a text would enter a state that goes from token to token
+        kinds = set(getattr(role.network.config.get_text_config(), "layer_types", None) or ())
+        recurrent = kinds - {"full_attention", "sliding_attention", "chunked_attention"} or role.network._is_stateful
+        size = 1 if recurrent else self.args.local_rollout_forward_batch_size
         # autocast keeps its 16-bit copies of weights for the next token only where they are trained
         with role.active(train=True) as network, self.accelerator.autocast():
             kept, network.generation_config = network.generation_config, config  # its own would fill gaps (top_p)
-            for group in groups:
-                width = max(len(prompts[i]) for i in group)
-                ids = [[self.tokenizer.pad_token_id] * (width - len(prompts[i])) + prompts[i] for i in group]
-                mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in group]
-                ids, mask = torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
-                sampled = network.generate(input_ids=ids, attention_mask=mask)[:, width:]
+            for some in (prompts[i : i + size] for i in range(0, len(prompts), size)):
+                ids = pad_sequence(some, True, self.tokenizer.pad_token_id, padding_side="left")
+                mask = pad_sequence([torch.ones_like(prompt) for prompt in some], True, padding_side="left")
+                inputs = {"input_ids": ids.to(self.args.device), "attention_mask": mask.to(self.args.device)}
+                sampled = network.generate(**inputs)[:, ids.shape[1] :]
                 stops = torch.isin(sampled, self.stop_ids)
                 ends = torch.where(stops.any(1), stops.int().argmax(1) + 1, sampled.shape[1])
-                responses |= {i: row[:end] for i, row, end in zip(group, sampled.tolist(), ends.tolist())}
+                responses += [response[:end] for response, end in zip(sampled.tolist(), ends.tolist())]
             network.generation_config = kept
-        return [responses[i] for i in range(len(rows))]
-
-    @torch.no_grad()
-    def may_share_rows(self):
-        """Whether several texts in one row are the same computation as each alone, in every model that reads tokens: no
-        layer sees less than the longest text or carries a state, and in a trial a short, the longest and again a short
-        text, which share a beginning, have the hidden states that they have alone."""
-        reward = None if self.reward_format else self.roles.reward  # in a format of its own it reads one text at a time
-        roles = {id(role.model): role for role in (self.roles.policy, self.roles.value, reward) if role}
-        longest = self.args.longest_text
-        ids = torch.randint(len(self.tokenizer), (longest,), generator=torch.Generator().manual_seed(0)).tolist()
-        rows = [{"prompt_ids": ids[: longest // 2]}] * 3
-        responses = [ids[-1:], ids[longest // 2 :], ids[-2:-1]]
-        if any(is_recurrent(role.network) or not sees_whole_texts(role.network, longest) for role in roles.values()):
-            return False
-        batches = [self.collate([row], [response], longest) for row, response in zip(rows, responses)]
-        batches.append(self.collate(rows, responses, longest, one_row=True))
-        for role in roles.values():
-            with role.active() as network:
-                try:
-                    states = [self.hidden_states(role, batch)[batch.state_index[batch.actions]] for batch in batches]
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception:  # a model that cannot read such a row
-                    return False
-            rough = self.args.bf16 or self.args.fp16 or getattr(network, "is_quantized", False)
-            alone, shared = torch.cat(states[:3]), states[3]
-            if (shared - alone).abs().max() > (0.05 if rough else 1e-3) * alone.abs().max():
-                return False
-        return True
+        return responses
 
     def make_groups(self, rows, responses):
         """Indices of the episodes of each micro-batch, sequences of like length together.
 
-        A shared row holds the tokens of `group_size` sequences of the longest kind, so that short ones share passes,
-        but no more than the hidden size unless one sequence has more: there attention, which is not sparse in a shared
-        row, costs about a sixth of the linear layers. Rows of their own, and mini-batches, which should be equal in
-        number, are of `group_size` sequences."""
-        lengths = [len(row["prompt_ids"]) + len(response) for row, response in zip(rows, responses)]
+        A shared row holds the tokens of `size` sequences of the longest kind, but no more than the hidden size (there
+        attention, which is not sparse in it, costs about a sixth of the linear layers) unless one sequence has more.
+        Rows of their own, and mini-batches, which should be equal in number, are of `size` sequences."""
+        size = min(self.args.per_device_train_batch_size, len(rows) // self.args.num_mini_batches)
         shared = len(os.path.commonprefix([row["prompt_ids"] for row in rows]))
-        limit = min(self.group_size * self.args.longest_text, self.roles.config.get_text_config().hidden_size)
-        by_number = self.args.num_mini_batches > 1 or not self.share_rows
-        groups = [[]]
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            tokens = shared + sum(lengths[k] - shared for k in [*groups[-1], i])
-            full = len(groups[-1]) >= self.group_size if by_number else tokens > limit
-            if groups[-1] and full:
+        own = [len(row["prompt_ids"]) - shared + len(response) for row, response in zip(rows, responses)]
+        order = sorted(range(len(rows)), key=lambda i: -own[i])
+        if self.args.num_mini_batches > 1 or not self.share_rows:
+            return [order[k : k + size] for k in range(0, len(order), size)]
+        limit = min(size * self.args.longest_text, self.roles.config.get_text_config().hidden_size)
+        groups = [order[:1]]
+        for i in order[1:]:
+            if shared + sum(own[k] for k in [*groups[-1], i]) > limit:
                 groups.append([])
             groups[-1].append(i)
         return groups
 
-    def collate(self, rows, responses, total_width, one_row=False):
-        """A MicroBatch of some episodes, at most `total_width` response positions wide, in one row or in rows of their
-        own, which are padded behind the text, where a causal model does not see it."""
+    def collate(self, rows, responses, width, one_row=False):
+        """A MicroBatch of some episodes with `width` response positions, in one row or in rows of their own, which are
+        padded behind the text, where a causal model does not see it."""
         prompts = [row["prompt_ids"] for row in rows]
         shared = 0  # tokens that all prompts begin with; the last one of each stays its own
         if one_row:
             shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-        texts = [prompt[shared:] + response for prompt, response in zip(prompts, responses)]
-        sizes = [len(text) for text in texts]
-        if one_row:
-            ids = [prompts[0][:shared] + [token for text in texts for token in text]]
-            positions = [*range(shared), *(shared + k for size in sizes for k in range(size))]
-            firsts = [shared + sum(sizes[:i]) for i in range(len(sizes))]  # places of the texts in the flat ids
-        else:
-            positions = [*range(max(sizes))]
-            ids = [text + [self.tokenizer.pad_token_id] * (len(positions) - len(text)) for text in texts]
-            firsts = [len(positions) * i for i in range(len(texts))]
-
-        def tensor(values):
-            return torch.tensor(values, device=self.device)
-
-        input_ids, lengths = tensor(ids), tensor([len(response) for response in responses])
-        starts = tensor([first + len(prompt) - shared - 1 for first, prompt in zip(firsts, prompts)])
-        steps = torch.arange(min(lengths.max().item() + 1, total_width), device=self.device)
-        actions, states = steps < lengths[:, None], steps <= lengths[:, None]
-        state_index = starts[:, None] + torch.minimum(steps, lengths[:, None])
-        places = state_index[actions]
-        columns, inverse = (places % len(positions)).unique(return_inverse=True)
-        action_index = places // len(positions) * len(columns) + inverse
-        targets = torch.zeros(len(ids) * len(columns), dtype=torch.long, device=self.device)
-        targets[action_index] = tensor([token for response in responses for token in response])
-        ended = torch.isin(tensor([response[-1] for response in responses]), self.stop_ids)
+        with self.args.device:
+            texts = [torch.tensor(prompt[shared:] + response) for prompt, response in zip(prompts, responses)]
+            sizes = torch.tensor([len(text) for text in texts])
+            if one_row:
+                beginning = torch.tensor(prompts[0][:shared], dtype=torch.long)
+                ids = torch.cat([beginning, *texts])[None]
+                positions = torch.cat([torch.arange(shared), *(shared + torch.arange(len(text)) for text in texts)])
+                firsts = shared + sizes.cumsum(0) - sizes  # places of the texts in the flat ids
+            else:
+                ids = pad_sequence(texts, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+                positions = torch.arange(ids.shape[1])
+                firsts = torch.arange(len(texts)) * ids.shape[1]
+            lengths, steps = torch.tensor([len(response) for response in responses]), torch.arange(width)
+            actions, states = steps < lengths[:, None], steps <= lengths[:, None]
+            state_index = (firsts + sizes - lengths - 1)[:, None] + torch.minimum(steps, lengths[:, None])
+            columns, inverse = (state_index[actions] % ids.shape[1]).unique(return_inverse=True)
+            action_index = state_index[actions] // ids.shape[1] * len(columns) + inverse
+            targets = torch.zeros(len(ids) * len(columns), dtype=torch.long)
+            targets[action_index] = torch.tensor([token for response in responses for token in response])
+            ended = torch.isin(torch.tensor([response[-1] for response in responses]), self.stop_ids)
+            mask = self.tree_mask(shared, sizes) if one_row else None
         return MicroBatch(
-            rows, responses, input_ids, tensor(positions).expand(len(ids), -1),
-            self.tree_mask(shared, sizes) if one_row else None, state_index, columns, action_index,
+            rows, responses, ids, positions.expand(len(ids), -1), mask, state_index, columns, action_index,
             targets.view(len(ids), -1), lengths, ended, actions, states,
         )  # fmt: skip
 
     def tree_mask(self, shared, sizes):
         """The mask (1, 1, S, S) of a row of `shared` tokens and then texts of `sizes` tokens that see them and
         themselves, as numbers that are added to the scores: SDPA would make them of a bool mask in every layer."""
-        owner = torch.repeat_interleave(torch.arange(-1, len(sizes)), torch.tensor([shared, *sizes])).to(self.device)
+        owner = torch.cat([torch.full((shared,), -1), torch.arange(len(sizes)).repeat_interleave(sizes)])
         seen = ((owner == owner[:, None]) | (owner == -1)).tril()
         dtype = compute_dtype(self.args)
-        mask = torch.full(seen.shape, torch.finfo(dtype).min, dtype=dtype, device=self.device)
-        return mask.masked_fill(seen, 0)[None, None]
+        return torch.full(seen.shape, torch.finfo(dtype).min, dtype=dtype).masked_fill(seen, 0)[None, None]
 
-    def response_logits(self, role, batch):
+    def read(self, model, batch, **kwargs):
+        """What a model makes of the rows."""
+        place = {"position_ids": batch.position_ids, "attention_mask": batch.mask}
+        with self.accelerator.autocast():
+            return model(input_ids=batch.input_ids, use_cache=False, **place, **kwargs)
+
+    def response_logits(self, network, batch):
         """Logits (R, K, vocabulary) before the response tokens, over the sampling temperature, float32."""
-        with self.accelerator.autocast():
-            logits = role.network(**batch.inputs, logits_to_keep=batch.columns).logits
-        if logits.shape[1] != len(batch.columns):  # xLSTM knows no logits_to_keep
-            logits = logits[:, batch.columns]
-        return logits.float() / self.args.temperature
+        return self.read(network, batch, logits_to_keep=batch.columns).logits.float() / self.args.temperature
 
-    def response_logprobs(self, role, batch):
-        """Log-probabilities (B, W) of the response tokens, 0 where there is none.
+    def response_logprobs(self, network, batch):
+        """Log-probabilities (B, W) of the response tokens, 0 where there is none: the one code path for old, new and
+        reference ones, so that the first ratio is 1 and the first KL is 0."""
+        return batch.place_actions(selective_log_softmax(self.response_logits(network, batch), batch.targets))
 
-        The one code path for old, new and reference log-probabilities: the first ratio is 1 and the first KL is 0."""
-        return batch.place_actions(selective_log_softmax(self.response_logits(role, batch), batch.targets))
-
-    def hidden_states(self, role, batch):
-        """Last hidden states (R * S, hidden) of the rows."""
-        with self.accelerator.autocast():
-            return find_body(role.network)(**batch.inputs).last_hidden_state.flatten(0, 1)
-
-    def state_values(self, batch):
-        """Values (B, W) of the state before each response token."""
-        return self.roles.value.read(self.hidden_states(self.roles.value, batch)[batch.state_index])
+    def hidden_states(self, network, batch):
+        """Last hidden states (R * S, hidden) of the rows, those that a head reads."""
+        body = getattr(network, network.base_model_prefix, None) or network.model  # Llama 4's base_model is itself
+        return self.read(body, batch).last_hidden_state.flatten(0, 1)
 
     def score(self, batches):
-        """Fill in the score (B,) of each response: reward model plus reward function, before penalty and scaling.
-
-        The function is called once for all of them."""
-        for batch in batches:
-            batch.scores = torch.zeros(len(batch.rows), device=self.device)
-            if self.roles.reward is not None:
-                batch.scores += self.model_scores(batch)
+        """Fill in the score (B,) of each response: reward model plus reward function, which is called once for all."""
+        texts = [self.response_texts(batch) for batch in batches]
+        given = [0.0 for batch in batches for _ in batch.rows]
         if self.reward_function:
             prompts = [row["text"] for batch in batches for row in batch.rows]
-            texts = [text for batch in batches for text in self.response_texts(batch)]
-            scores = torch.tensor(self.reward_function(prompts, texts), device=self.device)
-            for batch, part in zip(batches, scores.split([len(batch.rows) for batch in batches])):
-                batch.scores += part
+            given = self.reward_function(prompts, sum(texts, []))
+        parts = torch.tensor(given, device=self.args.device).split([len(batch.rows) for batch in batches])
+        for batch, batch_texts, scores in zip(batches, texts, parts):
+            batch.scores = scores + (self.model_scores(batch, batch_texts) if self.roles.reward else 0)
 
-    def model_scores(self, batch):
-        """The reward model's score (B,) of each response, read at its last token."""
-        role = self.roles.reward
-        with role.active():
+    def model_scores(self, batch, texts):
+        """The reward model's score (B,) of each response, read at its last token; where it reads other tokens than the
+        policy writes, of the conversation in its own. An answer that was cut off has no end token."""
+        role, scores = self.roles.reward, []
+        with role.active() as network:
             if self.reward_format is None:
-                return role.read(self.hidden_states(role, batch)[batch.state_index[:, 0] + batch.lengths])
-            return torch.cat([role.read(self.hidden_states(role, text)[-1:]) for text in self.translate(batch)])
-
-    def translate(self, batch):
-        """Each conversation in the reward model's tokens; an answer that was cut off has no end token."""
-        for row, text, ended in zip(batch.rows, self.response_texts(batch), batch.ended):
-            ids = self.reward_format.encode([*row["messages"], {"role": "assistant", "content": text}])[0]
-            yield self.collate([{"prompt_ids": ids[:1]}], [ids[1:] if ended else ids[1:-1]], len(ids))
+                return role.read(self.hidden_states(network, batch)[batch.state_index[:, 0] + batch.lengths])
+            for row, text, ended in zip(batch.rows, texts, batch.ended):
+                ids = self.reward_format.encode([*row["messages"], {"role": "assistant", "content": text}])[0]
+                alone = self.collate([{"prompt_ids": ids[:1]}], [ids[1:] if ended else ids[1:-1]], len(ids))
+                scores.append(role.read(self.hidden_states(network, alone)[-1:]))
+            return torch.cat(scores)
 
     def response_texts(self, batch):
         texts = self.tokenizer.batch_decode(batch.responses, skip_special_tokens=True)
@@ -1241,76 +1100,68 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 
     # ---- rewards and advantages ----
 
-    def shape_rewards(self, batches):
-        """Per-token rewards: the KL penalty, and at the end the score, normalized, clipped, less the EOS penalty.
+    def shape_rewards(self, rollout):
+        """Per-token rewards: the KL penalty (http://joschu.net/blog/kl-approx.html), and at the state after the last
+        token, as in TRL, the score, normalized, clipped, less the EOS penalty."""
+        args = self.args
+        score = (rollout.scores - self.ppo_state["reward_mean"]) / self.ppo_state["reward_std"]
+        if args.reward_clip:
+            score = score.clamp(-args.reward_clip, args.reward_clip)
+        rollout.shaped_scores = score - args.missing_eos_penalty * ~rollout.ended
+        rollout.kl = (rollout.logprobs - rollout.ref_logprobs) * rollout.actions
+        estimate = rollout.kl if args.kl_estimator == "k1" else (-rollout.kl).exp() - 1 + rollout.kl
+        rollout.penalty = self.ppo_state["kl_coef"] * estimate
+        ends = rollout.states.sum(1, keepdim=True) - 1
+        rollout.rewards = (-rollout.penalty).scatter_add(1, ends, rollout.shaped_scores[:, None])
+        if args.whiten_rewards:
+            mean, variance = self.moments(rollout.rewards[rollout.states])
+            rewards = (rollout.rewards - mean) / math.sqrt(variance + 1e-8) + mean
+            rollout.rewards = rewards * rollout.states
 
-        KL estimators k1 and k3: http://joschu.net/blog/kl-approx.html. The score stands at the state after the last
-        token where there is one, as in TRL."""
-        for batch in batches:
-            score = (batch.scores - self.ppo_state["reward_mean"]) / self.ppo_state["reward_std"]
-            if self.args.reward_clip:
-                score = score.clamp(-self.args.reward_clip, self.args.reward_clip)
-            batch.shaped_scores = score - self.args.missing_eos_penalty * ~batch.ended
-            batch.kl = (batch.logprobs - batch.ref_logprobs) * batch.actions
-            batch.penalty = batch.kl if self.args.kl_estimator == "k1" else (-batch.kl).exp() - 1 + batch.kl
-            batch.rewards = -self.ppo_state["kl_coef"] * batch.penalty
-            end = torch.where(batch.lengths < batch.actions.shape[1], batch.lengths, batch.lengths - 1)
-            batch.rewards[torch.arange(len(end), device=end.device), end] += batch.shaped_scores
-        if self.args.whiten_rewards:
-            mean, scale = self.moments([batch.rewards[batch.states] for batch in batches])
-            for batch in batches:
-                batch.rewards = ((batch.rewards - mean) * scale + mean) * batch.states
-
-    def estimate_advantages(self, batches):
+    def estimate_advantages(self, rollout, batches):
         """Generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438, equation 16), then whitened."""
-        for batch in batches:
-            advantage, advantages = 0.0, []
-            following = torch.zeros_like(batch.values[:, 0])
-            for reward, value in reversed(list(zip(batch.rewards.unbind(1), batch.values.unbind(1)))):
-                advantage = reward + self.args.gamma * (following + self.args.lam * advantage) - value
-                advantages.append(advantage)
-                following = value
-            batch.advantages = torch.stack(advantages[::-1], dim=1)
-            batch.returns = batch.advantages + batch.values
-        mean, scale = self.moments([batch.advantages[batch.actions] for batch in batches])
-        for batch in batches:
-            batch.advantages = (batch.advantages - mean) * scale * batch.actions
+        advantages = []
+        advantage = following = torch.zeros_like(rollout.scores)
+        for reward, value in zip(rollout.rewards.T.flip(0), rollout.values.T.flip(0)):
+            advantage = reward + self.args.gamma * (following + self.args.lam * advantage) - value
+            advantages.append(advantage)
+            following = value
+        advantages = torch.stack(advantages[::-1], dim=1)
+        rollout.returns = advantages + rollout.values
+        mean, variance = self.moments(advantages[rollout.actions])
+        advantages = (advantages - mean) / math.sqrt(variance + 1e-8) * rollout.actions
+        sizes = [len(batch.rows) for batch in batches]
+        for batch, own_advantages, own_returns in zip(batches, advantages.split(sizes), rollout.returns.split(sizes)):
+            batch.advantages, batch.returns = own_advantages, own_returns
 
     def moments(self, values):
-        """(mean, 1 / standard deviation) of tensors over all processes, with Bessel's correction."""
-        values = torch.cat(values)
-        count = self.total([torch.ones_like(values)])
-        mean = self.total([values]) / count
-        variance = self.total([(values - mean).square()]) / max(count - 1, 1)
-        return mean, 1 / math.sqrt(variance + 1e-8)
+        """Mean and variance of a tensor over all processes, the latter with Bessel's correction."""
+        count = self.total(torch.ones_like(values))
+        mean = self.total(values) / count
+        return mean, self.total((values - mean).square()) / max(count - 1, 1)
 
     # ---- optimization ----
 
     def optimize(self, model, batches):
-        """num_ppo_epochs x num_mini_batches optimizer steps; the gradients of the last are left for Trainer.
-
-        Returns the means over the steps of what they minimized and measured."""
-        args, plan, stats = self.args, [], []
-        size = len(batches) // args.num_mini_batches
-        for _ in range(args.num_ppo_epochs):
-            order = torch.randperm(len(batches)).tolist() if args.num_mini_batches > 1 else range(len(batches))
-            plan += [[batches[i] for i in order[k * size : (k + 1) * size]] for k in range(args.num_mini_batches)]
-        self.inner_norms = []
+        """num_ppo_epochs x num_mini_batches optimizer steps; the gradients of the last are left for Trainer. Returns
+        the means over the steps of what they minimized and measured."""
+        plan, stats = [], []
+        for _ in range(self.args.num_ppo_epochs):
+            parts = torch.randperm(len(batches)).split(len(batches) // self.args.num_mini_batches)
+            plan += [[batches[i] for i in part] for part in parts]
         for mini_batch in plan[:-1]:
             stats.append(self.accumulate_gradients(model, mini_batch))
-            norm = self._clip_grad_norm(model) if args.max_grad_norm else None
-            self.inner_norms.append(self._get_grad_norm(model, norm))
+            self._get_grad_norm(model, self._clip_grad_norm(model) if self.args.max_grad_norm else None)
             self.optimizer.step()
             self.optimizer.zero_grad()
         stats.append(self.accumulate_gradients(model, plan[-1]))
-        sums = {name: sum(step[name] for step in stats) / len(plan) for name in stats[0]}
-        return {name: self.accelerator.reduce(value, "sum") for name, value in sums.items()}
+        means = {name: sum(step[name] for step in stats) / len(plan) for name in stats[0]}
+        return {name: self.accelerator.reduce(value, "sum") for name, value in means.items()}
 
     def accumulate_gradients(self, model, mini_batch):
-        """Gradients of one mini-batch, in which each token counts the same, whatever micro-batch or process it is
-        in."""
-        actions = self.total(batch.actions for batch in mini_batch)
-        states = self.total(batch.states for batch in mini_batch)
+        """Gradients of one mini-batch, in which each token counts the same, whatever micro-batch or process it is in."""
+        actions = self.total(torch.cat([batch.actions for batch in mini_batch]))
+        states = self.total(torch.cat([batch.states for batch in mini_batch]))
         with self.roles.policy.active(train=True):
             found = [self.policy_backward(batch, actions) for batch in mini_batch]
         with self.roles.value.active(train=True):
@@ -1322,8 +1173,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         return {name: sum(part[name] for part in found) for name in found[0]}
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Trainer, too, asks for this right before its optimizer step: nothing that is not finite reaches the
-        weights."""
+        """Trainer, too, asks for this right before its step: nothing that is not finite reaches the weights."""
         norm = float(super()._get_grad_norm(model, grad_norm))
         self.stop_unless(self.args.fp16 or math.isfinite(norm), "the gradient")  # float16 scales by overflows
         return norm
@@ -1331,127 +1181,111 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     def policy_backward(self, batch, actions):
         """Gradients of the clipped policy loss (Schulman et al. 2017, arXiv:1707.06347, equation 7), as a part of the
         mean over `actions` positions. Returns this part of the metrics."""
-        difference = (self.response_logprobs(self.roles.policy, batch) - batch.logprobs) * batch.actions
+        logprobs = self.response_logprobs(self.roles.policy.network, batch)
+        difference = (logprobs - batch.logprobs) * batch.actions
         ratio = difference.exp()
         clipped = ratio.clamp(1 - self.args.cliprange, 1 + self.args.cliprange)
         loss, clipped_loss = -batch.advantages * ratio, -batch.advantages * clipped
         policy_loss = (torch.max(loss, clipped_loss) * batch.actions).sum() / actions
         self.accelerator.backward(policy_loss)
-        with torch.no_grad():
-            return {
-                "policy_loss": policy_loss.detach(),
-                "clipfrac": ((clipped_loss > loss) * batch.actions).sum() / actions,
-                "approxkl": 0.5 * difference.square().sum() / actions,
-                "ratio": (ratio * batch.actions).sum() / actions,
-            }
+        return {
+            "loss/policy_avg": policy_loss.detach(),
+            "policy/clipfrac_avg": ((clipped_loss > loss) * batch.actions).sum() / actions,
+            "policy/approxkl_avg": 0.5 * difference.detach().square().sum() / actions,
+            "val/ratio": (ratio.detach() * batch.actions).sum() / actions,
+        }
 
     def value_backward(self, batch, states):
         """The same for the clipped value loss and `states` positions."""
-        values = self.state_values(batch)
-        clip = self.args.cliprange_value
+        role, clip = self.roles.value, self.args.cliprange_value
+        values = role.read(self.hidden_states(role.network, batch)[batch.state_index])
         near = torch.max(torch.min(values, batch.values + clip), batch.values - clip)
         errors, near_errors = (values - batch.returns).square(), (near - batch.returns).square()
         value_loss = 0.5 * (torch.max(errors, near_errors) * batch.states).sum() / states
         self.accelerator.backward(self.args.vf_coef * value_loss)
         clipfrac = ((near_errors > errors) * batch.states).sum() / states
-        return {"value_loss": value_loss.detach(), "value_clipfrac": clipfrac}
+        return {"loss/value_avg": value_loss.detach(), "val/clipfrac_avg": clipfrac}
 
-    def measure(self, batches, losses, kl, rollout_seconds, train_seconds):
+    # ---- what is reported ----
+
+    def measure(self, rollout, losses, rollout_seconds, train_seconds):
         """The update's metrics, over response tokens only and all processes (names as in TRL)."""
-        n, kl_coef = self.episodes, self.ppo_state["kl_coef"]
-        tokens = self.total(batch.lengths for batch in batches)
-        states = self.total(batch.states for batch in batches)
-        read = self.total(torch.ones_like(batch.input_ids) for batch in batches)
-        score = self.total(batch.scores for batch in batches) / n
-        scores_variance = self.total((batch.scores - score).square() for batch in batches) / n
-        kl_penalty = kl_coef * self.total(batch.penalty for batch in batches) / n
-        returns = torch.cat([batch.returns[batch.states] for batch in batches])
-        errors = returns - torch.cat([batch.values[batch.states] for batch in batches])
-        variance = self.total([(returns - self.total([returns]) / states).square()])
-        unexplained = self.total([(errors - self.total([errors]) / states).square()])
+        n = self.episodes
+        names = ("kl", "lengths", "ended", "scores", "shaped_scores", "logprobs", "entropy", "penalty", "read")
+        total = {name: self.total(getattr(rollout, name)) for name in names}
+        spread = self.total((rollout.scores - total["scores"] / n).square()) / n
+        variance = self.moments(rollout.returns[rollout.states])[1]
+        unexplained = self.moments((rollout.returns - rollout.values)[rollout.states])[1]
         return {
-            "objective/scores": score,
-            "objective/scores_std": math.sqrt(scores_variance),
-            "objective/kl": kl,
-            "objective/kl_coef": kl_coef,
-            "objective/entropy": self.total(-batch.logprobs * batch.actions for batch in batches) / n,
-            "objective/non_score_reward": -kl_penalty,
-            "objective/rlhf_reward": self.total(batch.shaped_scores for batch in batches) / n - kl_penalty,
-            "policy/entropy_avg": self.total(batch.entropy for batch in batches) / tokens,
-            "policy/approxkl_avg": losses["approxkl"].item(),
-            "policy/clipfrac_avg": losses["clipfrac"].item(),
-            "loss/policy_avg": losses["policy_loss"].item(),
-            "loss/value_avg": losses["value_loss"].item(),
-            "val/clipfrac_avg": losses["value_clipfrac"].item(),
-            "val/ratio": losses["ratio"].item(),
+            "objective/scores": total["scores"] / n,
+            "objective/scores_std": math.sqrt(spread),
+            "objective/kl": total["kl"] / n,
+            "objective/kl_coef": self.ppo_state["kl_coef"],
+            "objective/entropy": -total["logprobs"] / n,
+            "objective/non_score_reward": -total["penalty"] / n,
+            "objective/rlhf_reward": (total["shaped_scores"] - total["penalty"]) / n,
+            "policy/entropy_avg": total["entropy"] / total["lengths"],
+            **{name: value.item() for name, value in losses.items()},
             "val/explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
-            "response/length": tokens / n,
-            "response/stop_rate": self.total(batch.ended for batch in batches) / n,
+            "response/length": total["lengths"] / n,
+            "response/stop_rate": total["ended"] / n,
             "speed/rollout_seconds": rollout_seconds,
             "speed/train_seconds": train_seconds,
             "speed/episodes_per_second": n / (rollout_seconds + train_seconds),
-            "speed/rollout_tokens_per_second": tokens / rollout_seconds,
-            "speed/train_tokens_per_second": self.args.num_ppo_epochs * read / train_seconds,
+            "speed/rollout_tokens_per_second": total["lengths"] / rollout_seconds,
+            "speed/train_tokens_per_second": self.args.num_ppo_epochs * total["read"] / train_seconds,
             "episode": (self.state.global_step + 1) * n,
         }
 
     def log(self, logs, start_time=None):
-        """Trainer's log line with the last update's metrics; the gradient norm is the mean of its optimizer steps."""
-        if "grad_norm" in logs:
-            norms = [*self.inner_norms, logs["grad_norm"]]
-            logs = {**logs, "grad_norm": sum(norms) / len(norms), **self.latest}
-        Trainer.log(self, logs, start_time)
-
-    # ---- fixed prompts ----
+        """Trainer's log line of an update, with its metrics."""
+        transformers.Trainer.log(self, logs | self.latest if "grad_norm" in logs else logs, start_time)
 
     @torch.no_grad()
-    def answer(self, role, rows, sample=False):
-        """Answers to the rows and their scores, one dict each: text, score, length in tokens, and whether it ends."""
-        responses = self.generate(role, rows, sample)
+    def answer(self, name, rows, sample=False):
+        """What a role answers to the rows, one dict each: the text, its score, its length in tokens, whether it ends."""
+        responses = self.generate(getattr(self.roles, name), rows, sample)
         batches = [self.collate([row], [response], len(response)) for row, response in zip(rows, responses)]
         self.score(batches)
-        texts = [self.response_texts(batch)[0] for batch in batches]
-        figures = [(batch.scores.item(), batch.lengths.item(), batch.ended.item()) for batch in batches]
-        keys = ("answer", "score", "length", "ended")
-        return [dict(zip(keys, (text, *found))) for text, found in zip(texts, figures)]
+        answers = []
+        for batch in batches:
+            answer = {"answer": self.response_texts(batch)[0], "score": batch.scores.item()}
+            answer |= {"length": batch.lengths.item(), "ended": batch.ended.item()}
+            answers.append({f"{name}_{key}": value for key, value in answer.items()})
+        return answers
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Greedy answers of the policy and of the reference to the fixed prompts, with their scores.
-
-        Written to samples.jsonl; the first five are printed."""
+        """Greedy answers of the policy and of the reference to the fixed prompts, with their scores, for samples.jsonl;
+        the first five are printed."""
         rows, step = list(self.eval_dataset), self.state.global_step
         for line in self.state.log_history:  # Trainer asks twice where a pass over the data ends
             if line["step"] == step and "eval_policy_score" in line:
                 return line
         self.roles.eval()
-        self.references = self.references or self.answer(self.roles.reference, rows)
-        answers = {"policy": self.answer(self.roles.policy, rows), "reference": self.references}
-        metrics, samples = {}, [{"step": step, "row": row["row"], "prompt": row["text"]} for row in rows]
-        for who, found in answers.items():
-            for key in ("score", "length", "ended"):
-                metrics[f"eval_{who}_{key}"] = sum(answer[key] for answer in found) / len(rows)
-            for sample, answer in zip(samples, found):
-                sample |= {f"{who}_{key}": value for key, value in answer.items()}
+        self.references = self.references or self.answer("reference", rows)
+        samples = [{"step": step, "row": row["row"], "prompt": row["text"]} for row in rows]
+        samples = [a | b | c for a, b, c in zip(samples, self.answer("policy", rows), self.references)]
+        keys = [f"{name}_{key}" for name in ("policy", "reference") for key in ("score", "length", "ended")]
+        metrics = {f"eval_{key}": sum(sample[key] for sample in samples) / len(rows) for key in keys}
         if self.is_world_process_zero():
-            path = Path(self.args.output_dir) / "samples.jsonl"
-            lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-            lines = [line for line in lines if json.loads(line)["step"] < step]  # a resumed run comes by again
-            lines += [json.dumps(sample, ensure_ascii=False) for sample in samples]
-            Path(f"{path}.partial").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            os.replace(f"{path}.partial", path)
-            means = ", ".join(f"{who} {metrics[f'eval_{who}_score']:+.2f}" for who in answers)
-            print(f"\nupdate {step}, mean score of the answers to {len(rows)} fixed prompts: {means}")
+            path = Path(self.args.output_dir, "samples.jsonl")
+            before = map(json.loads, path.open(encoding="utf-8")) if path.is_file() else []
+            write_lines(
+                path, [line for line in before if line["step"] < step] + samples
+            )  # a resumed run comes by again
+            print(f"\nupdate {step}, mean score of the answers to {len(rows)} fixed prompts: policy "
+                  f"{metrics['eval_policy_score']:+.2f}, reference {metrics['eval_reference_score']:+.2f}")  # fmt: skip
             for sample in samples[:5]:
                 print(f"\n> {sample['prompt'].strip()[-200:]}")
-                for who in answers:
-                    print(f"  {who:<10}{sample[f'{who}_score']:+.2f}  {sample[f'{who}_answer'].strip()}")
+                for name in ("policy", "reference"):
+                    print(f"  {name:<10}{sample[f'{name}_score']:+.2f}  {sample[f'{name}_answer'].strip()}")
         self.log(metrics)
         return metrics
 
     def measure_reference(self, rows):
         """Mean and spread of the score on the reference's own sampled answers (--normalize_reward)."""
-        scores = [found["score"] for found in self.answer(self.roles.reference, rows, sample=True)]
-        scores = self.accelerator.gather(torch.tensor(scores, device=self.device))
+        scores = [found["reference_score"] for found in self.answer("reference", rows, sample=True)]
+        scores = self.accelerator.gather(torch.tensor(scores, device=self.args.device))
         self.ppo_state |= {"reward_mean": scores.mean().item(), "reward_std": max(scores.std().item(), 1e-4)}
         self.roles.mark_trained()  # the optimizer is made after this
 
@@ -1460,40 +1294,26 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     def _save(self, output_dir=None, state_dict=None):
         """Policy at the top of the directory, value model in `value/` (in the form of a reward model's checkpoint)."""
         output_dir = Path(output_dir or self.args.output_dir)
-        save_roles(self.roles, output_dir)
-        self.tokenizer.save_pretrained(output_dir)
+        for role, directory in ((self.roles.policy, output_dir), (self.roles.value, output_dir / "value")):
+            role.save(directory)
+            self.tokenizer.save_pretrained(directory)
+        generation = self.roles.policy.network.generation_config.to_diff_dict()
+        write_json(output_dir / "generation_config.json", {**generation, "eos_token_id": self.stop_ids.tolist()})
         write_json(output_dir / "ppo_state.json", self.ppo_state)
         write_json(output_dir / "run.json", self.run)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         checkpoint = Path(resume_from_checkpoint)
-        for role, directory in ((self.roles.policy, checkpoint), (self.roles.value, checkpoint / "value")):
-            if not role.adapter:
-                for file in sorted(directory.glob("model*.safetensors")):
-                    role.model.load_state_dict(load_file(file), strict=False)
-                continue
-            weights = load_file(directory / "adapter_model.safetensors")
-            if role.head is not None:
-                role.head.weight.data.copy_(weights.pop(SCORE))
-            set_peft_model_state_dict(role.model, weights, adapter_name=role.adapter)
-        self.ppo_state = json.loads((checkpoint / "ppo_state.json").read_text(encoding="utf-8"))
+        self.roles.policy.load(checkpoint)
+        self.roles.value.load(checkpoint / "value")
+        self.ppo_state = read_json(checkpoint / "ppo_state.json")
 
 
-class EpisodeBar(ProgressCallback):
-    """Trainer's bar of updates, with reward, KL (nats) and response length (tokens) on it."""
+class RunCallback(ProgressCallback):
+    """Trainer's bar with reward, KL (nats) and response length (tokens) on it; metrics.jsonl; and Ctrl-C or SIGTERM as
+    a saved checkpoint."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = {"reward": "objective/scores", "kl": "objective/kl", "length": "response/length"}
-        if self.training_bar is not None and shown["reward"] in logs:
-            self.training_bar.set_postfix({name: f"{logs[key]:.2f}" for name, key in shown.items()})
-
-
-class RunCallback(TrainerCallback):
-    """Writes metrics.jsonl, and turns Ctrl-C and SIGTERM into a saved checkpoint."""
-
-    def __init__(self, output_dir):
-        self.output_dir = Path(output_dir)
-        self.interrupted = False
+    interrupted = False
 
     def interrupt(self, signum, frame):
         self.interrupted = True
@@ -1501,20 +1321,25 @@ class RunCallback(TrainerCallback):
         print("\nstopping after this update and saving a checkpoint; once more to leave at once", file=sys.stderr)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control)
         state.compute_steps(args, state.max_steps)  # a resumed run would log and save as often as before
         state.train_batch_size = args.per_device_train_batch_size  # Trainer compares the two when a run resumes
 
     def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control)
         if args.world_size > 1:  # all stop after the same step
             flag = torch.tensor(float(self.interrupted), device=args.device)
-            self.interrupted = reduce(flag, "sum").item() > 0
+            self.interrupted = accelerate.utils.reduce(flag, "sum").item() > 0
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
-            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+            with open(Path(args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if self.training_bar is not None and "objective/scores" in logs:
+            shown = {"reward": "objective/scores", "kl": "objective/kl", "length": "response/length"}
+            self.training_bar.set_postfix({name: f"{logs[key]:.2f}" for name, key in shown.items()})
 
 
 # ---- a run and its directory ----
@@ -1527,19 +1352,16 @@ def finished_steps(checkpoint):
 
 def find_checkpoint(args):
     """The checkpoint to resume from, or None; an --output_dir in use is refused, and a checkpoint of something else."""
-    folder, checkpoint = Path(args.output_dir), args.resume_from_checkpoint
+    folder, asked = Path(args.output_dir), args.resume_from_checkpoint
     newest = max(folder.glob("checkpoint-*"), key=finished_steps, default=folder / "checkpoint-0")
-    if not checkpoint:
-        if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not args.overwrite_output_dir:
-            hint = (
-                "--resume_from_checkpoint to go on with that run, --overwrite_output_dir to replace it, or another name"
-            )
-            fail(f"--output_dir {folder} is not empty: {hint}")
-        return None
-    if checkpoint is True and not finished_steps(newest):
+    if not asked and (folder.is_file() or any(folder.glob("*")) and not args.overwrite_output_dir):
+        hint = "--resume_from_checkpoint goes on with that run, --overwrite_output_dir replaces it"
+        fail(f"--output_dir {folder} is not empty: {hint}")
+    if asked is True and not finished_steps(newest):
         print(f"no complete checkpoint in {folder}: starting from the beginning")
+    if not asked or asked is True and not finished_steps(newest):
         return None
-    checkpoint = newest if checkpoint is True else Path(checkpoint)
+    checkpoint = newest if asked is True else Path(asked)
     run = read_json(checkpoint / "run.json")
     if not finished_steps(checkpoint):
         fail(f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)")
@@ -1550,67 +1372,16 @@ def find_checkpoint(args):
     return checkpoint
 
 
-def open_output_dir(args, checkpoint):
-    """Make --output_dir ready: metrics.jsonl as the checkpoint knows it, no checkpoint that was never completed, and
-    with --overwrite_output_dir none that is later."""
-    output_dir, state = Path(args.output_dir), {}
-    with PartialState().main_process_first():
-        if not PartialState().is_main_process:
-            return
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if checkpoint:
-            state = read_json(checkpoint / "trainer_state.json")
-        else:
-            (output_dir / "samples.jsonl").unlink(missing_ok=True)
-        for path in output_dir.glob("checkpoint-*"):
-            steps = finished_steps(path)
-            if not steps or args.overwrite_output_dir and steps > state.get("global_step", 0):
-                shutil.rmtree(path)
-        lines = [json.dumps({"step": entry["step"], **entry}) + "\n" for entry in state.get("log_history", [])]
-        (output_dir / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-def pick_reward_format(args, source, prompt_format):
-    """(PromptFormat of a reward model that reads other tokens than the policy writes, or None; whether their
-    vocabulary is the same)."""
-    tokenizer = load_tokenizer(source, args)
-    same_tokens = tokenizer.get_vocab() == prompt_format.tokenizer.get_vocab()
-    recorded = source.run.get("prompt_format", prompt_format.name if same_tokens else None)
-    found = choose_format("--reward_model_path", "auto", recorded, tokenizer)
-    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    if same_tokens and found.encode(probe) == prompt_format.encode(probe):
-        return None, True
-    other = "prompt format or chat template" if same_tokens else "tokenizer"
-    print(f"the reward model was trained with another {other}: it gets texts, in its own format ({found.name})")
-    return found, same_tokens
-
-
-def choose_format(flag, requested, recorded, tokenizer):
-    """The text block's choice, for the model of a flag."""
-    try:
-        return pick_format(requested, "chat", recorded, tokenizer)
-    except ValueError as error:
-        fail(f"{flag}: {error}")
-
-
-def check_models(args, policy, reward):
-    """What can be wrong with the models, before any weight is loaded; a line says how good the reward model is."""
-    if policy.adapter:
-        check_lora_flags(args, policy)
-    if reward is None and not args.use_lora:
-        check_classifier(policy.base, args, "the value model needs one; --reward_function goes with --use_lora")
-    if reward:
-        if reward.adapter:
-            read_adapter(reward, head_count=1)
-        if not reward.adapter or not args.use_lora or reward.base != policy.base:
-            check_classifier(reward.base, args, "use --reward_function instead")
-        report = reward.run.get("metrics", {}).get("report")
-        quality = "no evaluation on record, so nobody knows how good it is"
-        if report:
-            low, high = report["accuracy_interval"]
-            quality = f"prefers the chosen answer in {report['accuracy']:.3f} of {report['pairs']} pairs (95% interval "
-            quality += f"{low:.3f} to {high:.3f}){', which is not above chance' if low <= 0.5 else ''}"
-        print(f"--reward_model_path {args.reward_model_path}: {quality}")
+def open_output_dir(folder, checkpoint):
+    """Make --output_dir ready: checkpoints and log lines up to the checkpoint that the run goes on from, none later."""
+    state = read_json(checkpoint / "trainer_state.json") if checkpoint else {"global_step": 0, "log_history": []}
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("checkpoint-*"):
+        if not 0 < finished_steps(path) <= state["global_step"]:
+            shutil.rmtree(path)
+    if not checkpoint:
+        (folder / "samples.jsonl").unlink(missing_ok=True)
+    write_lines(folder / "metrics.jsonl", [{"step": line["step"], **line} for line in state["log_history"]])
 
 
 def describe_run(args, source, prompt_format, counts):
@@ -1619,63 +1390,54 @@ def describe_run(args, source, prompt_format, counts):
     def digest(value):
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
-    tokenizer = prompt_format.tokenizer
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+    template, vocabulary = prompt_format.tokenizer.chat_template, prompt_format.tokenizer.get_vocab()
     return {
-        "stage": "rl",
-        "base_model": source.base,
-        "base_digest": digest_base(source.base) if args.use_lora else None,
-        "parent": str(source.adapter or source.base),
-        "parent_stage": source.run.get("stage"),
-        "prompt_format": prompt_format.name,
-        "chat_template_hash": digest(tokenizer.chat_template) if prompt_format.name == "chat" else None,
-        "tokenizer_hash": digest(tokenizer.get_vocab()),
-        "dataset": {"name": args.dataset_name, "subset": args.subset, **counts},
-        "arguments": vars(args),
+        "stage": "rl", "base_model": source.base, "base_digest": digest_base(source.base) if args.use_lora else None,
+        "parent": str(source.adapter or source.base), "parent_stage": source.run.get("stage"),
+        "prompt_format": prompt_format.name, "tokenizer_hash": digest(vocabulary),
+        "chat_template_hash": digest(template) if prompt_format.name == "chat" else None,
+        "dataset": {"name": args.dataset_name, "subset": args.subset, **counts}, "arguments": vars(args),
         "versions": {"scripts": 2, **{name: importlib.metadata.version(name) for name in packages}},
-    }
+    }  # fmt: skip
 
 
 def train(trainer, callback, checkpoint):
     """Trainer's train(), from the checkpoint if there is one; returns why it stopped before the end, or None."""
     if checkpoint and finished_steps(checkpoint) >= trainer.args.max_steps:  # Trainer would take one more step
         trainer._load_from_checkpoint(checkpoint)
-        trainer.state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
+        trainer.state = transformers.TrainerState.load_from_json(checkpoint / "trainer_state.json")
         return None
     handlers = {name: signal.signal(name, callback.interrupt) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
         with disable_input_dtype_casting(trainer.roles):  # else LoRA keeps float32 copies of inputs
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        return None
     except Exception as error:
         print(file=sys.stderr)  # here the line of the bar ends
-        done = trainer.state.global_step
-        usable = done if isinstance(error, FloatingPointError) else done - 1  # the last one's KL is above the limit
-        steps = {finished_steps(path): path for path in Path(trainer.args.output_dir).glob("checkpoint-*")}
-        newest = steps.get(max((step for step in steps if step <= usable), default=0), "none")
-        if isinstance(error, FloatingPointError):
-            fail(f"{error}; the last good checkpoint: {newest}")
-        if not isinstance(error, KLAboveLimit):
+        if not isinstance(error, (FloatingPointError, KLAboveLimit)):
             raise
+        done, too_far = trainer.state.global_step, isinstance(error, KLAboveLimit)
+        saved = Path(trainer.args.output_dir).glob("checkpoint-*")
+        good = [path for path in saved if 0 < finished_steps(path) <= done - too_far]
+        newest = max(good, key=finished_steps, default="none")
+        if not too_far:
+            fail(f"{error}; the last good checkpoint: {newest}")
         print(f"{error}: stopped after update {done}; the newest checkpoint below it: {newest}")
         return str(error)
     finally:
         for name, handler in handlers.items():
             signal.signal(name, handler)
-    return None
 
 
-def publish(trainer, args, run, metrics):
+def publish(trainer, args, metrics):
     """metrics.json and final_checkpoint/, which appears when it is complete; with --push_to_hub it is uploaded."""
     output_dir = Path(args.output_dir)
     final, draft, old = (output_dir / f"final_checkpoint{ending}" for ending in ("", ".partial", ".old"))
     for leftover in (draft, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    save_roles(trainer.roles, draft)
-    trainer.tokenizer.save_pretrained(draft)
-    trainer.tokenizer.save_pretrained(draft / "value")
-    generation = trainer.roles.policy.network.generation_config.to_diff_dict()
-    write_json(draft / "generation_config.json", {**generation, "eos_token_id": trainer.stop_ids.tolist()})
-    write_json(draft / "run.json", {**run, "metrics": metrics})
+    trainer._save(draft)
+    write_json(draft / "run.json", {**trainer.run, "metrics": metrics})
     if final.exists():
         os.replace(final, old)
     os.replace(draft, final)
@@ -1683,23 +1445,24 @@ def publish(trainer, args, run, metrics):
     write_json(output_dir / "metrics.json", metrics)
     print(f"saved {final}")
     if args.push_to_hub:
-        repo = HfApi().create_repo(output_dir.resolve().name, exist_ok=True).repo_id
-        print(f"uploaded {HfApi().upload_folder(repo_id=repo, folder_path=final)}")
+        repo = huggingface_hub.create_repo(output_dir.resolve().name, exist_ok=True).repo_id
+        print(f"uploaded {huggingface_hub.upload_folder(repo_id=repo, folder_path=final)}")
 
 
 def run_stage(args):
     reward_function = load_reward_function(args.reward_function) if args.reward_function else None
-    policy = locate_model(args.model_path, "--model_path")
-    reward = locate_model(args.reward_model_path, "--reward_model_path") if args.reward_model_path else None
-    check_models(args, policy, reward)
-    positions = getattr(load_config(policy.base, args).get_text_config(), "max_position_embeddings", math.inf)
+    policy = locate_model(args, "model_path")
+    reward = locate_model(args, "reward_model_path") if args.reward_model_path else None
+    if policy.lora:
+        check_lora_flags(args, policy.lora)
+    if reward:
+        report_reward_model(args.reward_model_path, reward.run)
     checkpoint = find_checkpoint(args)
     if args.push_to_hub:
-        validate_repo_id(Path(args.output_dir).resolve().name)
-        HfApi().whoami()
+        huggingface_hub.utils.validate_repo_id(Path(args.output_dir).resolve().name)
+        huggingface_hub.whoami()
 
-    tokenizer = load_tokenizer(policy, args)
-    prompt_format = choose_format("--model_path", args.prompt_format, policy.run.get("prompt_format"), tokenizer)
+    prompt_format = load_format(args, policy, args.prompt_format)
     reward_format, same_tokens = pick_reward_format(args, reward, prompt_format) if reward else (None, True)
     train_rows, counts = load_prompts(args, args.subset, args.split, "--split", prompt_format)
     eval_rows = train_rows.select(range(min(8, len(train_rows))))
@@ -1707,6 +1470,8 @@ def run_stage(args):
         subset, split = args.eval_subset or args.subset, args.eval_split or "test"
         eval_rows, counts["eval"] = load_prompts(args, subset, split, "--eval_split", prompt_format)
     longest = max(len(ids) for rows in (train_rows, eval_rows) for ids in rows["prompt_ids"]) + args.response_length
+    base_config = transformers.AutoConfig.from_pretrained(policy.base, trust_remote_code=args.trust_remote_code)
+    positions = getattr(base_config.get_text_config(), "max_position_embeddings", math.inf)
     if longest > positions:
         fail(f"a prompt with its answer may have {longest} tokens, the model has {positions} positions: lower "
              f"--max_prompt_length {args.max_prompt_length} or --response_length {args.response_length}")  # fmt: skip
@@ -1722,21 +1487,22 @@ def run_stage(args):
     print(f"{updates} updates of {episodes} episodes, {steps} optimizer steps each")
     if args.dry_run:
         for row in train_rows.select(range(min(2, len(train_rows)))):
-            print(f"--- row {row['row']}, {len(row['prompt_ids'])} tokens\n{tokenizer.decode(row['prompt_ids'])}")
+            text = prompt_format.tokenizer.decode(row["prompt_ids"])
+            print(f"--- row {row['row']}, {len(row['prompt_ids'])} tokens\n{text}")
         print("dry run: everything fits; nothing was loaded or written")
         return
 
     transformers.set_seed(args.seed)
     roles = load_roles(args, policy, reward, same_tokens)
     report_roles(roles)
-    open_output_dir(args, checkpoint)
-    run, callback = describe_run(args, policy, prompt_format, counts), RunCallback(args.output_dir)
-    trainer = PPOTrainer(
-        roles, config, prompt_format, reward_format, reward_function, run,
-        train_dataset=train_rows, eval_dataset=eval_rows, callbacks=[callback],
-    )  # fmt: skip
+    if config.process_index == 0:
+        open_output_dir(Path(args.output_dir), checkpoint)
+    accelerate.PartialState().wait_for_everyone()
+    run = describe_run(args, policy, prompt_format, counts)
+    data, callback = {"train_dataset": train_rows, "eval_dataset": eval_rows}, RunCallback()
+    trainer = PPOTrainer(roles, config, prompt_format, reward_format, reward_function, run, **data)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(EpisodeBar())
+    trainer.add_callback(callback)
     if not checkpoint:
         torch.manual_seed(args.seed + 100_003 * config.process_index)  # processes sample different answers
         if args.normalize_reward:
@@ -1749,7 +1515,7 @@ def run_stage(args):
     last = [line for line in trainer.state.log_history if line["step"] == trainer.state.global_step]
     metrics = {name: value for line in last for name, value in line.items()}
     if trainer.is_world_process_zero():
-        publish(trainer, args, run, {**metrics, **trainer.latest, "stopped": stopped})
+        publish(trainer, args, {**metrics, **trainer.latest, "stopped": stopped})
     trainer.accelerator.wait_for_everyone()
 
 
@@ -1770,7 +1536,7 @@ def main(argv=None):
         # safetensors and torch have types of their own for a full disk
         if re.search("No space left|os error 28|PytorchStreamWriter failed", str(error)):
             fail(f"no space left to save; what was saved before is complete ({error})")
-        if isinstance(error, (OSError, HFValidationError)):  # a hub id that is not there
+        if isinstance(error, (OSError, huggingface_hub.errors.HFValidationError)):  # a hub id that is not there
             fail(error)
         raise
 

@@ -1,11 +1,14 @@
 """The PPO script: its roles, its rollout, what happens to tokens, the advantages, the update, and its errors."""
 
+import contextlib
+import functools
 import importlib.util
 import json
 import math
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from conftest import make_adapter, make_model, make_tokenizer, run, write_rows
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 for table in (torch.storage._dtype_to_storage_type_map, torch.storage._storage_type_to_dtype_map):
     table()  # torch keeps it: it is not to be made while the fixture float64 is at work
@@ -429,6 +432,43 @@ def test_the_first_ratio_is_one_and_the_first_kl_is_zero(rl, chain, tmp_path, ro
     assert len(moved) > 20 and {parameters[name].dtype for name in moved} == {torch.float32}
     if "--bf16" in flags and not which:
         assert parameters["models.0.base_model.model.lm_head.weight"].dtype == torch.bfloat16
+
+
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "head_dim": 8,
+    "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_key_value_heads": 4, "first_k_dense_replace": 1,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def test_families_that_share_rows_compute_texts_alone(rl, float64):
+    """For every family that the script names, the last hidden states of three texts in one row are those that each has
+    in a row of its own: a short one, the longest, and again a short one, which share a beginning."""
+    ids = torch.randint(3, 300, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows, responses = [{"prompt_ids": ids[:30]}] * 3, [ids[-1:], ids[30:], ids[-2:-1]]
+    words = make_tokenizer()
+    trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False), tokenizer=words)
+    trainer.stop_ids, trainer.accelerator = torch.tensor([STOP]), SimpleNamespace(autocast=contextlib.nullcontext)
+    for name in ("tree_mask", "read"):
+        setattr(trainer, name, functools.partial(getattr(rl.PPOTrainer, name), trainer))
+    alone = [rl.PPOTrainer.collate(trainer, [row], [response], 30) for row, response in zip(rows, responses)]
+    together = rl.PPOTrainer.collate(trainer, rows, responses, 30, one_row=True)
+    assert len(together.input_ids) == 1 and together.input_ids.shape[1] == 29 + 2 + 31 + 2
+    for kind in rl.SHARES_ROWS:
+        fields = {
+            "vocab_size": 400, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1, "sliding_window": None,
+            "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2, **(LATENT if "deepseek" in kind else {}), **EXPERTS,
+        }  # fmt: skip
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**fields)).eval()
+        assert rl.shares_rows(model, 60), kind
+        states = [
+            rl.PPOTrainer.hidden_states(trainer, model, batch)[batch.state_index[batch.actions]] for batch in alone
+        ]
+        shared = rl.PPOTrainer.hidden_states(trainer, model, together)[together.state_index[together.actions]]
+        assert (shared - torch.cat(states)).abs().max() < 1e-9 * shared.abs().max(), kind
 
 
 def test_logits_are_asked_for_response_positions_only(rl, wide, tmp_path, monkeypatch, choose):
