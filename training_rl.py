@@ -26,6 +26,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -49,18 +50,26 @@ def fail(message):
 
 
 # >>> text: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_text.py)
-def check_messages(messages, last):
-    """Raise ValueError unless `messages` are texts of system (may be left out), user, assistant, user, ..., `last`."""
-    if not isinstance(messages, list) or not messages or not all(isinstance(turn, dict) for turn in messages):
-        raise ValueError("should be a list of {role, content} with at least one turn")
-    system = messages[0].get("role") == "system"
+def read_messages(messages, last):
+    """`messages` as texts of system (may be left out), user, assistant, user, ..., `last`; raises ValueError.
+
+    `developer` is system, a system turn without text is none, a number is its JSON text."""
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+        raise ValueError("should be a list of {role, content}")
+    turns = []
     for i, turn in enumerate(messages):
         role, content = turn.get("role"), turn.get("content")
-        expected = "system" if system and i == 0 else ("user", "assistant")[(i - system) % 2]
-        if role != expected or not isinstance(content, str) or not (content.strip() or role == "system"):
-            raise ValueError(f"should have text of the role {expected!r} in turn {i}, not {str(turn)[:80]}")
-    if role != last:
-        raise ValueError(f"should end with the role {last!r}, not {role!r}")
+        role = "system" if role == "developer" else role
+        content = json.dumps(content) if isinstance(content, int | float) else content
+        if role == "system" and not str(content or "").strip():
+            continue
+        expected = ("user", "assistant") if turns and turns[-1]["role"] != "system" else ("system", "user")
+        if role not in expected or not isinstance(content, str) or not content.strip():
+            raise ValueError(f"should have text of the role {' or '.join(expected)} in turn {i}, not {str(turn)[:80]}")
+        turns.append({"role": role, "content": content})
+    if not turns or turns[-1]["role"] != last:
+        raise ValueError(f"should end with the role {last}, not {str(messages[-1:])[:80]}")
+    return turns
 
 
 class PromptFormat:
@@ -74,6 +83,8 @@ class PromptFormat:
     def __init__(self, tokenizer, name):
         """Raises ValueError for a tokenizer without EOS, and for a template that does not write answers."""
         self.tokenizer, self.name = tokenizer, name
+        self.end = self.tail = ""  # of a turn: its last token, and what follows that
+        self.has_runs = False  # of turns of one role
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no EOS token, so no answer could ever end")
         bare, ids = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
@@ -100,14 +111,21 @@ class PromptFormat:
         following = self._render([question, answer, question]).partition(mark)[2]
         ends = re.compile(rf"\s*({'|'.join(map(re.escape, tokens))})+")
         self.end = next((found[0] for found in map(ends.match, (self.after, following)) if found), "")
-        try:
-            self.has_system = "\ue002" in self._render([system, question, answer])
-        except ValueError:
-            self.has_system = False
+        self.tail = self.after[len(self.end) :] if self.end else ""
+        self.has_system = self._takes([system, question, answer])
+        self.has_runs = self._takes([question, question, answer, answer])
 
-    def _render(self, messages, open_end=False):
+    def _takes(self, messages):
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_end)
+            text = self._render(messages)
+        except ValueError:
+            return False
+        return all(text.count(turn["content"]) == messages.count(turn) for turn in messages)
+
+    def _render(self, messages, open_end=False, tools=None):
+        write = self.tokenizer.apply_chat_template
+        try:
+            text = write(messages, tools=tools, tokenize=False, add_generation_prompt=open_end)
         except Exception as error:  # templates refuse roles and orders with exceptions of their own
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
         return text.removesuffix(self.thought) if open_end else text
@@ -116,9 +134,13 @@ class PromptFormat:
         """Put U+E000 after each character of what looks like a special token, and after U+E000 itself."""
         return re.sub(f"{self.special.pattern}|\ue000", lambda found: re.sub("(?s)(.)", "\\1\ue000", found[0]), text)
 
-    def _write(self, messages, open_end):
+    def _write(self, turns, open_end, tools):
         """The text, its contents guarded, and where in it [start, end, start, end, ...] the assistant writes."""
-        messages = [{"role": turn["role"], "content": self._guard(turn["content"])} for turn in messages]
+        messages = []
+        for role, content in ((turn["role"], self._guard(turn["content"])) for turn in turns):
+            if messages and role == messages[-1]["role"] and (role == "system" or not self.has_runs):
+                content = f"{messages.pop()['content']}\n\n{content}"
+            messages.append({"role": role, "content": content})
         if self.name == "qa":  # earlier turns join the question
             texts = [turn["content"] for turn in messages if turn["content"]]
             answer = "" if open_end else f" {texts.pop()}"
@@ -127,14 +149,14 @@ class PromptFormat:
         if messages[0]["role"] == "system" and not self.has_system:  # Gemma 2: it opens the first question
             system, question, *rest = messages
             messages = [{**question, "content": f"{system['content']}\n\n{question['content']}"}, *rest]
-        text, cuts = self._render(messages, open_end), []
+        text, cuts = self._render(messages, open_end, tools), []
         for i, turn in enumerate(messages):
             content = "".join(turn["content"].split())  # templates trim contents, and set thoughts in lines
             if turn["role"] != "assistant" and content not in "".join(text.split()):
                 raise ValueError(f"the chat template leaves out text of turn {i} ({turn['role']})")
             if turn["role"] != "assistant":
                 continue
-            prompt, shown = self._render(messages[:i], open_end=True), self._render(messages[: i + 1])
+            prompt, shown = self._render(messages[:i], True, tools), self._render(messages[: i + 1], False, tools)
             body, last = shown.removesuffix(self.after), i == len(messages) - 1
             text = body + self.end if last else text
             whole = shown == body + self.after and body.startswith(prompt) and "".join(body.split()).endswith(content)
@@ -153,11 +175,12 @@ class PromptFormat:
             ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
         return ids
 
-    def encode(self, messages, open_end=False):
+    def encode(self, messages, open_end=False, tools=None):
         """Token ids, and 1 for each that the assistant wrote (else 0), two lists; raises ValueError.
 
-        `messages`: dicts with `role` and `content`. With `open_end` the ids are a prompt that an answer follows."""
-        text, cuts = self._write(messages, open_end)
+        `messages`: of read_messages(); `tools`: JSON schemas that chat templates describe. With `open_end` the ids are a
+        prompt that an answer follows."""
+        text, cuts = self._write(messages, open_end, tools)
         ids = list(self.bos) if self.name == "qa" else []  # a chat template writes its own
         mask, done = [0] * len(ids), 0
         for n, cut in enumerate([*cuts, len(text)]):
@@ -173,11 +196,18 @@ class PromptFormat:
             ids, mask = [*ids, self.tokenizer.eos_token_id], [*mask, 1]
         return ids, mask
 
+    def end_id(self):
+        """The id that ends an answer in this format."""
+        return self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[0][-1]
+
+    def tail_ids(self):
+        """Ids of what a chat template writes after that token: in ChatML a line break."""
+        return self._read(self.end + self.tail)[len(self._read(self.end)) :]
+
     def stop_ids(self, generation_config=None):
-        """Every id that ends an answer: the tokenizer's EOS, the model's, and the one that ends a chat turn."""
+        """Every id that may end an answer: the format's, the tokenizer's EOS, and those of the model."""
         eos = getattr(generation_config, "eos_token_id", None)
-        turn = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[0][-1]
-        return sorted({self.tokenizer.eos_token_id, turn, *(eos if isinstance(eos, list) else [eos])} - {None})
+        return sorted({self.end_id(), self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
 
 
 def pick_format(requested, natural, recorded, tokenizer):
@@ -314,6 +344,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 import accelerate
 import datasets
 import huggingface_hub
+import pandas
 import peft
 import psutil
 import torch
@@ -325,6 +356,15 @@ from transformers.trainer_callback import ProgressCallback
 from trl.experimental import ppo as trl_ppo
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
+KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+# A JSON Lines file is read in one piece, for a column's type may show late; NA and None in CSV are text.
+READERS = {"csv": {"keep_default_na": False}, "json": {"chunksize": 1 << 30}, "parquet": {}, "arrow": {}}
+# What a resumed run may change and say nothing; what it may not change, for the result would be neither run.
+FREE_ON_RESUME = """output_dir overwrite_output_dir resume_from_checkpoint total_episodes logging_steps save_steps
+    save_total_limit eval_split eval_subset eval_steps report_to push_to_hub dry_run""".split()
+SAME_ON_RESUME = """model_path reward_model_path reward_function dataset_name dataset_config subset split max_samples
+    prompt_format max_prompt_length response_length per_device_train_batch_size gradient_accumulation_steps num_mini_batches
+    num_ppo_epochs use_lora""".split()
 SCORE = "base_model.model.score.weight"  # PEFT's name for the head of a reward model's adapter
 # Families that compute several texts in one row as each alone (held by tests/test_rl.py): they attend to whole texts,
 # and take positions and a 4-D mask as they are given.
@@ -407,25 +447,40 @@ def make_config(args, **own):
 # ---- prompts and rewards ----
 
 
+def find_source(name, subset):
+    """(path, other arguments) of datasets.load_dataset for a file, a folder, a kind of files in `subset`, or a hub id."""
+    place = Path(subset or "") if name in READERS else Path(name, subset or "")
+    source, files = name, {"data_dir": subset and glob.escape(subset) if name in READERS else subset}
+    kinds = {KINDS.get(path.suffix) for path in place.rglob("*")} - {None} if Path(name).is_dir() else ()
+    if Path(name).is_file():
+        suffix = Path(name.removesuffix(".gz")).suffix
+        source, files = KINDS.get(suffix, suffix[1:]), {"data_files": glob.escape(name)}
+    elif (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():  # of save_to_disk
+        parts = read_json(place / "dataset_dict.json").get("splits", ["train"])
+        folders = {part: glob.escape(str(place / part if (place / part).is_dir() else place)) for part in parts}
+        source, files = "arrow", {"data_files": {part: f"{folder}/*.arrow" for part, folder in folders.items()}}
+    elif len(kinds) == 1 and not Path(name, "README.md").is_file():  # that names configurations
+        source, files = kinds.pop(), {"data_dir": glob.escape(str(place))}
+    return source, {**files, **READERS.get(source, {})}
+
+
 def load_split(args, subset, split, flag):
     """(data, where): one split of the data set, at most --max_samples rows of it, and its name for messages."""
-    place, source, files = Path(args.dataset_name), args.dataset_name, {"data_dir": subset}
-    if place.is_file():
-        source, files = place.suffix[1:].replace("jsonl", "json"), {"data_files": str(place)}
-    elif any(place.glob("dataset_*.json")):  # of save_to_disk
-        parts = read_json(place / "dataset_dict.json").get("splits", ["."])
-        source = "arrow"
-        files = {"data_files": {part.replace(".", "train"): f"{place}/{part}/*.arrow" for part in parts}}
+    source, options = find_source(args.dataset_name, subset)
     name, bracket, part = split.partition("[")
     where = f"{args.dataset_name} {subset or ''}".strip()
     try:
-        names = datasets.get_dataset_split_names(source, args.dataset_config, **files)
+        if source == "csv":  # all is text, letter by letter
+            files = datasets.load_dataset_builder(source, **options).config.data_files
+            columns = pandas.read_csv(next(iter(files.values()))[0], nrows=0).columns
+            options["features"] = datasets.Features({column: datasets.Value("string") for column in columns})
+        names = datasets.get_dataset_split_names(source, args.dataset_config, **options)
         if name not in names and len(names) == 1:  # data/evaluation loads as `test`, whatever one asks for
             print(f"{where} has one split, {names[0]!r}: used for {flag} {split}")
             name = names[0]
         if name not in names:
             fail(f"{flag} {split}: {where} has the splits {', '.join(names)}")
-        data = datasets.load_dataset(source, args.dataset_config, split=name + bracket + part, **files)
+        data = datasets.load_dataset(source, args.dataset_config, split=name + bracket + part, **options)
     except Exception as error:  # datasets raises dozens of types
         fail(f"{flag} {split}: {where} cannot be read: {type(error).__name__} {error} {error.__cause__ or ''}")
     if not len(data):
@@ -443,11 +498,11 @@ def load_prompts(args, subset, split, flag, prompt_format):
     def encode(row, index):
         messages = row[column] if isinstance(row[column], list) else [{"role": "user", "content": row[column]}]
         try:
-            check_messages(messages, last="user")
-            ids, problem = prompt_format.encode(messages, open_end=True)[0], ""
+            messages, tools = read_messages(messages, last="user"), row.get("tools")
+            tools = json.loads(tools) if isinstance(tools, str) else tools
+            ids, problem = prompt_format.encode(messages, open_end=True, tools=tools)[0], ""
         except ValueError as error:
             messages, ids, problem = [{"role": "user", "content": ""}], [], f"column {column} {error}".split(", not")[0]
-        messages = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
         text = messages[-1]["content"]
         return {"row": index, "problem": problem, "prompt_ids": ids, "messages": messages, "text": text}
 
@@ -576,18 +631,27 @@ def load_format(args, source, requested, other=None):
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token  # lengths, not ids, say what is padding
         same_tokens = other is not None and tokenizer.get_vocab() == other.tokenizer.get_vocab()
-        return pick_format(requested, "chat", source.run.get("prompt_format", same_tokens and other.name), tokenizer)
+        recorded = source.run.get("prompt_format", same_tokens and other.name)
+        found = pick_format(requested, "chat", recorded, tokenizer)
     except (OSError, ValueError) as error:
         fail(f"{place}: {error}")
+    if found.name == "chat":  # so that every reader of the checkpoint stops where a turn ends
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(found.end_id())
+    return found
 
 
 def pick_reward_format(args, source, prompt_format):
     """(PromptFormat of a reward model that reads other tokens than the policy writes, or None; whether their
     vocabulary is the same)."""
     found = load_format(args, source, "auto", prompt_format)
+    if "reward" in (source.run.get("stage"), source.run.get("parent_stage")) and not source.run.get("score_at"):
+        if found.tail_ids():
+            fail(f"--reward_model_path {args.reward_model_path} is of an earlier version, which read scores elsewhere: "
+                 "train it again")  # fmt: skip
     same_tokens = found.tokenizer.get_vocab() == prompt_format.tokenizer.get_vocab()
     probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    if same_tokens and found.encode(probe) == prompt_format.encode(probe):
+    same_text = found.encode(probe) == prompt_format.encode(probe) and found.tail_ids() == prompt_format.tail_ids()
+    if same_tokens and same_text:
         return None, True
     other = "prompt format or chat template" if same_tokens else "tokenizer"
     print(f"the reward model was trained with another {other}: it gets texts, in its own format ({found.name})")
@@ -685,14 +749,16 @@ class Role:
             self.model.config = running
             return
         config = copy.copy(self.model.peft_config[self.adapter])
-        weights = peft.get_peft_model_state_dict(self.model, adapter_name=self.adapter)
+        weights = peft.get_peft_model_state_dict(self.model, adapter_name=self.adapter, save_embedding_layers=False)
         if self.head is not None:
             weights[SCORE] = self.head.weight.detach()
             config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
         config.inference_mode = True
         config.save_pretrained(directory)
         self.model.create_or_update_model_card(directory)
-        weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+        weights = {
+            name: tensor.detach().cpu().clone() for name, tensor in weights.items()
+        }  # none shares another's memory
         save_file(weights, directory / "adapter_model.safetensors", {"format": "pt"})
 
     def load(self, directory):
@@ -727,11 +793,22 @@ class Roles(torch.nn.Module):
             parameter.requires_grad_(parameter.is_floating_point())
 
 
-def new_lora(args, task_type):
-    """The config of a new adapter, if nothing else is asked for on all linear layers but heads."""
+def list_linear_layers(model):
+    """Names of the linear layers without heads, without routers (those of PhiMoE return tuples), and without the out_proj
+    of recurrent layers, whose kernels read the weight themselves."""
+    kinds = (torch.nn.Linear, transformers.Conv1D)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    heads = [model.get_output_embeddings(), getattr(model, "score", None)]
+    names = [n for n, module in linear.items() if module not in heads and "Router" not in type(module).__name__]
+    return [name for name in names if not (model._is_stateful and name.endswith("out_proj"))]
+
+
+def new_lora(args, model, task_type):
+    """The config of a new adapter for a model of transformers; without --lora_target_modules on all linear layers."""
     targets = args.lora_target_modules or ["all-linear"]
+    targets = list_linear_layers(model) if targets == ["all-linear"] else targets
     if len(targets) == 1 and not targets[0].isidentifier():
-        targets = targets[0]  # all-linear, or a regular expression
+        targets = targets[0]  # a regular expression
     alpha = 32 if args.lora_alpha is None else args.lora_alpha
     sizes = {"r": args.lora_r or 16, "lora_alpha": alpha, "lora_dropout": args.lora_dropout or 0.0}
     heads = None if task_type else ["score"]  # PEFT knows that of a CAUSAL_LM
@@ -771,7 +848,7 @@ def load_roles(args, source, reward_source, same_tokens):
     the policy's tokens; else as the policy with a zero head, so that the first advantages are those of the rewards."""
     if args.use_lora:
         model = load_model("CausalLM", source.base, args)
-        policy = put_adapter(model, "default", source.lora or new_lora(args, "CAUSAL_LM"), source.weights)
+        policy = put_adapter(model, "default", source.lora or new_lora(args, model, "CAUSAL_LM"), source.weights)
         reference = copy_adapter(policy, "ppo_reference")
     else:
         policy, reference = (Role(load_model("CausalLM", source.base, args, trainable=True)) for _ in range(2))
@@ -787,7 +864,7 @@ def load_roles(args, source, reward_source, same_tokens):
     if start and start.adapter:
         value = copy_adapter(start, "ppo_value", start.head.weight)
     elif start and args.use_lora:  # on the classifier, which without this adapter is the reward model
-        value = put_adapter(start.model, "ppo_value", new_lora(args, None), head=start.head.weight)
+        value = put_adapter(start.model, "ppo_value", new_lora(args, start.model, None), head=start.head.weight)
         start.model = value.model
     elif args.use_lora:
         width = policy.network.get_output_embeddings().weight.shape[1]  # OPT-350m's is not its hidden_size
@@ -1081,15 +1158,20 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             batch.scores = scores + (self.model_scores(batch, batch_texts) if self.roles.reward else 0)
 
     def model_scores(self, batch, texts):
-        """The reward model's score (B,) of each response, read at its last token; where it reads other tokens than the
-        policy writes, of the conversation in its own. An answer that was cut off has no end token."""
+        """The reward model's score (B,) of each response, read at the last token of what the template makes of it; where
+        it reads other tokens than the policy writes, of the conversation in its own. A cut answer has no end."""
         role, scores = self.roles.reward, []
+        tail = (self.reward_format or self.prompt_format).tail_ids()
         with role.active() as network:
             if self.reward_format is None:
-                return role.read(self.hidden_states(network, batch)[batch.state_index[:, 0] + batch.lengths])
+                whole = [ids + tail * int(ended) for ids, ended in zip(batch.responses, batch.ended)]
+                width = max(map(len, whole))
+                longer = self.collate(batch.rows, whole, width, batch.mask is not None) if tail else batch
+                return role.read(self.hidden_states(network, longer)[longer.state_index[:, 0] + longer.lengths])
             for row, text, ended in zip(batch.rows, texts, batch.ended):
                 ids = self.reward_format.encode([*row["messages"], {"role": "assistant", "content": text}])[0]
-                alone = self.collate([{"prompt_ids": ids[:1]}], [ids[1:] if ended else ids[1:-1]], len(ids))
+                response = ids[1:] + tail if ended else ids[1:-1]
+                alone = self.collate([{"prompt_ids": ids[:1]}], [response], len(response))
                 scores.append(role.read(self.hidden_states(network, alone)[-1:]))
             return torch.cat(scores)
 
@@ -1365,8 +1447,15 @@ def find_checkpoint(args):
     run = read_json(checkpoint / "run.json")
     if not finished_steps(checkpoint):
         fail(f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)")
-    if run.get("stage") != "rl" or run.get("versions", {}).get("scripts") != 2:
+    if run.get("stage") != "rl" or run.get("versions", {}).get("scripts") != 3:
         fail(f"--resume_from_checkpoint {checkpoint} is of the stage {run.get('stage')!r}, or of an earlier version")
+    was, now = run["arguments"], json.loads(json.dumps(vars(args), default=str))
+    changed = [name for name in now if name not in FREE_ON_RESUME and now[name] != was.get(name)]
+    words = ", ".join(f"--{name} {now[name]} (was {was.get(name)})" for name in changed)
+    if set(changed) & set(SAME_ON_RESUME):
+        fail(f"--resume_from_checkpoint {checkpoint}: {words}: that would be neither run; resume with the same flags")
+    if changed:
+        print(f"resuming with other flags than before: {words}")
     if finished_steps(newest) > finished_steps(checkpoint) and not args.overwrite_output_dir:
         fail(f"--resume_from_checkpoint {checkpoint}: {newest} is later; --overwrite_output_dir drops it")
     return checkpoint
@@ -1398,7 +1487,7 @@ def describe_run(args, source, prompt_format, counts):
         "prompt_format": prompt_format.name, "tokenizer_hash": digest(vocabulary),
         "chat_template_hash": digest(template) if prompt_format.name == "chat" else None,
         "dataset": {"name": args.dataset_name, "subset": args.subset, **counts}, "arguments": vars(args),
-        "versions": {"scripts": 2, **{name: importlib.metadata.version(name) for name in packages}},
+        "versions": {"scripts": 3, **{name: importlib.metadata.version(name) for name in packages}},
     }  # fmt: skip
 
 
@@ -1494,6 +1583,7 @@ def run_stage(args):
 
     transformers.set_seed(args.seed)
     roles = load_roles(args, policy, reward, same_tokens)
+    roles.policy.network.saved_config.eos_token_id = prompt_format.tokenizer.eos_token_id
     report_roles(roles)
     if config.process_index == 0:
         open_output_dir(Path(args.output_dir), checkpoint)

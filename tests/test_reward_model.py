@@ -15,7 +15,7 @@ import transformers
 from conftest import SHARED, make_model, make_tokenizer, run, write_rows
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline, set_seed
 from trl import RewardConfig, RewardTrainer
 
 PLACES = ["Paris", "France", "the sea", "red light", "the sky", "blue air", "a capital", "z", "the wind", "Answer"]
@@ -337,6 +337,34 @@ def test_a_full_model_scores_its_last_token_when_it_is_loaded_again(reward, pair
             if kind == "llama":
                 batch = tokenizer.pad({"input_ids": list(texts)}, return_tensors="pt")
                 assert model(**batch).logits.squeeze(-1).tolist() == pytest.approx(side, abs=room)
+
+
+@pytest.mark.parametrize(("kind", "lora"), [("llama", []), ("llama", ["--use_lora"]), ("gpt2", [])])
+def test_everybody_reads_the_same_scores(reward, pairs, tmp_path, kind, lora):
+    """`pipeline("text-classification")` on the template's whole text, or of a model without a template on the text."""
+    base = make_model(tmp_path / "base", kind, chat=kind == "llama")
+    final = train(reward, base, pairs, tmp_path / "out", "--max_steps", 3, "--learning_rate", 0.001, *lora)
+    scores, _ = evaluate(reward, final, pairs, tmp_path / "eval")
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    load = AutoPeftModelForSequenceClassification if lora else AutoModelForSequenceClassification
+    classify = pipeline("text-classification", load.from_pretrained(final, num_labels=1), tokenizer=tokenizer)
+    room = 1000 * torch.finfo(torch.float32).eps * abs(scores).max()
+    for side, column in zip(scores, ("response_j", "response_k")):
+        for row, score in zip(PAIRS, side):
+            text = f"Question: {row['question']}\n\nAnswer: {row[column]}{tokenizer.eos_token}"
+            if kind == "llama":
+                text = tokenizer.apply_chat_template(chat(row["question"], row[column]), tokenize=False)
+            assert classify(text, function_to_apply="none")[0]["score"] == pytest.approx(score, abs=room)
+
+
+def test_a_reward_model_of_an_earlier_version_is_refused(reward, trained, pairs, tmp_path):
+    """It read its scores at another token."""
+    final = shutil.copytree(trained / "final_checkpoint", tmp_path / "old")
+    record = json.loads((final / "run.json").read_text(encoding="utf-8"))
+    del record["score_at"]
+    (final / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    command = flags(final, pairs, tmp_path / "out")
+    assert "train it again" in run(reward, *command, "--eval_only", "--eval_split", "train", code=2)[1]
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeque
 for table in (torch.storage._dtype_to_storage_type_map, torch.storage._storage_type_to_dtype_map):
     table()  # torch keeps it: it is not to be made while the fixture float64 is at work
 STOP = 2  # <|im_end|>: EOS, pad and the end of a chat turn at once
+TAIL = make_tokenizer(True)("\n", add_special_tokens=False)["input_ids"]  # what the template writes after it
 RULES = """
 def tokens(prompts, responses):
     return [len(response.split()) / 4 for response in responses]
@@ -370,8 +371,8 @@ def test_a_reward_model_of_another_family_scores_text(
                 ids += tokenizer(f" {answer}")["input_ids"] + [tokenizer.eos_token_id] * ended
             else:
                 turns = [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": answer}]
-                text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
-                ids = tokenizer(text if ended else text.removesuffix("<|im_end|>"))["input_ids"]
+                text = tokenizer.apply_chat_template(turns, tokenize=False)
+                ids = tokenizer(text if ended else text.removesuffix("<|im_end|>\n"))["input_ids"]
             assert score == pytest.approx(scalars_of(reward, ids)[-1].item(), abs=1e-4)
             checked.append((ended, round(score, 3)))
     assert len(checked) == 8 and len(set(checked)) > 4 and {ended for ended, _ in checked} == {True, False}
@@ -403,9 +404,11 @@ def test_the_rollout_is_that_of_every_text_alone(rl, wide, tmp_path, choose, rol
             prompt, response, actions = row["prompt_ids"], batch.responses[i], batch.actions[i]
             logprobs, entropy = logprobs_of(wide["sft"], prompt, response)
             scalars = scalars_of(wide["rm"], prompt + response)
+            tail = TAIL if "gpt2" not in wide["base"] and response[-1] == STOP else []
+            score = scalars_of(wide["rm"], prompt + response + tail)[-1]
             pairs = [(batch.logprobs[i][actions], logprobs), (batch.entropy[i][actions], entropy)]
             if not own_format:
-                pairs += [(batch.values[i][actions], scalars[len(prompt) - 1 : -1]), (batch.scores[i], scalars[-1])]
+                pairs += [(batch.values[i][actions], scalars[len(prompt) - 1 : -1]), (batch.scores[i], score)]
             assert max((ours - theirs).abs().max().item() for ours, theirs in pairs) < 1e-9
             endings.add((response[-1] == STOP, len(response)))
     assert {ended for ended, _ in endings} == {True, False}
@@ -573,7 +576,8 @@ def test_metrics_and_advantages_by_hand(rl, exact, tmp_path, choose, rollouts, e
         logprobs, entropy = logprobs_of(policy, prompt, response)
         kl = logprobs - logprobs_of(exact["sft"], prompt, response)[0]
         penalty = kl if estimator == "k1" else (-kl).exp() - 1 + kl
-        score, ended = scalars_of(exact["rm"], prompt + response)[-1].item(), response[-1] == STOP
+        ended = response[-1] == STOP
+        score = scalars_of(exact["rm"], prompt + response + TAIL * ended)[-1].item()
         states = scalars_of(value, prompt + response)[len(prompt) - 1 :].tolist()
         states = states[:width]  # the state after the last token counts where the longest response leaves room for it
         rewards = [-0.2 * number for number in penalty.tolist()] + [0.0] * (len(states) - len(response))
@@ -668,6 +672,9 @@ def test_one_update_equals_that_of_the_stock_trainer(
     make_model(base)
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        " + '\n' }}{% endfor", " }}{% endfor"
+    )  # a turn's end is the last
     tokenizer.save_pretrained(base)
     rm = make_classifier(base, tmp_path / "rm")
     config = json.loads((Path(rm) / "config.json").read_text())
@@ -912,7 +919,7 @@ def test_the_final_checkpoint_and_its_record(rl, chain, tmp_path):
     record = json.loads((final / "run.json").read_text())
     assert (record["stage"], record["base_model"], record["parent"]) == ("rl", chain["base"], chain["sft"])
     assert record["prompt_format"] == "chat" and record["dataset"]["rows"] == 24 and record["base_digest"]
-    assert record["arguments"]["num_ppo_epochs"] == 2 and record["versions"]["scripts"] == 2
+    assert record["arguments"]["num_ppo_epochs"] == 2 and record["versions"]["scripts"] == 3
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert {"objective/kl", "eval_policy_score", "eval_reference_score", "train_runtime"} <= metrics.keys()
     assert metrics["stopped"] is None
@@ -925,12 +932,30 @@ def test_dry_run_writes_nothing(rl, chain, tmp_path, monkeypatch):
     monkeypatch.setattr(rl, "load_model", None)
     shutil.copytree(chain["rm"], tmp_path / "rm")
     report = {"accuracy": 0.52, "pairs": 50, "accuracy_interval": [0.38, 0.66]}
-    (tmp_path / "rm" / "run.json").write_text(json.dumps({"stage": "reward", "metrics": {"report": report}}))
+    (tmp_path / "rm" / "run.json").write_text(
+        json.dumps({"stage": "reward", "score_at": "end", "metrics": {"report": report}})
+    )
     flags = command(chain, tmp_path / "out", "--dry_run --num_mini_batches 2", reward=str(tmp_path / "rm"))
     output, _ = run(rl, *flags)
     assert "2 updates of 4 episodes, 4 optimizer steps each" in output and "What is 0?" in output
     assert "0.520 of 50 pairs (95% interval 0.380 to 0.660), which is not above chance" in output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_model_of_an_earlier_version_is_refused(rl, chain, tmp_path):
+    """It was read at the token before the template's last: its scores would mean something else."""
+    shutil.copytree(chain["rm"], tmp_path / "rm")
+    (tmp_path / "rm" / "run.json").write_text(json.dumps({"stage": "reward", "prompt_format": "chat"}))
+    _, error = run(rl, *command(chain, tmp_path / "out", "--dry_run", reward=str(tmp_path / "rm")), code=2)
+    assert "earlier version, which read scores elsewhere: train it again" in error
+
+
+def test_an_adapter_on_the_embeddings_of_a_tied_model_is_saved(rl, chain, tmp_path):
+    base = make_model(tmp_path / "base", tie_word_embeddings=True)
+    flags = "--use_lora --lora_target_modules embed_tokens q_proj"
+    train(rl, chain, tmp_path / "out", flags, model=base)
+    names = load_file(tmp_path / "out" / "final_checkpoint" / "adapter_model.safetensors")
+    assert all("lora_" in name for name in names) and any("embedding" in name for name in names)
 
 
 BAD_INPUT = {
