@@ -296,8 +296,8 @@ def main(argv=None):
             config = merge_in_peft(base, adapter, task, kind, draft, args.max_shard_size)
         config.architectures, config.dtype = [type(model).__name__], kind
         if task == "SEQ_CLS" and tokenizer:
-            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-            config.pad_token_id = tokenizer.pad_token_id
+            # where EOS pads, a classifier passes over the EOS at which the score stands
+            config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token != tokenizer.eos_token else None
         config.save_pretrained(draft)
         metrics = verify_merge(base, adapter, task, draft, kind) if args.verify else {}
         if tokenizer:

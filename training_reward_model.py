@@ -353,7 +353,7 @@ def locate_model(args):
         fail(f"--model_path {folder}: {base} is not there; it should be a model directory or a hub id")
     if args.eval_only and stage not in (None, "reward"):
         fail(f"--model_path {folder} is of the stage {stage!r}, not a reward model")
-    if run.get("base_digest") not in (None, digest_base(base)):
+    if adapter and run.get("base_digest") not in (None, digest_base(base)):
         fail(f"--model_path {folder}: the base model {base} has other weights than the one that it was trained on")
     for name in ("r", "lora_alpha", "lora_dropout", "target_modules") if adapter else ():
         flag = f"lora_{name.removeprefix('lora_')}"

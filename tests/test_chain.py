@@ -99,8 +99,9 @@ def old_record(stage, base):
 def old(llama, tmp_path_factory):
     place = tmp_path_factory.mktemp("old")
     policy, scorer = make_adapter(llama, place / "sft"), make_adapter(llama, place / "rm", "SEQ_CLS", seed=1)
-    for folder, stage in ((policy, "sft"), (scorer, "reward")):
-        Path(folder, "run.json").write_text(json.dumps(old_record(stage, llama)), encoding="utf-8")
+    for folder, stage, style in ((policy, "sft", "chat"), (scorer, "reward", "qa")):  # in `chat` it is refused
+        record = {**old_record(stage, llama), "prompt_format": style}
+        Path(folder, "run.json").write_text(json.dumps(record), encoding="utf-8")
     rows = [{"prompt": f"Why {i}?", "chosen": f"So {i}.", "rejected": f"No {i * i}"} for i in range(8)]
     return {"policy": policy, "scorer": scorer, "data": write_rows(place / "rows" / "train.jsonl", rows)}
 
@@ -115,7 +116,8 @@ def test_earlier_final_checkpoints_are_trained_on(old, sft, reward, rl, tmp_path
             load_file(Path(place, "adapter_model.safetensors")) for place in (folder, out / "final_checkpoint")
         )
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-        assert json.loads((out / "final_checkpoint" / "run.json").read_text())["prompt_format"] == "chat"
+        style = json.loads((out / "final_checkpoint" / "run.json").read_text())["prompt_format"]
+        assert style == ("chat" if script is sft else "qa")
 
 
 def test_earlier_final_checkpoints_go_through_ppo_and_merge(old, rl, merge, tmp_path):

@@ -232,7 +232,7 @@ def test_bad_rows_are_left_out_and_named_or_too_many(request, refuse, models, tm
 
 @pytest.mark.parametrize(
     "messages",
-    [[], CHAT[:1], CHAT[::-1], [CHAT[0], CHAT[0], CHAT[1]], [CHAT[0], {"role": "assistant", "content": " "}]],
+    [[], CHAT[:1], CHAT[::-1], [CHAT[0], {"role": "assistant", "content": " "}]],
 )  # fmt: skip
 def test_conversations_that_are_none(refuse, messages):
     """A chat takes turns, has texts, and ends with the assistant's."""
