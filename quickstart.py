@@ -246,7 +246,8 @@ def evaluate(output_dir):
         rows = model.generate(**inputs, **sampling, max_new_tokens=arguments["response_length"], eos_token_id=stops)
         for prompt, row in zip(prompts, rows.tolist()):
             end = next((i + 1 for i in range(width, len(row)) if row[i] in stops), len(row))
-            rewards.append(scorer(torch.tensor([prompt + row[width:end]], device=device)).logits.item())
+            tail = prompt_format.tail_ids() if row[end - 1] in stops else []  # scores are read at the template's end
+            rewards.append(scorer(torch.tensor([prompt + row[width:end] + tail], device=device)).logits.item())
             texts.append(tokenizer.decode(row[width:end], skip_special_tokens=True).strip())
         result[f"reward_{name}"] = fmean(rewards)
         result[f"rule_score_{name}"] = fmean(map(follows_rule, texts))
