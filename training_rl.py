@@ -851,13 +851,14 @@ def quick_adapters(model, dtype):
         linear = torch.nn.functional.linear
         layer.forward = lambda x, *args, **kwargs: base(x, *args, **kwargs) + linear(linear(x, first), second)
 
+    linear_layers = (torch.nn.Linear, transformers.Conv1D)
     layers = [layer for layer in model.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)]
-    active = [(layer, name) for layer in layers for name in layer.active_adapters if name in layer.lora_A]
-    plain = [pair for pair in active if isinstance(pair[0].lora_A[pair[1]], torch.nn.Linear)]
-    plain = [(layer, name) for layer, name in plain if name not in layer.lora_variant and not layer.lora_bias[name]]
+    layers = [layer for layer in layers if isinstance(layer.base_layer, linear_layers)]
     with torch.no_grad():
-        for layer, name in plain if len(plain) == len(active) else []:
-            quicken(layer, name)
+        for layer in layers:
+            (name,) = layer.active_adapters
+            if name in layer.lora_A and name not in layer.lora_variant and not layer.lora_bias[name]:  # no DoRA
+                quicken(layer, name)
     try:
         yield
     finally:
