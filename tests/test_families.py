@@ -200,6 +200,7 @@ class Chain:
         self.name, self.place, self.scripts = name, place, scripts
         self.base = make_base(place / "base", *FAMILIES[name])
         self.format = scripts["sft"].PromptFormat(AutoTokenizer.from_pretrained(self.base), "chat")
+        self.tail = self.format.tail_ids()  # after the end of a turn; scores are read behind it
         rows = [{"messages": chat} for chat in CHATS]
         self.sft_data = write_rows(place / "sft.jsonl", rows)
         rows = [
@@ -255,7 +256,7 @@ class Chain:
         flags = ["--model_path", self.base, "--dataset_name", self.pairs, "--eval_split", "train", "--output_dir", out]
         if not self.run("reward", "reward", *flags, "--use_lora", *SGD, *TWO_STEPS, *more):
             return None
-        pairs = [[self.format.encode(chat)[0] for chat in pair] for pair in zip(CHATS, OTHERS)]
+        pairs = [[self.format.encode(chat)[0] + self.tail for chat in pair] for pair in zip(CHATS, OTHERS)]
         model = self.load_reward(out / "checkpoint-1")
         check_step(model, pair_loss(model, pairs), self.load_reward(out / "checkpoint-2"))
         return out / "final_checkpoint"
@@ -269,7 +270,8 @@ class Chain:
         found = torch.tensor([[line["score_chosen"], line["score_rejected"]] for line in lines])
         model = self.load_reward(reward_model)
         with torch.no_grad():
-            pairs = [[scores(model, self.format.encode(c)[0])[-1] for c in pair] for pair in zip(CHATS, OTHERS)]
+            texts = [[self.format.encode(chat)[0] + self.tail for chat in pair] for pair in zip(CHATS, OTHERS)]
+            pairs = [[scores(model, text)[-1] for text in pair] for pair in texts]
         close(found, torch.tensor(pairs))
 
     def load_policy(self, folder):
@@ -307,7 +309,8 @@ class Chain:
                     if classifier:
                         found = scores(classifier, prompt + response)
                         close(batch.values[i, :n], found[len(prompt) - 1 : -1])
-                        close(batch.scores[i], found[-1])
+                        whole = prompt + response + self.tail * int(batch.ended[i])
+                        close(batch.scores[i], scores(classifier, whole)[-1])
         return rolled
 
     def check_samples(self, out):

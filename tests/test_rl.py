@@ -942,6 +942,21 @@ def test_dry_run_writes_nothing(rl, chain, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_adapters_compute_the_same_in_fewer_steps_while_answers_are_written(rl, llama, tmp_path):
+    """And PEFT's own forward is back afterwards; DoRA keeps it throughout."""
+    ids = torch.arange(5, 20)[None]
+    for name, more in (("plain", {}), ("dora", {"use_dora": True})):
+        model = AutoPeftModelForCausalLM.from_pretrained(make_adapter(llama, tmp_path / name, **more)).double().eval()
+        wanted = model(ids).logits
+        with rl.quick_adapters(model, torch.float64):
+            quick = [layer for layer in model.modules() if "forward" in vars(layer)]
+            assert (model(ids).logits - wanted).abs().max() < 1e-9
+        assert len(quick) == (14 if name == "plain" else 0)
+        assert not any("forward" in vars(layer) for layer in model.modules())
+        with model.disable_adapter():
+            assert (model(ids).logits - wanted).abs().max() > 1e-3
+
+
 def test_a_reward_model_of_an_earlier_version_is_refused(rl, chain, tmp_path):
     """It was read at the token before the template's last: its scores would mean something else."""
     shutil.copytree(chain["rm"], tmp_path / "rm")
