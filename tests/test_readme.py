@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, make_adapter, make_model, run, write_rows
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from test_chain import SCRIPTS, SEED, read_commands
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 README = ROOT / "README.md"
 COMMANDS = read_commands(README) + (read_commands(SEED) if SEED.is_file() else [])
@@ -30,6 +30,7 @@ def test_the_python_runs(rl, llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_adapter(llama, "checkpoints/ppo/final_checkpoint")
     make_adapter(llama, "checkpoints/rm/final_checkpoint", "SEQ_CLS")
+    GenerationConfig(eos_token_id=[2]).save_pretrained("checkpoints/ppo/final_checkpoint")
     make_model("checkpoints/merged")
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"Why {i}?"} for i in range(4)])
     flags = ["--model_path", llama, "--dataset_name", data, "--total_episodes", 1, "--response_length", 4]
