@@ -660,6 +660,8 @@ def check_fit(args, config, model_config, adapter, tokens, rows):
     if type(model_config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         name = (model_config.architectures or [model_config.model_type])[0]
         fail(f"{name} has no sequence classifier in transformers; training_rl.py rewards it by --reward_function")
+    if getattr(model_config, "quantization_config", None) and not args.use_lora:
+        fail(f"--model_path {args.model_path} is stored in 4 or 8 bit: add --use_lora")
     embeddings = count_embeddings(adapter) or model_config.get_text_config().vocab_size
     if tokens > embeddings and args.use_lora:
         fail(f"--model_path {args.model_path}: {tokens} tokens, but embeddings for {embeddings}: the new ones would not be "
@@ -885,7 +887,8 @@ def publish(trainer, args, run, metrics):
     card.unlink()
     shutil.rmtree(final, ignore_errors=True)
     os.replace(draft, final)
-    print(f"saved {final}")
+    size = sum(path.stat().st_size for path in final.glob("*.safetensors"))
+    print(f"saved {final} ({'adapter' if args.use_lora else 'all weights, float32'}, {size / 1e9:.3g} GB)")
     if args.push_to_hub:
         repo = HfApi().create_repo(name, exist_ok=True).repo_id
         print(f"uploaded {HfApi().upload_folder(repo_id=repo, folder_path=final)}")

@@ -1559,7 +1559,8 @@ def publish(trainer, args, metrics):
     os.replace(draft, final)
     shutil.rmtree(old, ignore_errors=True)
     write_json(output_dir / "metrics.json", metrics)
-    print(f"saved {final}")
+    size = sum(path.stat().st_size for path in final.glob("*.safetensors"))
+    print(f"saved {final} ({'adapter' if args.use_lora else 'all weights, float32'}, {size / 1e9:.3g} GB)")
     if args.push_to_hub:
         repo = huggingface_hub.create_repo(output_dir.resolve().name, exist_ok=True).repo_id
         print(f"uploaded {huggingface_hub.upload_folder(repo_id=repo, folder_path=final)}")
@@ -1587,6 +1588,12 @@ def run_stage(args):
         eval_rows, counts["eval"] = load_prompts(args, subset, split, "--eval_split", prompt_format)
     longest = max(len(ids) for rows in (train_rows, eval_rows) for ids in rows["prompt_ids"]) + args.response_length
     base_config = transformers.AutoConfig.from_pretrained(policy.base, trust_remote_code=args.trust_remote_code)
+    if getattr(base_config, "quantization_config", None) and not args.use_lora:
+        fail(f"--model_path {args.model_path} is stored in 4 or 8 bit: add --use_lora")
+    embeddings = base_config.get_text_config().vocab_size
+    if len(prompt_format.tokenizer) > embeddings:
+        fail(f"--model_path {args.model_path}: {len(prompt_format.tokenizer)} tokens, but embeddings for {embeddings}: "
+             "training_sft.py without --use_lora adds and trains them")  # fmt: skip
     positions = getattr(base_config.get_text_config(), "max_position_embeddings", math.inf)
     if longest > positions:
         fail(f"a prompt with its answer may have {longest} tokens, the model has {positions} positions: lower "

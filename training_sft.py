@@ -890,7 +890,7 @@ def main(argv=None):
         data, where = load_split(args, args.eval_subset or args.subset, args.eval_split or "test", "--eval_split")
         eval_rows, counts["eval"] = encode_rows(data, prompt_format, args, where)
     if getattr(model_config, "quantization_config", None) and not args.use_lora:
-        fail(f"--model_path {base} is stored in {model_config.quantization_config['quant_method']}: add --use_lora")
+        fail(f"--model_path {args.model_path} is stored in 4 or 8 bit: add --use_lora")
     embeddings = count_embeddings(adapter) or model_config.get_text_config().vocab_size
     if len(tokenizer) > embeddings and args.use_lora:
         fail(f"--model_path {args.model_path}: {len(tokenizer)} tokens, but embeddings for {embeddings}: the new ones would "

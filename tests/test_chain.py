@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, SHARED, make_adapter, make_model, run, write_rows
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCRIPTS = "training_sft|training_reward_model|training_rl|merge_with_lora"
 SEED = SHARED.parent / "seed_readme.md"
@@ -145,3 +145,66 @@ def test_earlier_final_checkpoints_go_through_ppo_and_merge(old, rl, merge, tmp_
     assert (found - adapter).abs().max() < rounding < (start - adapter).abs().max()
     value = AutoPeftModelForSequenceClassification.from_pretrained(out / "final_checkpoint" / "value", num_labels=1)
     assert value.get_base_model().score.weight.shape[0] == 1
+
+
+@pytest.fixture
+def more_tokens(llama, tmp_path):
+    """A model whose tokenizer has nine tokens that it has no embeddings for."""
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(9)])
+    tokenizer.save_pretrained(base)
+    return base, len(tokenizer)
+
+
+def test_a_chain_on_a_model_with_added_tokens(more_tokens, sft, reward, rl, merge, tmp_path):
+    """SFT adds and trains them; reward model, PPO and merge go on from that, and plain libraries load what they leave."""
+    base, tokens = more_tokens
+    rows = [{"prompt": f"Why <extra{i}>?", "chosen": f"So <extra{i}>.", "rejected": f"No {i * i}"} for i in range(9)]
+    data = ["--dataset_name", write_rows(tmp_path / "rows" / "train.jsonl", rows)]
+    start, scorer, policy = (tmp_path / name / "final_checkpoint" for name in ("sft", "rm", "ppo"))
+    run(sft, "--model_path", base, *data, "--max_steps", 2, "--output_dir", start.parent)
+    more = ["--use_lora", "--max_steps", 2, "--learning_rate", 1e-3, "--output_dir", scorer.parent]
+    run(reward, "--model_path", start, *data, *more)
+    more = ["--use_lora", "--total_episodes", 4, "--per_device_train_batch_size", 2, "--response_length", 4]
+    paths = ["--model_path", start, "--reward_model_path", scorer, "--output_dir", policy.parent]
+    run(rl, *paths, *data, *more, "--learning_rate", 1e-3)
+    run(merge, "--adapter_path", policy, "--output_dir", tmp_path / "merged")
+    ids = torch.arange(tokens - 20, tokens)[None]
+    with torch.no_grad():
+        adapter = AutoPeftModelForCausalLM.from_pretrained(policy, dtype=torch.float64)(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float64)(ids).logits
+        scores = AutoPeftModelForSequenceClassification.from_pretrained(scorer, num_labels=1)(ids).logits
+    assert adapter.shape[-1] == merged.shape[-1] == tokens and scores.isfinite().all()
+    assert (merged - adapter).abs().max() < 100 * torch.finfo(torch.float32).eps * adapter.abs().max()
+
+
+@pytest.mark.parametrize("stage", ["reward", "rl"])
+def test_tokens_without_embeddings_are_named_before_weights_are_loaded(request, more_tokens, tmp_path, stage):
+    rows = write_rows(
+        tmp_path / "train.jsonl", [{"prompt": f"Why {i}?", "chosen": "a", "rejected": "b"} for i in range(4)]
+    )
+    flags = ["--model_path", more_tokens[0], "--dataset_name", rows, "--output_dir", tmp_path / "out", "--use_lora"]
+    (tmp_path / "rules.py").write_text(
+        "def none(prompts, responses):\n    return [0.0] * len(responses)\n", encoding="utf-8"
+    )
+    flags += ["--reward_function", f"{tmp_path / 'rules.py'}:none"] if stage == "rl" else []
+    assert "but embeddings for" in run(request.getfixturevalue(stage), *flags, code=2)[1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "rl"])
+def test_a_base_that_is_stored_in_4_bit_needs_lora(request, llama, tmp_path, stage):
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    rows = write_rows(
+        tmp_path / "train.jsonl", [{"prompt": f"Why {i}?", "chosen": "a", "rejected": "b"} for i in range(4)]
+    )
+    (tmp_path / "rules.py").write_text(
+        "def none(prompts, responses):\n    return [0.0] * len(responses)\n", encoding="utf-8"
+    )
+    flags = ["--model_path", base, "--dataset_name", rows, "--output_dir", tmp_path / "out"]
+    flags += ["--reward_function", f"{tmp_path / 'rules.py'}:none"] if stage == "rl" else []
+    assert "is stored in 4 or 8 bit: add --use_lora" in run(request.getfixturevalue(stage), *flags, code=2)[1]
