@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 
@@ -23,6 +24,23 @@ def peak_memory():
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return {"peak_rss_gb": resident / 2**30, "peak_gpu_gb": gpu / 2**30}
+
+
+def clock_steps(trainer):
+    """A list that gets the time (s) at which each of the trainer's steps ends, with all that it left to the card."""
+    import torch
+    import transformers
+
+    ends = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *inputs, **options):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+    trainer.add_callback(Clock())
+    return ends
 
 
 def run_child(*flags):
@@ -54,7 +72,7 @@ def environment():
     names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "versions": {name: importlib.metadata.version(name) for name in names},
+        "versions": {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)},
         "python": platform.python_version(),
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),

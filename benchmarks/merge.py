@@ -58,22 +58,22 @@ def time_work(function):
     return {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - processor}
 
 
-def peft(folder, size):
+def peft(folder, size, adapter="adapter"):
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     def work():
         model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
-        PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload().save_pretrained(folder / "peft")
+        PeftModel.from_pretrained(model, folder / adapter).merge_and_unload().save_pretrained(folder / "peft")
 
     return time_work(work)
 
 
-def merge(folder, size):
+def merge(folder, size, adapter="adapter"):
     import merge_with_lora
 
-    flags = ["--adapter_path", str(folder / "adapter"), "--output_dir", str(folder / "merge")]
+    flags = ["--adapter_path", str(folder / adapter), "--output_dir", str(folder / "merge")]
     return time_work(lambda: merge_with_lora.main(flags))
 
 

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import environment, load_script, peak_memory, report, run_child, write_result
+from measure import clock_steps, environment, load_script, peak_memory, report, run_child, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,6 +40,16 @@ def make_reward_model(model_path, folder):
         tokenizer.save_pretrained(folder / name)
 
 
+def time_train(trainer, train):
+    """Seconds in train(), and those of an update after the first, in which kernels are still loaded and chosen."""
+    ends, start = clock_steps(trainer), time.perf_counter()
+    output = train()
+    seconds = time.perf_counter() - start
+    later = len(ends) - 1
+    update_seconds = (ends[-1] - ends[0]) / later if later else seconds
+    return output, {"seconds": seconds, "update_seconds": update_seconds}
+
+
 def run_ours(args):
     """The script's own main; returns the seconds in train()."""
     script, seconds = load_script(args.side), {}
@@ -47,9 +57,8 @@ def run_ours(args):
 
     def timed(self, *inputs, **options):
         self.args.save_strategy = "no"  # the stock trainer saves nothing either
-        start = time.perf_counter()
-        output = train(self, *inputs, **options)
-        seconds["train"] = time.perf_counter() - start
+        output, found = time_train(self, lambda: train(self, *inputs, **options))
+        seconds.update(found)
         return output
 
     script.PPOTrainer.train = timed
@@ -57,10 +66,10 @@ def run_ours(args):
     flags = f"""--use_lora --overwrite_output_dir --prompt_format chat --learning_rate 1e-4 --seed 1 --save_steps 1000
         --per_device_train_batch_size {args.batch} --gradient_accumulation_steps {args.accumulation}
         --total_episodes {args.episodes} --response_length {args.response_length} --num_ppo_epochs {args.ppo_epochs}"""
-    paths = ["--model_path", args.model_path, "--reward_model_path", f"{args.folder}/adapter"]
+    paths = ["--model_path", args.model_path, "--reward_model_path", args.reward_adapter]
     paths += ["--dataset_name", args.data, "--output_dir", f"{args.folder}/ours"]
     script.main([*paths, *flags.split(), *(["--bf16"] if args.bf16 else [])])
-    return seconds["train"]
+    return seconds
 
 
 def build_stock(policy, reward, tokenizer, prompts, dtype, **settings):
@@ -78,7 +87,7 @@ def build_stock(policy, reward, tokenizer, prompts, dtype, **settings):
 
     def load(auto, path, **kwargs):
         model = auto.from_pretrained(path, dtype=dtype, **kwargs)
-        model.resize_token_embeddings(len(tokenizer))
+        model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings))
         return model
 
     off = {"save_strategy": "no", "num_sample_generations": 0, "report_to": []}
@@ -108,7 +117,7 @@ def run_stock(args):
     prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
     trainer = build_stock(
         args.model_path,
-        f"{args.folder}/full",
+        args.reward_model,
         tokenizer,
         prompts,
         torch.bfloat16 if args.bf16 else torch.float32,
@@ -122,9 +131,7 @@ def run_stock(args):
         bf16=args.bf16,
         seed=1,
     )
-    start = time.perf_counter()
-    trainer.train()
-    return time.perf_counter() - start
+    return time_train(trainer, trainer.train)[1]
 
 
 def main():
@@ -143,8 +150,9 @@ def main():
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
+        args.reward_adapter, args.reward_model = f"{args.folder}/adapter", f"{args.folder}/full"
         seconds = run_stock(args) if args.side == "stock" else run_ours(args)
-        return report({"seconds": seconds, **peak_memory()})
+        return report({**seconds, **peak_memory()})
     runs = {side: [] for side in ["stock", *(args.script or [str(ROOT / "training_rl.py")])]}
     with tempfile.TemporaryDirectory() as folder:
         make_reward_model(args.model_path, Path(folder))

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 # layers, hidden, heads, key/value heads, intermediate, vocabulary; embeddings tied
 SHAPES = {
+    "tiny": (2, 64, 4, 2, 128, 512),
     "smollm2-135m": (30, 576, 9, 3, 1536, 49152),
     "llama-3.2-1b": (16, 2048, 32, 8, 8192, 128256),
     "llama-3.2-3b": (28, 3072, 24, 8, 8192, 128256),
@@ -32,18 +33,35 @@ WAYS = {
     "4 bit, checkpointing": ["--load_in_4bit", "--gradient_checkpointing"],
 }
 RANK = 16
+CHAT = (
+    "{% for message in messages %}{{ '<|start|>' + message['role'] + '\n' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
 # NF4 with double quantization: 4 bits, 8 per 64 weights, 32 per 64 * 256 (Dettmers et al. 2023, arXiv:2305.14314)
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+
+
+def count_weights(shape):
+    """Weights of a Llama of this shape: in the linear layers, the embeddings (which are the head, too), the norms, and an
+    adapter on all linear layers."""
+    layers, hidden, heads, kv_heads, inner, vocabulary = SHAPES[shape]
+    kv = hidden // heads * kv_heads
+    return {
+        "linear": layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner),
+        "embeddings": vocabulary * hidden,
+        "norms": layers * 2 * hidden + hidden,
+        "adapter": layers * RANK * (4 * hidden + 2 * (hidden + kv) + 3 * (hidden + inner)),
+    }
 
 
 def compute(args, flags):
     """{part: GB} of a Llama of this shape, with an adapter for each of the four roles."""
     layers, hidden, heads, kv_heads, inner, vocabulary = SHAPES[args.shape]
+    weights = count_weights(args.shape)
+    linear, adapter = weights["linear"], weights["adapter"]
+    others = weights["embeddings"] + weights["norms"]
     width = 4 if args.float32 else 2  # bytes of a weight and of an activation
     kv = hidden // heads * kv_heads
-    linear = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
-    others = vocabulary * hidden + layers * 2 * hidden + hidden  # embeddings and norms
-    adapter = layers * RANK * (4 * hidden + 2 * (hidden + kv) + 3 * (hidden + inner))
     texts = args.prompt + args.response
     tokens = min(args.batch * texts, max(hidden, texts))  # of a pass, see PPOTrainer.make_groups
     # A layer's autograd graph keeps of each token 4 hidden, 4 intermediate and 2 key/value vectors, and the inputs of
@@ -66,59 +84,78 @@ def compute(args, flags):
     return {**{part: size / 1e9 for part, size in parts.items()}, "peak": sum(parts.values()) / 1e9}
 
 
-def make_models(args, folder):
-    """Random weights, an adapter for the policy and one for the reward model, and prompts of exactly --prompt tokens."""
-    import torch
-    from peft import LoraConfig, get_peft_model
+def make_tokenizer():
+    """One token for each byte, and two that open and end a turn."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        LlamaConfig,
-        PreTrainedTokenizerFast,
-    )
+    from transformers import PreTrainedTokenizerFast
 
-    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    shape = dict(zip((*names, "vocab_size"), SHAPES[args.shape]))
-    config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=4096, eos_token_id=0)
-    dtype = torch.float32 if args.float32 else torch.bfloat16
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # 3B take a CPU minutes
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.save_pretrained(folder / "base")
-    del model
-    for auto, kind in ((AutoModelForCausalLM, "CAUSAL_LM"), (AutoModelForSequenceClassification, "SEQ_CLS")):
-        lora = LoraConfig(r=RANK, lora_alpha=32, target_modules="all-linear", task_type=kind)
-        extra = {}
-        if kind == "SEQ_CLS":
-            extra, lora.modules_to_save = {"num_labels": 1}, ["score"]
-        model = auto.from_pretrained(folder / "base", dtype=dtype, **extra)
-        get_peft_model(model, lora).save_pretrained(folder / kind)
-    letters = {"<|end|>": 0} | {letter: i + 1 for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(letters, []))  # one token for each byte
+    letters = ["<|end|>", "<|start|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
-    for name in ("base", "CAUSAL_LM", "SEQ_CLS"):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>"]})
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def make_models(shape, folder, dtype="bfloat16"):
+    """In `folder`: `base`, random weights of a shape, and on it `policy` and `reward`, adapters that change something."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    config = LlamaConfig(
+        **dict(zip((*names, "vocab_size"), SHAPES[shape])),
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+        eos_token_id=0,
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # on which 3B take minutes
+    dtype = getattr(torch, dtype)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(folder / "base", max_shard_size="50GB")
+    config.num_labels = 1
+    with torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    classifier.model = model.model  # the same weights: nothing is made or read twice
+    classifier.score = torch.nn.Linear(config.hidden_size, 1, bias=False, device=device, dtype=dtype)
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder / "base")
+    for name, base, kind in (("policy", model, "CAUSAL_LM"), ("reward", classifier, "SEQ_CLS")):
+        base.name_or_path = str(folder / "base")
+        adapted = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=32, target_modules="all-linear", task_type=kind))
+        for key, weight in adapted.named_parameters():
+            if "lora_B" in key:
+                weight.data.normal_(0, 0.002)
+        adapted.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    letters = args.prompt - len("Question: \n\nAnswer:")
-    rows = [{"prompt": chr(97 + i % 26) * letters} for i in range(args.batch * args.accumulation)]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "prompts.jsonl").write_text(text, encoding="utf-8")
+        adapted.unload()
+
+
+def write_prompts(path, count, length):
+    """`count` prompts, each of `length` tokens with what the scripts put around it."""
+    letters = length - len("Question: \n\nAnswer:")
+    rows = [{"prompt": chr(97 + i % 26) * letters} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def run_way(args):
-    """Two updates by the script's own main."""
+    """Updates by the script's own main; the peak and the seconds of an update."""
     import training_rl
 
+    training_rl.PPOTrainer.evaluate = lambda self, *inputs, **options: {}  # takes time, and no more than a rollout does
     flags = f"""--overwrite_output_dir --use_lora --per_device_train_batch_size {args.batch}
-        --gradient_accumulation_steps {args.accumulation} --total_episodes {2 * args.batch * args.accumulation}
+        --gradient_accumulation_steps {args.accumulation} --total_episodes {args.updates * args.batch * args.accumulation}
         --response_length {args.response} --max_prompt_length {args.prompt} --prompt_format qa""".split()
-    paths = ["--model_path", f"{args.folder}/CAUSAL_LM", "--reward_model_path", f"{args.folder}/SEQ_CLS"]
+    paths = ["--model_path", f"{args.folder}/policy", "--reward_model_path", f"{args.folder}/reward"]
     paths += ["--dataset_name", f"{args.folder}/prompts.jsonl", "--output_dir", f"{args.folder}/out"]
     training_rl.main([*paths, *flags, *WAYS[args.way], *([] if args.float32 else ["--bf16"])])
     metrics = json.loads(Path(args.folder, "out", "metrics.json").read_text(encoding="utf-8"))
-    report({**peak_memory(), "seconds_per_update": metrics["train_runtime"] / 2})
+    return {**peak_memory(), "seconds_per_update": metrics["train_runtime"] / args.updates}
 
 
 def main():
@@ -128,6 +165,7 @@ def main():
     parser.add_argument("--accumulation", type=int, default=8, help="--gradient_accumulation_steps")
     parser.add_argument("--prompt", type=int, default=512, help="tokens")
     parser.add_argument("--response", type=int, default=128, help="tokens")
+    parser.add_argument("--updates", type=int, default=2)
     parser.add_argument("--float32", action="store_true", help="without --bf16")
     parser.add_argument("--measure", action="store_true", help="run it here also without a GPU")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="what to measure")
@@ -135,7 +173,7 @@ def main():
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.way:
-        return run_way(args)
+        return report(run_way(args))
     table = {way: compute(args, flags) for way, flags in WAYS.items()}
     print(f"computed from shapes, GB (1e9 bytes)\n{'':20}" + "".join(f"{way:>22}" for way in table))
     for part in table["as it is"]:
@@ -146,7 +184,8 @@ def main():
         return write_result("ppo_memory_computed", result)
     result["measured"] = {}
     with tempfile.TemporaryDirectory() as folder:
-        make_models(args, Path(folder))
+        make_models(args.shape, Path(folder), "float32" if args.float32 else "bfloat16")
+        write_prompts(Path(folder, "prompts.jsonl"), args.batch * args.accumulation, args.prompt)
         for way in args.ways:
             found = result["measured"][way] = run_child("--way", way, "--folder", folder)
             peak = (found["peak_gpu_gb"] or found["peak_rss_gb"]) * 2**30 / 1e9

@@ -23,12 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from measure import environment, peak_memory, write_result
-
-SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vocabulary
-    "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128256),
-    "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256),
-    "tiny": (32, 64, 2, 4, 2, 400),
-}
+from ppo_memory import SHAPES, make_models
 
 
 def build_parser():
@@ -50,28 +45,13 @@ def build_parser():
     return parser
 
 
-def make_inputs(args, folder):
-    """A random model of the shape, and rows that are as long as allowed."""
+def write_answers(path, count, length):
+    """`count` rows, each at least `length` tokens long, nearly all of them trained on: one letter is one token."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    sys.path.append(str(ROOT / "tests"))
-    from conftest import make_tokenizer
-
-    names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
-    shape = dict(zip([*names, "vocab_size"], SHAPES[args.shape]))
-    tokenizer = make_tokenizer(chat=False)
-    config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=max(args.max_length, 512))
-    config.eos_token_id = tokenizer.eos_token_id
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if args.bf16 else torch.float32)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    size = (args.batch_size * args.max_steps, args.max_length)
-    words = torch.randint(97, 123, size, generator=torch.manual_seed(0))
-    rows = [{"prompt": "x", "response": bytes(row.tolist()).decode()} for row in words]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    args.model_path, args.data = str(folder / "model"), str(folder / "rows.jsonl")
+    letters = torch.randint(97, 123, (count, length), generator=torch.Generator().manual_seed(0))
+    rows = [{"prompt": "x", "response": bytes(row.tolist()).decode()} for row in letters]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def run_ours(args):
@@ -142,7 +122,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if args.shape:
-            make_inputs(args, folder)
+            make_models(args.shape, folder, "bfloat16" if args.bf16 else "float32")
+            write_answers(folder / "rows.jsonl", args.batch_size * args.max_steps, args.max_length)
+            args.model_path, args.data = str(folder / "base"), str(folder / "rows.jsonl")
         command = [sys.executable, __file__, *sys.argv[1:], "--folder", str(folder)]
         command += ["--model_path", args.model_path, "--data", args.data]
         runs = {"ours": [], "stock": []}

@@ -1,0 +1,221 @@
+"""The chain on real preferences: SFT, a reward model, PPO on its scores, and a judge that PPO never saw.
+
+SFT reads short preferred answers, so that answers end within --response_length. The reward model reads the pairs of one
+half of the questions; the judge, another reward model with another seed, those of the other half. PPO learns from the
+first; both score what is sampled for held-out questions before and after. Each stage is skipped if its final_checkpoint
+is there. Best of N by the reward model, judged by the judge, says what there is to be learned.
+
+    python benchmarks/preferences.py --model_path runs/SmolLM2-135M-Instruct --output_dir runs/preferences --seed 0
+    python benchmarks/preferences.py --model_path runs/SmolLM2-135M-Instruct --output_dir runs/preferences --seed 0 \
+        --run no_clip --cliprange_value 1e9
+
+Flags that it does not know are PPO's; --run names the PPO run that has them.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean, pstdev
+
+from measure import environment, write_result
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+from quickstart import LAYERS
+
+QUESTION, ANSWER = 48, 80  # tokens of a question, and of an answer in a pair, at most: minutes a stage on a CPU
+STAGES = {
+    "sft": """training_sft.py --model_path {model} --dataset_name json --subset {data}/sft --batch_size 8 --max_steps {sft_steps}
+        --learning_rate 5e-4 --max_length 160 --prompt_format qa --seed 0 --use_lora --lora_target_modules {layers}""",
+    "reward": """training_reward_model.py --model_path {model} --dataset_name json --subset {data}/reward
+        --eval_subset {data}/evaluation --per_device_train_batch_size 8 --max_steps {reward_steps}
+        --learning_rate 3e-4 --center_rewards_coefficient 0.01 --max_length 160 --prompt_format qa --seed 0
+        --use_lora --lora_target_modules {layers}""",
+    "ppo": """training_rl.py --model_path {out}/sft/final_checkpoint --reward_model_path {out}/reward/final_checkpoint
+        --dataset_name json --subset {data}/prompts --max_prompt_length 64 --response_length {response_length}
+        --per_device_train_batch_size 16 --total_episodes {episodes} --num_ppo_epochs 2 --learning_rate 3e-4
+        --seed {seed} --use_lora""",
+}
+CURVES = {
+    "reward": "objective/scores", "kl": "objective/kl", "length": "response/length", "stop_rate": "response/stop_rate",
+    "explained_variance": "val/explained_variance", "clip_fraction": "policy/clipfrac_avg",
+}  # fmt: skip
+
+
+def read_lines(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def prepare_data(args, folder):
+    """The files of the stages: no question of the reward model is the judge's, and none of either is held out."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model_path)
+
+    def read_pairs(part):
+        rows = read_lines(next(Path(args.data, "question_response_jk", part).glob("*.jsonl")))
+        keys = ("question", "response_j", "response_k")
+        sizes = [[len(tokenizer(row[key])["input_ids"]) for key in keys] for row in rows]
+        return [(row, size) for row, size in zip(rows, sizes) if 0 < min(size) and size[0] <= QUESTION]
+
+    held_out = read_pairs("evaluation")
+    prompts = list(dict.fromkeys(row["question"] for row, _ in held_out))
+    pairs = [(row, size) for row, size in read_pairs("reward") if row["question"] not in prompts]
+    questions = sorted({row["question"] for row, _ in pairs})
+    random.Random(0).shuffle(questions)
+    halves = {"reward": set(questions[::2]), "judge": set(questions[1::2])}
+    comparable = [row for row, size in pairs if max(size) <= ANSWER]
+    for name, half in halves.items():
+        write_lines(folder / name / "train.jsonl", [row for row in comparable if row["question"] in half])
+    write_lines(folder / "sft" / "train.jsonl", [
+        {"question": row["question"], "response_j": row["response_j"]}
+        for row, size in pairs if size[1] <= args.response_length - 4
+    ])  # fmt: skip
+    write_lines(folder / "prompts" / "train.jsonl", [{"prompt": question} for question in questions])
+    write_lines(folder / "evaluation" / "test.jsonl", [row for row, size in held_out if max(size) <= ANSWER])
+    write_lines(folder / "held_out.jsonl", [{"prompt": question} for question in prompts])
+
+
+def run_stage(args, name, output, text, replaced=(), more=()):
+    """Run a stage whose final_checkpoint is not there; one that was cut off goes on."""
+    if (output / "final_checkpoint").is_dir():
+        return print(f"{name}: done before")
+    values = {"out": args.output_dir, "data": Path(args.output_dir, "data").resolve(), "model": args.model_path}
+    words = [word.format(**{**vars(args), **values, "layers": LAYERS}) for word in text.split()]
+    for old, new in replaced:
+        words[words.index(old) + 1] = new(words[words.index(old) + 1])
+    resumes = ["--resume_from_checkpoint"] if any(output.glob("checkpoint-*/trainer_state.json")) else []
+    command = [sys.executable, ROOT / words[0], *words[1:], "--output_dir", output, *more, *resumes]
+    if not resumes:
+        command.append("--overwrite_output_dir")
+    print("\n> " + " ".join(map(str, command)), flush=True)
+    subprocess.run(command, check=True)
+
+
+class Examiner:
+    """Samples answers of policies to the held-out prompts, and scores them with both reward models."""
+
+    def __init__(self, args):
+        import torch
+        from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+        from transformers import AutoTokenizer
+
+        from training_sft import PromptFormat
+
+        torch.set_grad_enabled(False)
+        self.args, self.torch, self.load = args, torch, AutoPeftModelForCausalLM.from_pretrained
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        sft = Path(args.output_dir, "sft", "final_checkpoint")
+        self.tokenizer = AutoTokenizer.from_pretrained(sft, padding_side="left")
+        self.prompt_format = PromptFormat(self.tokenizer, "qa")
+        self.reference = self.load(sft, dtype=torch.float32).to(self.device).eval()
+        self.stops = self.prompt_format.stop_ids(self.reference.generation_config)
+        load = AutoPeftModelForSequenceClassification.from_pretrained
+        places = {name: Path(args.output_dir, name, "final_checkpoint") for name in ("reward", "judge")}
+        self.scorers = {
+            name: load(place, num_labels=1, dtype=torch.float32).to(self.device).eval()
+            for name, place in places.items()
+        }
+        rows = read_lines(Path(args.output_dir, "data", "held_out.jsonl"))[: args.prompts]
+        messages = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+        self.prompts = [self.prompt_format.encode(turns, open_end=True)[0] for turns in messages]
+
+    def examine(self, policy, samples=1):
+        """One dict for each prompt and sample: scores, KL to the reference (nats), length (tokens), end, text."""
+        torch, temperature = self.torch, 0.7  # PPO's default
+        limits = {"max_new_tokens": self.args.response_length, "eos_token_id": self.stops, "top_k": 0, "top_p": 1.0}
+        torch.manual_seed(1)
+        found = []
+        for prompt in self.prompts:
+            ids = torch.tensor([prompt] * samples, device=self.device)
+            sampling = {"do_sample": True, "temperature": temperature, "pad_token_id": self.stops[0]}
+            rows = policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **limits, **sampling).tolist()
+            for row in rows:
+                answer = row[len(prompt) :]
+                end = next((i + 1 for i, token in enumerate(answer) if token in self.stops), len(answer))
+                text = torch.tensor([prompt + answer[:end]], device=self.device)
+                item = {"length": end, "ended": answer[end - 1] in self.stops, "kl": 0.0}
+                item["text"] = self.tokenizer.decode(answer[:end], skip_special_tokens=True).strip()
+                for name, scorer in self.scorers.items():
+                    body = scorer.get_base_model()
+                    item[name] = body.score(body.model(input_ids=text).last_hidden_state[0, -1]).item()
+                if policy is not self.reference:
+                    logits = (
+                        model(input_ids=text).logits[0, len(prompt) - 1 : -1] for model in (policy, self.reference)
+                    )
+                    new, old = ((part / temperature).log_softmax(-1) for part in logits)
+                    item["kl"] = (new.exp() * (new - old)).sum().item()  # over the vocabulary at each sampled token
+                found.append(item)
+        return found
+
+    def summarize(self, answers):
+        return {key: fmean(map(float, column)) for key, column in self.columns(answers).items()}
+
+    def columns(self, answers):
+        return {key: [answer[key] for answer in answers] for key in ("reward", "judge", "kl", "length", "ended")}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--model_path", default="runs/SmolLM2-135M-Instruct", help="base model of all stages")
+    parser.add_argument("--data", default=ROOT.parent / "shared" / "data", help="folder of question_response_jk/")
+    parser.add_argument("--output_dir", default="runs/preferences", help="of all stages")
+    parser.add_argument("--run", default="default", help="name of the PPO run and of the result")
+    parser.add_argument("--seed", type=int, default=0, help="of PPO; the stages before have their own")
+    parser.add_argument("--sft_steps", type=int, default=30, help="of 8 answers")
+    parser.add_argument("--reward_steps", type=int, default=30, help="of 8 pairs")
+    parser.add_argument("--response_length", type=int, default=32, help="longest answer, in tokens")
+    parser.add_argument("--episodes", type=int, default=256, help="of PPO, 16 an update")
+    parser.add_argument("--prompts", type=int, default=64, help="held-out prompts that are answered")
+    parser.add_argument("--best_of", type=int, default=0, help="also judge the best of N by the reward model (0: no)")
+    args, more = parser.parse_known_args()
+    folder = Path(args.output_dir)
+    if not (folder / "data" / "held_out.jsonl").is_file():  # written last
+        prepare_data(args, folder / "data")
+
+    run_stage(args, "sft", folder / "sft", STAGES["sft"])
+    run_stage(args, "reward", folder / "reward", STAGES["reward"])
+    other_half = [("--subset", lambda path: path.replace("data/reward", "data/judge")), ("--seed", lambda _: "1")]
+    run_stage(args, "judge", folder / "judge", STAGES["reward"], other_half)
+    ppo = folder / f"ppo-{args.run}-{args.seed}"
+    run_stage(args, "ppo", ppo, STAGES["ppo"], more=more)
+
+    examiner = Examiner(args)
+    before = examiner.examine(examiner.reference, max(1, args.best_of))
+    spread = {name: pstdev(examiner.columns(before)[name]) for name in ("reward", "judge")}
+    policy = examiner.load(ppo / "final_checkpoint", dtype=examiner.torch.float32).to(examiner.device).eval()
+    after = examiner.examine(policy)
+    best = []
+    if args.best_of:
+        groups = [before[i : i + args.best_of] for i in range(0, len(before), args.best_of)]
+        best = [max(group, key=lambda answer: answer["reward"]) for group in groups]
+    updates = [line for line in read_lines(ppo / "metrics.jsonl") if CURVES["reward"] in line]
+    result = {
+        "settings": {key: str(value) for key, value in vars(args).items()}, "ppo_flags": more,
+        "accuracy": {name: json.loads((folder / name / "metrics.json").read_text())["accuracy"] for name in spread},
+        "spread": spread, "before": examiner.summarize(before), "after": examiner.summarize(after),
+        "best_of": examiner.summarize(best) if best else None,
+        "judge_gain": (fmean(a["judge"] for a in after) - fmean(b["judge"] for b in before)) / spread["judge"],
+        "curves": {name: [line[key] for line in updates] for name, key in CURVES.items()},
+        "samples": [{"before": b["text"], "after": a["text"]} for b, a in zip(before[:: max(1, args.best_of)], after)][:5],
+        **environment(),
+    }  # fmt: skip
+    print(
+        json.dumps(
+            {key: result[key] for key in ("accuracy", "spread", "before", "after", "best_of", "judge_gain")}, indent=1
+        )
+    )
+    write_result(f"preferences-{args.run}-{args.seed}", result)
+
+
+if __name__ == "__main__":
+    main()
