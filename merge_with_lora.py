@@ -14,6 +14,7 @@ Weights are added to in float32, rounded once and written file by file: memory h
 
 import argparse
 import contextlib
+import difflib
 import functools
 import hashlib
 import importlib.metadata
@@ -22,6 +23,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 
@@ -31,10 +33,28 @@ def fail(message):
     raise SystemExit(2)
 
 
+class Parser(argparse.ArgumentParser):
+    """It takes hyphens for underscores, and names the flag that was perhaps meant."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        self.words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
+        return super().parse_known_args(self.words, namespace)
+
+    def format_help(self):
+        return re.sub(r"\s+\(default:\s+(None|False|\[\])\)", "", super().format_help())
+
+    def error(self, message):
+        known = self._option_string_actions
+        flags = [word.partition("=")[0] for word in self.words if word.startswith("--")]
+        near = [(flag, difflib.get_close_matches(flag, known, 1)) for flag in flags if flag not in known]
+        hint = "".join(f"; {flag}: is {found[0]} meant?" for flag, found in near if found)
+        fail(f"{message}{hint} (see {self.prog} --help)")
+
+
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    parser.error = lambda message: fail(f"{message} (see {parser.prog} --help)")
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, formatter_class=style)
     add = parser.add_argument
     add("--adapter_path", required=True, help="directory or hub id of the LoRA adapter")
     add("--output_dir", required=True, help="directory for the merged model; empty, or with --overwrite_output_dir")
@@ -47,8 +67,22 @@ def build_parser():
     return parser
 
 
+def parse_flags(argv=None):
+    """The flags, checked as far as that needs no library."""
+    args = build_parser().parse_args(argv)
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", args.max_shard_size):
+        fail("--max_shard_size should be like 500MB or 5GB")
+    for flag in ("adapter_path", "base_model_path"):
+        path = getattr(args, flag) or "."
+        if not Path(path).exists() and (re.match(r"[.~/\\]|[A-Za-z]:", path) or path.count("/") > 1):
+            fail(f"--{flag} {path} does not exist")  # a/b may be on the hub
+    return args
+
+
 if __name__ == "__main__":  # before the slow imports: --help and a mistyped flag answer at once
-    build_parser().parse_args()
+    parse_flags()
+
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses a name of before v6
 
 import torch
 from huggingface_hub import HfApi, snapshot_download, split_torch_state_dict_into_shards
@@ -58,6 +92,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -191,7 +226,8 @@ def merge_tensor(name, dtype, path, value, layer):
     for old, new, rows in zip(value.split(step), merged.split(step), factor.data.split(step, dim)):
         factor.data = rows
         new.copy_(layer.get_delta_weight("default") + old)
-        require(new.sum().isfinite() or new.isfinite().all(), f"NaN or infinity in {name}, {dtype}")  # a sum is fast
+        if not (new.sum().isfinite() or new.isfinite().all()):  # a sum is fast
+            raise ValueError(f"NaN or infinity in {name}, {dtype}")
     return merged
 
 
@@ -225,7 +261,8 @@ def merge_by_tensor(model, base, adapter, adapter_config, dtype, folder, limit):
     torch.set_num_threads(1)  # a block is done before a second thread has woken, and on a busy machine waits for it
     try:
         for file, names in split.filename_to_tensors.items():
-            tensors = {name: merge_tensor(name, empty[name].dtype, *sources[name]) for name in names}
+            with tqdm(names, desc=file, unit="tensor") as bar:  # which ends its line also before an error
+                tensors = {name: merge_tensor(name, empty[name].dtype, *sources[name]) for name in bar}
             save_file(tensors, folder / file, {"format": "pt"})
     finally:
         torch.set_num_threads(threads)
@@ -266,7 +303,10 @@ def verify_merge(base, adapter, task, folder, kind):
     del model
     distance = (score(load_model(folder, adapter, task, torch.float32)) - expected).norm().item()
     rounding = 4 * torch.finfo(kind).eps * expected.norm().item()
-    print(f"logits: the adapter changes {changed:.3g}; the merged model is {distance:.3g} from base + adapter")
+    share = distance / changed if changed else float("inf")
+    print(f"logits: the merged model is {distance:.3g} from base + adapter, {share:.2%} of what the adapter changes")
+    if kind != torch.float32 and share > 0.2:
+        print(f"warning: rounding to {kind} loses much of a small adapter; --dtype float32 keeps it", file=sys.stderr)
     if not distance <= changed * (0.05 if kind == torch.float32 else 0.5):  # nor where it is NaN
         require(changed < rounding, "that is too much of what the adapter changes; nothing was saved")
         print(f"the adapter changes less than rounding to {kind} may, {rounding:.3g}")
@@ -274,9 +314,8 @@ def verify_merge(base, adapter, task, folder, kind):
 
 
 def main(argv=None):
-    args = build_parser().parse_args(argv)
+    args = parse_flags(argv)
     output_dir = Path(args.output_dir).resolve()
-    require(re.fullmatch(r"[1-9]\d*[KMGT]B", args.max_shard_size), "--max_shard_size should be like 500MB or 5GB")
     adapter, adapter_config, base = find_models(args)
     if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
         merged = read_json(output_dir / "run.json").get("stage") == "merge" and output_dir != base

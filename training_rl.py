@@ -2,8 +2,8 @@
 
 In: a policy (hub id, model directory or LoRA adapter directory, usually the SFT stage's final_checkpoint), a reward
 model (the same three forms) or a Python function, and a data set with `prompt` or `question`.
-Out, in --output_dir: `final_checkpoint/` (policy, tokenizer, run.json; the value model in its `value/`), resumable
-`checkpoint-N/`, `metrics.jsonl`, `metrics.json`, and `samples.jsonl` with answers to fixed prompts.
+Out, in --output_dir: `final_checkpoint/` (policy, tokenizer, run.json; the value model in its `value/`), with
+--eval_steps `best_checkpoint/` in the same form, resumable `checkpoint-N/`, `metrics.jsonl`, `metrics.json`, and `samples.jsonl` with answers to fixed prompts.
 
     python training_rl.py --model_path checkpoints/sft/final_checkpoint \
         --reward_model_path checkpoints/rm/final_checkpoint --dataset_name json --subset data/rl --split train \
@@ -26,10 +26,13 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import difflib
 import glob
 import hashlib
 import importlib.metadata
+import inspect
 import json
+import logging
 import math
 import os
 import re
@@ -38,6 +41,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import types
 import warnings
 from pathlib import Path
@@ -50,24 +54,47 @@ def fail(message):
 
 
 # >>> text: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_text.py)
-def read_messages(messages, last):
-    """`messages` as texts of system (may be left out), user, assistant, user, ..., `last`; raises ValueError.
+def to_messages(value, role):
+    """A column's value as messages: a list as it is, a text as one turn of `role`, or as the turns of a dialogue in the
+    form of Anthropic's hh-rlhf."""
+    turns = re.split(r"\n\n(Human|Assistant):", value) if isinstance(value, str) else []
+    if len(turns) > 1 and not turns[0]:
+        roles = ({"Human": "user", "Assistant": "assistant"}[name] for name in turns[1::2])
+        return [{"role": role, "content": text.strip()} for role, text in zip(roles, turns[2::2]) if text.strip()]
+    return value if isinstance(value, list) else [{"role": role, "content": value}]
 
-    `developer` is system, a system turn without text is none, a number is its JSON text."""
+
+def drop_nulls(value):
+    """Without the keys that Arrow adds to a row because other rows have them."""
+    if isinstance(value, list):
+        return [drop_nulls(part) for part in value]
+    return {k: drop_nulls(part) for k, part in value.items() if part is not None} if isinstance(value, dict) else value
+
+
+def read_messages(messages, last):
+    """`messages` as turns of system (may be left out), user, assistant, ..., `last`; raises ValueError.
+
+    {from, value} is read as {role, content}, `developer` as system, a number as its JSON text; a system turn without text
+    is none. Tool calls and turns of the role `tool` are kept as they are."""
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
         raise ValueError("should be a list of {role, content}")
-    turns = []
-    for i, turn in enumerate(messages):
-        role, content = turn.get("role"), turn.get("content")
-        role = "system" if role == "developer" else role
+    names, turns = {"developer": "system", "human": "user", "gpt": "assistant"}, []
+    for turn in map(drop_nulls, messages):
+        role, content = turn.pop("from", turn.get("role")), turn.pop("value", turn.get("content"))
+        role = names.get(role, role)
         content = json.dumps(content) if isinstance(content, int | float) else content
+        calls = role == "assistant" and turn.get("tool_calls")
         if role == "system" and not str(content or "").strip():
             continue
-        expected = ("user", "assistant") if turns and turns[-1]["role"] != "system" else ("system", "user")
-        if role not in expected or not isinstance(content, str) or not content.strip():
-            raise ValueError(f"should have text of the role {' or '.join(expected)} in turn {i}, not {str(turn)[:80]}")
-        turns.append({"role": role, "content": content})
-    if not turns or turns[-1]["role"] != last:
+        expected = ("user", "assistant", "tool") if turns and turns[-1]["role"] != "system" else ("system", "user")
+        if role not in expected:
+            expected = " or ".join(expected[:2])
+            raise ValueError(f"should have the role {expected} in turn {len(turns)}, not {str(turn)[:80]}")
+        if not (calls or (isinstance(content, str) and content.strip())):
+            raise ValueError(f"should have text in turn {len(turns)} ({role}), not {str(turn)[:80]}")
+        more = turn if calls or role == "tool" else {}
+        turns.append({**more, "role": role, "content": content or ""})
+    if not turns or turns[-1]["role"] != last or turns[-1].get("tool_calls"):
         raise ValueError(f"should end with the role {last}, not {str(messages[-1:])[:80]}")
     return turns
 
@@ -137,11 +164,17 @@ class PromptFormat:
     def _write(self, turns, open_end, tools):
         """The text, its contents guarded, and where in it [start, end, start, end, ...] the assistant writes."""
         messages = []
-        for role, content in ((turn["role"], self._guard(turn["content"])) for turn in turns):
-            if messages and role == messages[-1]["role"] and (role == "system" or not self.has_runs):
-                content = f"{messages.pop()['content']}\n\n{content}"
-            messages.append({"role": role, "content": content})
+        for turn in turns:
+            turn = {**turn, "content": self._guard(turn["content"])}
+            if "tool_calls" in turn:
+                turn["tool_calls"] = json.loads(self._guard(json.dumps(turn["tool_calls"], ensure_ascii=False)))
+            alike = messages and turn.keys() == messages[-1].keys() == {"role", "content"}
+            if alike and turn["role"] == messages[-1]["role"] and (turn["role"] == "system" or not self.has_runs):
+                turn["content"] = f"{messages.pop()['content']}\n\n{turn['content']}"
+            messages.append(turn)
         if self.name == "qa":  # earlier turns join the question
+            if any(turn.keys() != {"role", "content"} or turn["role"] == "tool" for turn in messages):
+                raise ValueError("tools need a chat template")
             texts = [turn["content"] for turn in messages if turn["content"]]
             answer = "" if open_end else f" {texts.pop()}"
             prompt = "Question: " + "\n\n".join(texts) + "\n\nAnswer:"
@@ -152,9 +185,11 @@ class PromptFormat:
         text, cuts = self._render(messages, open_end, tools), []
         for i, turn in enumerate(messages):
             content = "".join(turn["content"].split())  # templates trim contents, and set thoughts in lines
-            if turn["role"] != "assistant" and content not in "".join(text.split()):
+            calls = [call.get("function", call).get("name", "") for call in turn.get("tool_calls", ())]
+            needed = calls if turn["role"] == "assistant" else [content]
+            if not all(part in "".join(text.split()) for part in needed):
                 raise ValueError(f"the chat template leaves out text of turn {i} ({turn['role']})")
-            if turn["role"] != "assistant":
+            if turn["role"] != "assistant" or calls:
                 continue
             prompt, shown = self._render(messages[:i], True, tools), self._render(messages[: i + 1], False, tools)
             body, last = shown.removesuffix(self.after), i == len(messages) - 1
@@ -234,17 +269,39 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+class Parser(argparse.ArgumentParser):
+    """It takes hyphens for underscores, and a flag by the name that it has in the other scripts."""
+
+    aliases = {"--batch_size": "--per_device_train_batch_size", "--train_split": "--split"}
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        self.words = [re.sub(r"^--[\w-]+", self.find_name, word) for word in words]
+        return super().parse_known_args(self.words, namespace)
+
+    def find_name(self, found):
+        flag = f"--{found[0][2:].replace('-', '_')}"
+        return self.aliases.get(flag, flag)
+
+    def format_help(self):
+        return re.sub(r"\s+\(default:\s+(None|False|\[\])\)", "", super().format_help())
+
+    def error(self, message):
+        known = self._option_string_actions
+        flags = [word.partition("=")[0] for word in self.words if word.startswith("--")]
+        near = [(flag, difflib.get_close_matches(flag, known, 1)) for flag in flags if flag not in known]
+        hint = "".join(f"; {flag}: is {found[0]} meant?" for flag, found in near if found)
+        fail(f"{message}{hint} (see {self.prog} --help)")
+
+
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.error = lambda message: fail(f"{message} (see --help)")
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, formatter_class=style)
     add = parser.add_argument
     add("--model_path", required=True, help="policy: hub id, model directory or LoRA adapter directory")
     add("--reward_model_path", help="reward model: hub id, model directory or LoRA adapter directory")
-    add("--reward_function", metavar="FILE.py:NAME", help="fn(prompts, responses) -> list of float, beside or in place")
+    add("--reward_function", action="append", default=[], metavar="FILE.py:NAME[=WEIGHT]",
+        help="fn(prompts, responses, more columns of the data) -> list of float, beside or in place; may be repeated")  # fmt: skip
     add("--dataset_name", required=True, help="hub id, folder, file, or json/parquet/arrow/csv")
     add("--dataset_config", help="configuration of a hub data set that has several")
     add("--subset", help="data_dir of the data set, e.g. data/rl")
@@ -275,6 +332,7 @@ def build_parser():
     add("--overwrite_output_dir", action="store_true", help="replace the checkpoints and metrics in --output_dir")
     add("--resume_from_checkpoint", nargs="?", const=True, metavar="DIR", help="go on from DIR, or from the newest")
     add("--dry_run", action="store_true", help="check everything, show the data as it would be trained on, and stop")
+    add("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="columns of the data that have other names")
     add("--max_samples", type=number(int, 1), help="use at most this many rows of each split")
     add("--prompt_format", choices=["auto", "chat", "qa"], default="auto", help="chat template, or Question/Answer")
     add("--bf16", action="store_true", help="bfloat16 mixed precision (frozen weights in bfloat16)")
@@ -306,6 +364,12 @@ def build_parser():
     return parser
 
 
+def is_missing(path):
+    """Whether it can only be a path, and is not there; `a/b` may be on the hub."""
+    is_file = re.search(r"\.(jsonl?|ndjson|csv|parquet)(\.gz)?$", path)
+    return not Path(path).exists() and (re.match(r"[.~/\\]|[A-Za-z]:", path) or path.count("/") > 1 or is_file)
+
+
 def parse_flags(argv=None):
     """The flags, checked as far as that needs no library; `episodes_per_update` (of each process) follows from two."""
     args = build_parser().parse_args(argv)
@@ -319,9 +383,16 @@ def parse_flags(argv=None):
     uneven = mini_batch % 1 or mini_batch % min(args.per_device_train_batch_size, mini_batch)
     quantized = args.load_in_4bit or args.load_in_8bit
     sharded = os.environ.keys() & {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"}
+    launched = [pair for pair in args.set if re.match("fsdp|deepspeed|accelerator_config|parallelism_config", pair)]
+    lora = [f"--{name}" for name in vars(args) if name.startswith("lora_") and getattr(args, name) is not None]
     steps, episodes = f"--num_mini_batches {args.num_mini_batches}", f"{args.episodes_per_update} episodes of an update"
     problems = {
         f"this script needs trl 1.12.0, found {trl}: pip install trl==1.12.0": trl != "1.12.0",
+        f"--model_path {args.model_path} does not exist": is_missing(args.model_path),
+        f"--reward_model_path {args.reward_model_path} does not exist": is_missing(args.reward_model_path or "."),
+        f"--dataset_name {args.dataset_name} does not exist": is_missing(args.dataset_name),
+        f"{' '.join(lora)} without --use_lora: all weights would be trained": lora and not args.use_lora,
+        "--set fsdp and --set deepspeed are the launcher's: accelerate launch --config_file": launched,
         "--bf16 and --fp16 exclude each other": args.bf16 and args.fp16,
         "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
         "--load_in_4bit and --load_in_8bit need --use_lora: adapters are trained": quantized and not args.use_lora,
@@ -339,6 +410,11 @@ if __name__ == "__main__":  # before the slow imports: --help and a mistyped fla
     parse_flags()
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+# What they report is meant so: an optional CPU kernel; the padding token of the tokenizer, given to the model; a head
+# that is missing in the base model.
+silent = "bitsandbytes transformers.trainer_utils transformers.modeling_utils transformers.distributed.tensor_parallel"
+for name in silent.split():
+    logging.getLogger(name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # trl 1.12 uses names of before v6
 
 import accelerate
@@ -352,6 +428,7 @@ import transformers
 from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, safe_open, save_file
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers.trainer_callback import ProgressCallback
 from trl.experimental import ppo as trl_ppo
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
@@ -362,9 +439,14 @@ READERS = {"csv": {"keep_default_na": False}, "json": {"chunksize": 1 << 30}, "p
 # What a resumed run may change and say nothing; what it may not change, for the result would be neither run.
 FREE_ON_RESUME = """output_dir overwrite_output_dir resume_from_checkpoint total_episodes logging_steps save_steps
     save_total_limit eval_split eval_subset eval_steps report_to push_to_hub dry_run""".split()
-SAME_ON_RESUME = """model_path reward_model_path reward_function dataset_name dataset_config subset split max_samples
+SAME_ON_RESUME = """columns model_path reward_model_path reward_function dataset_name dataset_config subset split max_samples
     prompt_format max_prompt_length response_length per_device_train_batch_size gradient_accumulation_steps num_mini_batches
     num_ppo_epochs use_lora""".split()
+SCRIPTS = 4  # stands in run.json: this version resumes checkpoints of this version
+SHOWN = {  # of the metrics, in the log lines
+    "reward": "objective/scores", "KL": "objective/kl", "length": "response/length", "stop_rate": "response/stop_rate",
+    "entropy": "policy/entropy_avg", "clipped": "policy/clipfrac_avg", "explained": "val/explained_variance",
+}  # fmt: skip
 SCORE = "base_model.model.score.weight"  # PEFT's name for the head of a reward model's adapter
 # Families that compute several texts in one row as each alone (held by tests/test_rl.py): they attend to whole texts,
 # and take positions and a 4-D mask as they are given.
@@ -432,6 +514,8 @@ def make_config(args, **own):
             values[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
         except ValueError:
             values[name] = text
+    if args.learning_rate >= 1e-2:
+        print(f"warning: --learning_rate {args.learning_rate:g} is high: models break above 1e-3", file=sys.stderr)
     if args.fp16 and not torch.cuda.is_available():
         fail("--fp16 needs a GPU; on a CPU use --bf16, or neither")
     if args.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -464,47 +548,73 @@ def find_source(name, subset):
     return source, {**files, **READERS.get(source, {})}
 
 
+def find_broken_line(files):
+    """`FILE, line N: what is wrong there` of the first line in files of JSON Lines that is no JSON, or nothing."""
+    for path in (Path(path) for path in files if path.endswith((".jsonl", ".ndjson"))):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            try:
+                json.loads(line or "{}")
+            except ValueError as error:
+                return f"{path}, line {number}: {error.msg}"
+    return ""
+
+
 def load_split(args, subset, split, flag):
     """(data, where): one split of the data set, at most --max_samples rows of it, and its name for messages."""
     source, options = find_source(args.dataset_name, subset)
     name, bracket, part = split.partition("[")
     where = f"{args.dataset_name} {subset or ''}".strip()
+    files = {}
     try:
+        files = datasets.load_dataset_builder(source, args.dataset_config, **options).config.data_files or {}
         if source == "csv":  # all is text, letter by letter
-            files = datasets.load_dataset_builder(source, **options).config.data_files
             columns = pandas.read_csv(next(iter(files.values()))[0], nrows=0).columns
             options["features"] = datasets.Features({column: datasets.Value("string") for column in columns})
         names = datasets.get_dataset_split_names(source, args.dataset_config, **options)
         if name not in names and len(names) == 1:  # data/evaluation loads as `test`, whatever one asks for
-            print(f"{where} has one split, {names[0]!r}: used for {flag} {split}")
+            print(f"warning: {where} has one split, {names[0]!r}: used for {flag} {split}", file=sys.stderr)
             name = names[0]
         if name not in names:
             fail(f"{flag} {split}: {where} has the splits {', '.join(names)}")
         data = datasets.load_dataset(source, args.dataset_config, split=name + bracket + part, **options)
     except Exception as error:  # datasets raises dozens of types
-        fail(f"{flag} {split}: {where} cannot be read: {type(error).__name__} {error} {error.__cause__ or ''}")
+        broken = find_broken_line(sum(files.values(), [])) if source == "json" else ""
+        text = broken or f"{type(error).__name__} {error} {error.__cause__ or ''}"
+        fail(f"{flag} {split}: {where} cannot be read: {text}")
+    for new, _, column in (pair.partition("=") for pair in args.columns):
+        if column not in data.column_names:
+            fail(f"--columns {new}={column}: {where} has the columns {', '.join(data.column_names)}")
+        data = data.remove_columns([new] if new in data.column_names and new != column else [])
+        data = data.rename_column(column, new) if new != column else data
     if not len(data):
         fail(f"{flag} {split}: {where} is empty; it should have at least one row")
     return data.select(range(min(len(data), args.max_samples or len(data)))), f"{where} [{name}{bracket}{part}]"
 
 
-def load_prompts(args, subset, split, flag, prompt_format):
-    """(rows, counts) of a split without what is too long: `row`, `prompt_ids`, `messages`, `text` (the last turn)."""
+def load_prompts(args, subset, split, flag, prompt_format, reward_functions):
+    """(rows, counts) of a split without what is too long: `row`, `prompt_ids`, `messages`, `text` (the last turn), and
+    `column_NAME` for what reward functions take."""
     data, where = load_split(args, subset, split, flag)
     column = next((name for name in ("prompt", "question") if name in data.column_names), None)
     if not column:
-        fail(f"{where} has the columns {', '.join(data.column_names)}; one of these is needed: prompt; question")
+        near = [difflib.get_close_matches(name, data.column_names, 1) for name in ("prompt", "question")]
+        hint = f"; --columns prompt={(sum(near, []) or ['COLUMN'])[0]} renames"
+        fail(f"{where} has the columns {', '.join(data.column_names)}; one of these is needed: prompt; question{hint}")
+
+    others = [name for name in data.column_names if name not in (column, "system", "tools")]
+    taken = sorted(set().union(*(function.find_columns(others, where) for function in reward_functions)))
 
     def encode(row, index):
-        messages = row[column] if isinstance(row[column], list) else [{"role": "user", "content": row[column]}]
+        system = [] if isinstance(row[column], list) else [{"role": "system", "content": row.get("system")}]
         try:
-            messages, tools = read_messages(messages, last="user"), row.get("tools")
+            messages, tools = read_messages(system + to_messages(row[column], "user"), last="user"), row.get("tools")
             tools = json.loads(tools) if isinstance(tools, str) else tools
             ids, problem = prompt_format.encode(messages, open_end=True, tools=tools)[0], ""
         except ValueError as error:
             messages, ids, problem = [{"role": "user", "content": ""}], [], f"column {column} {error}".split(", not")[0]
         text = messages[-1]["content"]
-        return {"row": index, "problem": problem, "prompt_ids": ids, "messages": messages, "text": text}
+        found = {"row": index, "problem": problem, "prompt_ids": ids, "messages": messages, "text": text}
+        return {**found, **{f"column_{name}": row[name] for name in taken}}
 
     rows = data.map(encode, with_indices=True, remove_columns=data.column_names, desc="Tokenizing")
     kept = rows.filter(lambda row: 0 < len(row["prompt_ids"]) <= args.max_prompt_length).remove_columns("problem")
@@ -521,26 +631,58 @@ def load_prompts(args, subset, split, flag, prompt_format):
     limit = f"{too_long} left out (over --max_prompt_length {args.max_prompt_length} tokens)"
     if not len(kept):
         fail(f"{where}: there is no prompt, {limit}")
+    if len(kept) < len(rows) / 2:
+        print(f"warning: {where}: fewer than half of the rows are kept", file=sys.stderr)
     print(f"{where}: column {column}, format {prompt_format.name}; {len(kept)} prompts, {limit}")
+    if too_long:
+        lengths = sorted(len(ids) for ids in rows["prompt_ids"] if ids)
+        most, nearly_all = (lengths[math.ceil(part * len(lengths)) - 1] for part in (0.95, 0.99))
+        print(f"  --max_prompt_length {most} keeps 95% of the prompts, {nearly_all} 99%")
     return kept, {"rows": len(kept), "too_long": too_long, "left_out": left_out}
 
 
-def load_reward_function(spec):
-    """`FILE.py:NAME` as a function(prompts, responses) -> list of float."""
-    path, _, name = spec.rpartition(":")
-    if not Path(path).is_file():
-        fail(f"--reward_function {spec} should read FILE.py:NAME, with a file that exists")
-    function = runpy.run_path(path).get(name)
-    if not callable(function):
-        fail(f"--reward_function: {path} has no function {name}")
+class RewardFunction:
+    """`FILE.py:NAME=WEIGHT`: a function of prompts and responses that gives floats. It gets the columns of the data that
+    its parameters name, all with `**columns`, and with `messages` the prompts as {role, content}; lists all of them."""
 
-    def checked(prompts, responses):
-        scores = [float(score) for score in function(prompts, responses)]
+    def __init__(self, spec):
+        path, _, name = spec.rpartition(":")
+        self.name, _, weight = name.partition("=")
+        self.spec = f"--reward_function {spec}"
+        if not Path(path).is_file() or not re.fullmatch(r"(-?[\d.]+)?", weight):
+            fail(f"{self.spec} should read FILE.py:NAME or FILE.py:NAME=WEIGHT, with a file that exists")
+        self.weight = float(weight or 1)
+        self.function = runpy.run_path(path).get(self.name)
+        if not callable(self.function):
+            fail(f"{self.spec}: {path} has no function {self.name}")
+        self.parameters = list(inspect.signature(self.function).parameters.values())[2:]
+
+    def find_columns(self, there, where):
+        """The columns of a data set that has `there` which the function takes."""
+        taken = {parameter.name for parameter in self.parameters if parameter.kind != parameter.VAR_KEYWORD}
+        needed = {p.name for p in self.parameters if p.name in taken and p.default is p.empty} - {"messages"}
+        if missing := needed - {*there}:
+            fail(f"{self.spec} takes the columns {', '.join(sorted(missing))}; {where} has {', '.join(there)}")
+        return taken & {*there} if len(taken) == len(self.parameters) else {*there}
+
+    def __call__(self, rows, responses):
+        names = {name[7:] for name in rows[0] if name.startswith("column_")}
+        accepts_all = any(parameter.kind == parameter.VAR_KEYWORD for parameter in self.parameters)
+        taken = {parameter.name for parameter in self.parameters}
+        columns = {name: [row[f"column_{name}"] for row in rows] for name in names if accepts_all or name in taken}
+        if "messages" in taken:
+            columns["messages"] = [row["messages"] for row in rows]
+        try:
+            scores = [float(score) for score in self.function([row["text"] for row in rows], responses, **columns)]
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"{type(error).__name__} {error} ({place.filename}, line {place.lineno})"
+            print(f"error: {self.spec}: {what}", file=sys.stderr)
+            traceback.print_exc()
+            raise SystemExit(2) from error
         if len(scores) != len(responses):
-            fail(f"--reward_function {spec} returned {len(scores)} numbers for {len(responses)} responses")
+            fail(f"{self.spec} returned {len(scores)} numbers for {len(responses)} responses")
         return scores
-
-    return checked
 
 
 # ---- models ----
@@ -575,7 +717,8 @@ def locate_model(args, flag):
     run, has_lora = read_json(folder / "run.json"), (folder / "adapter_config.json").is_file()
     stage = run.get("parent_stage") if run.get("stage") == "merge" else run.get("stage")
     if stage and (stage == "reward") != scores:
-        fail(f"{flag} comes from the stage {stage!r}, so it is the wrong kind of model")
+        needed = "training_reward_model.py" if scores else "training_sft.py, of this script, or a base model"
+        fail(f"{flag} comes from the stage {stage!r}; a model of {needed} is needed here")
     if folder.is_dir() and not has_lora and not (folder / "config.json").is_file():
         fail(f"{flag} holds no model; that of a finished run is in its final_checkpoint")
     lora = peft.PeftConfig.from_pretrained(path) if has_lora else None
@@ -653,8 +796,9 @@ def pick_reward_format(args, source, prompt_format):
     same_text = found.encode(probe) == prompt_format.encode(probe) and found.tail_ids() == prompt_format.tail_ids()
     if same_tokens and same_text:
         return None, True
-    other = "prompt format or chat template" if same_tokens else "tokenizer"
-    print(f"the reward model was trained with another {other}: it gets texts, in its own format ({found.name})")
+    other = "another chat template" if same_tokens else "another tokenizer"
+    other = f"the format {found.name}, not {prompt_format.name}" if found.name != prompt_format.name else other
+    print(f"the reward model was trained with {other}: it reads each answer as text, in its own format")
     return found, same_tokens
 
 
@@ -807,6 +951,11 @@ def new_lora(args, model, task_type):
     """The config of a new adapter for a model of transformers; without --lora_target_modules on all linear layers."""
     targets = args.lora_target_modules or ["all-linear"]
     targets = list_linear_layers(model) if targets == ["all-linear"] else targets
+    for target in targets:
+        modules = [f".{name}" for name, _ in model.named_modules()]
+        if not any(name.endswith(f".{target}") or re.fullmatch(target, name[1:]) for name in modules):
+            names = sorted({name.rpartition(".")[2] for name in list_linear_layers(model)})
+            fail(f"--lora_target_modules {target}: there is no such layer; there are {', '.join(names)}")
     if len(targets) == 1 and not targets[0].isidentifier():
         targets = targets[0]  # a regular expression
     alpha = 32 if args.lora_alpha is None else args.lora_alpha
@@ -823,7 +972,7 @@ def put_adapter(model, name, config, weights=None, head=None):
         else:
             model = peft.get_peft_model(model, copy.deepcopy(config), adapter_name=name)
     except ValueError as error:
-        fail(f"--lora_target_modules: {error}")
+        fail(f"an adapter does not fit its base model {model.config.name_or_path}: {error}")
     fit = peft.set_peft_model_state_dict(model, weights or {}, adapter_name=name)
     if fit.unexpected_keys:
         fail(f"an adapter does not fit its base model {model.config.name_or_path}: it has {fit.unexpected_keys[0]}")
@@ -952,7 +1101,8 @@ class MicroBatch:
     entropy: torch.Tensor = None  # (B, W) of the distributions that they were sampled from
     ref_logprobs: torch.Tensor = None  # (B, W)
     values: torch.Tensor = None  # (B, W) of the state before the token
-    scores: torch.Tensor = None  # (B,) from reward model and function
+    given: torch.Tensor = None  # (B, functions) from reward functions
+    scores: torch.Tensor = None  # (B,) from reward model and functions
     advantages: torch.Tensor = None  # (B, W)
     returns: torch.Tensor = None  # (B, W)
 
@@ -971,13 +1121,13 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     one of its steps is one update, a rollout and num_ppo_epochs x num_mini_batches optimizer steps on it.
 
     `prompt_format` is the policy's; `reward_format` that of a reward model which reads other tokens, or None;
-    `reward_function`(prompts, responses) gives floats that are added to the model's scores; `run` is for run.json."""
+    what `reward_functions` give is added to the model's scores; `run` is for run.json."""
 
-    def __init__(self, roles, args, prompt_format, reward_format, reward_function, run, **kwargs):
+    def __init__(self, roles, args, prompt_format, reward_format, reward_functions, run, **kwargs):
         self.roles = roles
         self.prompt_format = prompt_format
         self.reward_format = reward_format
-        self.reward_function = reward_function
+        self.reward_functions = reward_functions
         self.run = run
         self.tokenizer = prompt_format.tokenizer
         self.stop_ids = torch.tensor(prompt_format.stop_ids(roles.policy.network.generation_config), device=args.device)
@@ -1007,7 +1157,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         model.eval()  # in train mode gradient checkpointing generates without a cache
         batches = self.roll_out(inputs)
         rolled_out = time.perf_counter()
-        names = ("lengths", "ended", "actions", "states", "logprobs", "entropy", "ref_logprobs", "values", "scores")
+        names = "lengths ended actions states logprobs entropy ref_logprobs values given scores".split()
         joined = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
         rollout = types.SimpleNamespace(**joined)  # of all N episodes: (N,) or (N, W)
         rollout.read = torch.tensor([batch.input_ids.numel() for batch in batches], device=self.args.device)
@@ -1022,6 +1172,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         for module in model.modules():  # layers only checkpoint in train mode, in which routers would add noise
             module.training = getattr(module, "gradient_checkpointing", False)
         losses = self.optimize(model, batches)
+        self.keep_episodes(rollout, batches)
         self.latest = self.measure(rollout, losses, rolled_out - started, time.perf_counter() - rolled_out)
         if self.args.target_kl:  # Ziegler et al. 2019, section 2.2; horizon 10,000 episodes
             error = min(max(kl / self.args.target_kl - 1, -0.2), 0.2)
@@ -1032,6 +1183,10 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         """Raise FloatingPointError, in all processes at once, if `what` was not finite in one of them."""
         if self.total(torch.tensor(not fine, device=self.args.device)):
             raise FloatingPointError(f"{what} is NaN or infinite in update {self.state.global_step + 1}")
+
+    def beat(self):
+        """An update may take minutes: the bar shows that it goes on."""
+        self.callback_handler.on_substep_end(self.args, self.state, self.control)
 
     def total(self, values):
         """The sum of a tensor over all processes, a float."""
@@ -1077,6 +1232,11 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         kinds = set(getattr(role.network.config.get_text_config(), "layer_types", None) or ())
         recurrent = kinds - {"full_attention", "sliding_attention", "chunked_attention"} or role.network._is_stateful
         size = 1 if recurrent else self.args.local_rollout_forward_batch_size
+
+        def go_on(ids, scores, **kwargs):  # after each token
+            self.beat()
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
         # autocast keeps its 16-bit copies of weights for the next token only where they are trained
         quick = quick_adapters(role.model, compute_dtype(self.args)) if role.adapter else contextlib.nullcontext()
         with role.active(train=True) as network, self.accelerator.autocast(), quick:
@@ -1085,10 +1245,11 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                 ids = pad_sequence(some, True, self.tokenizer.pad_token_id, padding_side="left")
                 mask = pad_sequence([torch.ones_like(prompt) for prompt in some], True, padding_side="left")
                 inputs = {"input_ids": ids.to(self.args.device), "attention_mask": mask.to(self.args.device)}
-                sampled = network.generate(**inputs)[:, ids.shape[1] :]
+                sampled = network.generate(**inputs, stopping_criteria=[go_on])[:, ids.shape[1] :]
                 stops = torch.isin(sampled, self.stop_ids)
                 ends = torch.where(stops.any(1), stops.int().argmax(1) + 1, sampled.shape[1])
                 responses += [response[:end] for response, end in zip(sampled.tolist(), ends.tolist())]
+                self.beat()
             network.generation_config = kept
         return responses
 
@@ -1156,6 +1317,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     def read(self, model, batch, **kwargs):
         """What a model makes of the rows."""
         place = {"position_ids": batch.position_ids, "attention_mask": batch.mask}
+        self.beat()
         with self.accelerator.autocast():
             return model(input_ids=batch.input_ids, use_cache=False, **place, **kwargs)
 
@@ -1174,15 +1336,16 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         return self.read(body, batch).last_hidden_state.flatten(0, 1)
 
     def score(self, batches):
-        """Fill in the score (B,) of each response: reward model plus reward function, which is called once for all."""
+        """Fill in the score (B,) of each response: the reward model's plus those of the functions, which are called once
+        for all, by weight."""
         texts = [self.response_texts(batch) for batch in batches]
-        given = [0.0 for batch in batches for _ in batch.rows]
-        if self.reward_function:
-            prompts = [row["text"] for batch in batches for row in batch.rows]
-            given = self.reward_function(prompts, sum(texts, []))
-        parts = torch.tensor(given, device=self.args.device).split([len(batch.rows) for batch in batches])
-        for batch, batch_texts, scores in zip(batches, texts, parts):
-            batch.scores = scores + (self.model_scores(batch, batch_texts) if self.roles.reward else 0)
+        rows = [row for batch in batches for row in batch.rows]
+        given = [function(rows, sum(texts, [])) for function in self.reward_functions]
+        weights = torch.tensor([function.weight for function in self.reward_functions], device=self.args.device)
+        given = torch.tensor(given, device=self.args.device).view(-1, len(rows)).T
+        for batch, batch_texts, parts in zip(batches, texts, given.split([len(batch.rows) for batch in batches])):
+            batch.given = parts
+            batch.scores = parts @ weights + (self.model_scores(batch, batch_texts) if self.roles.reward else 0)
 
     def model_scores(self, batch, texts):
         """The reward model's score (B,) of each response, read at the last token of what the template makes of it; where
@@ -1206,6 +1369,28 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         texts = self.tokenizer.batch_decode(batch.responses, skip_special_tokens=True)
         # in `qa` the space of "Answer: x" is part of the answer's first token
         return [text.removeprefix(" ") for text in texts] if self.prompt_format.name == "qa" else texts
+
+    def keep_episodes(self, rollout, batches):
+        """The update's lowest, middle and highest episode by score, for samples.jsonl; of at most some 200 updates."""
+        step = self.state.global_step + 1
+        if step % math.ceil(self.args.max_steps / 200) or not self.is_world_process_zero():
+            return
+        rows = [row for batch in batches for row in batch.rows]
+        texts = [text for batch in batches for text in self.response_texts(batch)]
+        order = rollout.scores.argsort().tolist()
+        episodes = []
+        for i in dict.fromkeys((order[0], order[len(order) // 2], order[-1])):
+            episode = {"step": step, "row": rows[i]["row"], "prompt": rows[i]["text"], "answer": texts[i]}
+            episode |= {"score": rollout.scores[i].item(), "kl": rollout.kl[i].sum().item()}
+            episodes.append(episode | {"length": rollout.lengths[i].item(), "ended": rollout.ended[i].item()})
+        self.write_samples(episodes)
+
+    def write_samples(self, samples):
+        """Add lines of one kind, answers or episodes, to samples.jsonl; a resumed run comes by its own again."""
+        path, (first, *_) = Path(self.args.output_dir, "samples.jsonl"), samples
+        before = map(json.loads, path.open(encoding="utf-8")) if path.is_file() else []
+        kept = [line for line in before if line["step"] < first["step"] or ("answer" in line) != ("answer" in first)]
+        write_lines(path, kept + samples)
 
     # ---- rewards and advantages ----
 
@@ -1328,6 +1513,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         return {
             "objective/scores": total["scores"] / n,
             "objective/scores_std": math.sqrt(spread),
+            **{f"reward/{f.name}": self.total(rollout.given[:, i]) / n for i, f in enumerate(self.reward_functions)},
             "objective/kl": total["kl"] / n,
             "objective/kl_coef": self.ppo_state["kl_coef"],
             "objective/entropy": -total["logprobs"] / n,
@@ -1377,19 +1563,45 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         keys = [f"{name}_{key}" for name in ("policy", "reference") for key in ("score", "length", "ended")]
         metrics = {f"eval_{key}": sum(sample[key] for sample in samples) / len(rows) for key in keys}
         if self.is_world_process_zero():
-            path = Path(self.args.output_dir, "samples.jsonl")
-            before = map(json.loads, path.open(encoding="utf-8")) if path.is_file() else []
-            write_lines(
-                path, [line for line in before if line["step"] < step] + samples
-            )  # a resumed run comes by again
+            self.write_samples(samples)
             print(f"\nupdate {step}, mean score of the answers to {len(rows)} fixed prompts: policy "
                   f"{metrics['eval_policy_score']:+.2f}, reference {metrics['eval_reference_score']:+.2f}")  # fmt: skip
+            print(f"the first five of them, all are in {Path(self.args.output_dir, 'samples.jsonl')}:")
             for sample in samples[:5]:
-                print(f"\n> {sample['prompt'].strip()[-200:]}")
+                prompt = sample["prompt"].strip()
+                print(f"\n> {'…' * (len(prompt) > 200)}{prompt[-200:]}")
                 for name in ("policy", "reference"):
                     print(f"  {name:<10}{sample[f'{name}_score']:+.2f}  {sample[f'{name}_answer'].strip()}")
+        if self.args.eval_strategy != "no":
+            self.keep_best(metrics)
         self.log(metrics)
         return metrics
+
+    def keep_best(self, metrics):
+        """best_checkpoint/: the policy whose evaluation score less the price of its KL is the highest so far."""
+        figures = [line for line in [*self.state.log_history, self.latest] if "objective/kl" in line]
+        price = self.ppo_state["kl_coef"] * figures[-1]["objective/kl"] if figures else 0.0
+        metrics["eval_quality"] = metrics["eval_policy_score"] - price
+        if self.state.best_metric is None or metrics["eval_quality"] > self.state.best_metric:
+            self.state.best_metric, self.state.best_global_step = metrics["eval_quality"], self.state.global_step
+            if self.is_world_process_zero():
+                self.publish("best_checkpoint", metrics)
+
+    def publish(self, name, metrics):
+        """A directory of the run with policy and value model, which appears when it is complete."""
+        final, draft, old = (Path(self.args.output_dir, f"{name}{ending}") for ending in ("", ".partial", ".old"))
+        for leftover in (draft, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self._save(draft)
+        write_json(draft / "run.json", {**self.run, "metrics": metrics})
+        try:
+            if final.exists():
+                os.replace(final, old)
+        except PermissionError:  # Windows
+            fail(f"{final} is in use by another program; the new one lies beside it, in {draft}")
+        os.replace(draft, final)
+        shutil.rmtree(old, ignore_errors=True)
+        return final
 
     def measure_reference(self, rows):
         """Mean and spread of the score on the reference's own sampled answers (--normalize_reward)."""
@@ -1406,8 +1618,11 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         for role, directory in ((self.roles.policy, output_dir), (self.roles.value, output_dir / "value")):
             role.save(directory)
             self.tokenizer.save_pretrained(directory)
-        generation = self.roles.policy.network.generation_config.to_diff_dict()
-        write_json(output_dir / "generation_config.json", {**generation, "eos_token_id": self.stop_ids.tolist()})
+        generation = self.roles.policy.network.generation_config
+        if not generation.do_sample:  # what only sampling reads: transformers would not save it again (Llama 2 has it)
+            generation.update(temperature=None, top_p=None, top_k=None)
+        generation = {**generation.to_diff_dict(), "eos_token_id": self.stop_ids.tolist()}
+        write_json(output_dir / "generation_config.json", generation)
         write_json(output_dir / "ppo_state.json", self.ppo_state)
         write_json(output_dir / "run.json", self.run)
 
@@ -1423,16 +1638,30 @@ class RunCallback(ProgressCallback):
     a saved checkpoint."""
 
     interrupted = False
+    shown = 0.0  # when the bar was, in seconds
+
+    def __init__(self):
+        super().__init__()
+        self.warned = set()
 
     def interrupt(self, signum, frame):
         self.interrupted = True
         signal.signal(signum, signal.default_int_handler)  # the second one leaves at once
         print("\nstopping after this update and saving a checkpoint; once more to leave at once", file=sys.stderr)
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         super().on_train_begin(args, state, control)
+        # A checkpoint's rate would be kept for a step, 0 at the end of a finished run, and its peak for good.
+        for i, factor in enumerate(getattr(lr_scheduler, "lr_lambdas", [])):
+            lr_scheduler.base_lrs[i] = args.learning_rate
+            optimizer.param_groups[i]["lr"] = args.learning_rate * factor(lr_scheduler.last_epoch)
         state.compute_steps(args, state.max_steps)  # a resumed run would log and save as often as before
         state.train_batch_size = args.per_device_train_batch_size  # Trainer compares the two when a run resumes
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None and time.monotonic() > self.shown + 5:  # seconds; an update may take minutes
+            self.training_bar.refresh()
+            self.shown = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
         super().on_step_end(args, state, control)
@@ -1443,12 +1672,54 @@ class RunCallback(ProgressCallback):
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero:
-            with open(Path(args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        if self.training_bar is not None and "objective/scores" in logs:
-            shown = {"reward": "objective/scores", "kl": "objective/kl", "length": "response/length"}
-            self.training_bar.set_postfix({name: f"{logs[key]:.2f}" for name, key in shown.items()})
+        if not state.is_world_process_zero:
+            return
+        with open(Path(args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if "objective/scores" not in logs:
+            return
+        figures = {name: f"{round(logs[key], 2) + 0.0:.2f}" for name, key in SHOWN.items()}  # no -0.00
+        line = "  ".join(f"{name} {figure:>6}" for name, figure in figures.items())
+        tqdm.write(f"update {state.global_step:>4} of {state.max_steps}  {line}")
+        if self.training_bar is not None:
+            self.training_bar.set_postfix({name: figures[name] for name in ("reward", "KL", "length", "stop_rate")})
+        lines = [line for line in state.log_history if "objective/scores" in line]
+        if state.global_step >= 10 and len(lines) >= 6:
+            for problem, help in find_stalls(lines[:3], lines[-3:], args).items():
+                if problem not in self.warned:
+                    self.warned.add(problem)
+                    tqdm.write(f"warning: {problem} (update {state.global_step}): {help}", file=sys.stderr)
+
+
+def find_stalls(first, last, args):
+    """{what goes wrong: what to try} of a run that does not learn, from its first and its last log lines."""
+
+    def mean(key, lines=last):
+        return sum(line[key] for line in lines) / len(lines)
+
+    gain = mean("objective/scores") - mean("objective/scores", first)
+    noise = mean("objective/scores_std") * math.sqrt(2 / (len(last) * args.episodes_per_update * args.world_size))
+    flat = gain < 2 * noise  # two standard errors
+    kl, kl_before = mean("objective/kl"), mean("objective/kl", first)
+    problems = {
+        "the values explain nothing of the returns": (
+            flat and mean("val/explained_variance") < 0,  # a reward that rises does without them
+            "more episodes an update (--gradient_accumulation_steps)",
+        ),
+        "hardly any answer ends": (
+            mean("response/stop_rate") < 0.1,
+            "a longer --response_length, or SFT on answers that end within it",
+        ),
+        "the reward is flat and hardly a ratio is clipped": (
+            flat and mean("policy/clipfrac_avg") < 0.01,
+            f"a --learning_rate above {args.learning_rate:g}, or more --num_ppo_epochs",
+        ),
+        "the KL runs away": (
+            kl > 20 and kl > 2 * kl_before,  # nats an answer
+            f"a --kl_coef above {args.kl_coef:g}, --target_kl, or a lower --learning_rate",
+        ),
+    }
+    return {problem: help for problem, (is_there, help) in problems.items() if is_there}
 
 
 # ---- a run and its directory ----
@@ -1471,10 +1742,12 @@ def find_checkpoint(args):
     if not asked or asked is True and not finished_steps(newest):
         return None
     checkpoint = newest if asked is True else Path(asked)
+    if not finished_steps(checkpoint):  # the directory of a run
+        checkpoint = max(checkpoint.glob("checkpoint-*"), key=finished_steps, default=checkpoint)
     run = read_json(checkpoint / "run.json")
     if not finished_steps(checkpoint):
         fail(f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)")
-    if run.get("stage") != "rl" or run.get("versions", {}).get("scripts") != 3:
+    if run.get("stage") != "rl" or run.get("versions", {}).get("scripts") != SCRIPTS:
         fail(f"--resume_from_checkpoint {checkpoint} is of the stage {run.get('stage')!r}, or of an earlier version")
     was, now = run["arguments"], json.loads(json.dumps(vars(args), default=str))
     changed = [name for name in now if name not in FREE_ON_RESUME and now[name] != was.get(name)]
@@ -1485,6 +1758,7 @@ def find_checkpoint(args):
         print(f"resuming with other flags than before: {words}")
     if finished_steps(newest) > finished_steps(checkpoint) and not args.overwrite_output_dir:
         fail(f"--resume_from_checkpoint {checkpoint}: {newest} is later; --overwrite_output_dir drops it")
+    print(f"going on from {checkpoint}")
     return checkpoint
 
 
@@ -1497,6 +1771,8 @@ def open_output_dir(folder, checkpoint):
             shutil.rmtree(path)
     if not checkpoint:
         (folder / "samples.jsonl").unlink(missing_ok=True)
+        for name in ("final_checkpoint", "best_checkpoint"):
+            shutil.rmtree(folder / name, ignore_errors=True)
     write_lines(folder / "metrics.jsonl", [{"step": line["step"], **line} for line in state["log_history"]])
 
 
@@ -1514,7 +1790,7 @@ def describe_run(args, source, prompt_format, counts):
         "prompt_format": prompt_format.name, "tokenizer_hash": digest(vocabulary),
         "chat_template_hash": digest(template) if prompt_format.name == "chat" else None,
         "dataset": {"name": args.dataset_name, "subset": args.subset, **counts}, "arguments": vars(args),
-        "versions": {"scripts": 3, **{name: importlib.metadata.version(name) for name in packages}},
+        "versions": {"scripts": SCRIPTS, **{name: importlib.metadata.version(name) for name in packages}},
     }  # fmt: skip
 
 
@@ -1547,19 +1823,15 @@ def train(trainer, callback, checkpoint):
 
 
 def publish(trainer, args, metrics):
-    """metrics.json and final_checkpoint/, which appears when it is complete; with --push_to_hub it is uploaded."""
+    """metrics.json and final_checkpoint/; with --push_to_hub it is uploaded."""
     output_dir = Path(args.output_dir)
-    final, draft, old = (output_dir / f"final_checkpoint{ending}" for ending in ("", ".partial", ".old"))
-    for leftover in (draft, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    trainer._save(draft)
-    write_json(draft / "run.json", {**trainer.run, "metrics": metrics})
-    if final.exists():
-        os.replace(final, old)
-    os.replace(draft, final)
-    shutil.rmtree(old, ignore_errors=True)
+    final = trainer.publish("final_checkpoint", metrics)
     write_json(output_dir / "metrics.json", metrics)
     size = sum(path.stat().st_size for path in final.glob("*.safetensors"))
+    best = trainer.state.best_global_step
+    if trainer.state.best_metric is not None:
+        quality = trainer.state.best_metric
+        print(f"{output_dir / 'best_checkpoint'} is of update {best}: score less price of the KL {quality:.3g}")
     print(f"saved {final} ({'adapter' if args.use_lora else 'all weights, float32'}, {size / 1e9:.3g} GB)")
     if args.push_to_hub:
         repo = huggingface_hub.create_repo(output_dir.resolve().name, exist_ok=True).repo_id
@@ -1567,7 +1839,7 @@ def publish(trainer, args, metrics):
 
 
 def run_stage(args):
-    reward_function = load_reward_function(args.reward_function) if args.reward_function else None
+    reward_functions = [RewardFunction(spec) for spec in args.reward_function]
     policy = locate_model(args, "model_path")
     reward = locate_model(args, "reward_model_path") if args.reward_model_path else None
     if policy.lora:
@@ -1581,11 +1853,11 @@ def run_stage(args):
 
     prompt_format = load_format(args, policy, args.prompt_format)
     reward_format, same_tokens = pick_reward_format(args, reward, prompt_format) if reward else (None, True)
-    train_rows, counts = load_prompts(args, args.subset, args.split, "--split", prompt_format)
+    train_rows, counts = load_prompts(args, args.subset, args.split, "--split", prompt_format, reward_functions)
     eval_rows = train_rows.select(range(min(8, len(train_rows))))
     if args.eval_split or args.eval_subset:
         subset, split = args.eval_subset or args.subset, args.eval_split or "test"
-        eval_rows, counts["eval"] = load_prompts(args, subset, split, "--eval_split", prompt_format)
+        eval_rows, counts["eval"] = load_prompts(args, subset, split, "--eval_split", prompt_format, reward_functions)
     longest = max(len(ids) for rows in (train_rows, eval_rows) for ids in rows["prompt_ids"]) + args.response_length
     base_config = transformers.AutoConfig.from_pretrained(policy.base, trust_remote_code=args.trust_remote_code)
     if getattr(base_config, "quantization_config", None) and not args.use_lora:
@@ -1602,16 +1874,23 @@ def run_stage(args):
     if episodes > len(train_rows):
         what = "--per_device_train_batch_size x --gradient_accumulation_steps x processes"
         fail(f"an update takes {episodes} episodes ({what}), but there are only {len(train_rows)} prompts")
-    if reward_function:  # a fault in it is to show before anything slow
-        reward_function(train_rows.select([0, len(train_rows) - 1])["text"], ["Yes.", "No."])
+    for function in reward_functions:  # a fault in one is to show before anything slow
+        function([train_rows[0], train_rows[len(train_rows) - 1]], ["Yes.", "No."])
     updates = math.ceil((args.total_episodes or len(train_rows)) / episodes)
     config = make_config(args, max_steps=updates, total_episodes=updates * episodes, longest_text=longest)
     steps = args.num_ppo_epochs * args.num_mini_batches
+    final = Path(args.output_dir, "final_checkpoint")
+    stopped = read_json(final / "run.json").get("metrics", {}).get("stopped")
+    if checkpoint and final.is_dir() and finished_steps(checkpoint) >= updates and not stopped:
+        print(
+            f"{args.output_dir} is finished, after {finished_steps(checkpoint)} updates; to train longer, raise --total_episodes"
+        )
+        return
     print(f"{updates} updates of {episodes} episodes, {steps} optimizer steps each")
     if args.dry_run:
         for row in train_rows.select(range(min(2, len(train_rows)))):
             text = prompt_format.tokenizer.decode(row["prompt_ids"])
-            print(f"--- row {row['row']}, {len(row['prompt_ids'])} tokens\n{text}")
+            print(f"--- row {row['row']}, {len(row['prompt_ids'])} tokens, after which the answer is written\n{text}")
         print("dry run: everything fits; nothing was loaded or written")
         return
 
@@ -1624,7 +1903,7 @@ def run_stage(args):
     accelerate.PartialState().wait_for_everyone()
     run = describe_run(args, policy, prompt_format, counts)
     data, callback = {"train_dataset": train_rows, "eval_dataset": eval_rows}, RunCallback()
-    trainer = PPOTrainer(roles, config, prompt_format, reward_format, reward_function, run, **data)
+    trainer = PPOTrainer(roles, config, prompt_format, reward_format, reward_functions, run, **data)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(callback)
     if not checkpoint:

@@ -1,7 +1,7 @@
 """Supervised fine-tuning (SFT) of a causal language model on chats or question/answer pairs.
 
 In: a model (hub id, directory, or LoRA adapter directory) and a data set with one of these columns sets:
-`messages`; `question` + `response_j`; `prompt` + `response`; `prompt` + `chosen` (string).
+`messages`; `conversations`; `question` + `response_j`; `prompt` + `response`, `completion` or `chosen`.
 Out, in --output_dir: `final_checkpoint/` (model or adapter, tokenizer, README.md, run.json), resumable
 `checkpoint-N/`, `metrics.jsonl` (one line per log event) and `metrics.json` (the final figures).
 
@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import difflib
 import glob
 import hashlib
 import importlib.metadata
@@ -33,6 +34,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -44,24 +46,47 @@ def fail(message):
 
 
 # >>> text: the same in training_sft.py, training_reward_model.py, training_rl.py (tests/test_text.py)
-def read_messages(messages, last):
-    """`messages` as texts of system (may be left out), user, assistant, user, ..., `last`; raises ValueError.
+def to_messages(value, role):
+    """A column's value as messages: a list as it is, a text as one turn of `role`, or as the turns of a dialogue in the
+    form of Anthropic's hh-rlhf."""
+    turns = re.split(r"\n\n(Human|Assistant):", value) if isinstance(value, str) else []
+    if len(turns) > 1 and not turns[0]:
+        roles = ({"Human": "user", "Assistant": "assistant"}[name] for name in turns[1::2])
+        return [{"role": role, "content": text.strip()} for role, text in zip(roles, turns[2::2]) if text.strip()]
+    return value if isinstance(value, list) else [{"role": role, "content": value}]
 
-    `developer` is system, a system turn without text is none, a number is its JSON text."""
+
+def drop_nulls(value):
+    """Without the keys that Arrow adds to a row because other rows have them."""
+    if isinstance(value, list):
+        return [drop_nulls(part) for part in value]
+    return {k: drop_nulls(part) for k, part in value.items() if part is not None} if isinstance(value, dict) else value
+
+
+def read_messages(messages, last):
+    """`messages` as turns of system (may be left out), user, assistant, ..., `last`; raises ValueError.
+
+    {from, value} is read as {role, content}, `developer` as system, a number as its JSON text; a system turn without text
+    is none. Tool calls and turns of the role `tool` are kept as they are."""
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
         raise ValueError("should be a list of {role, content}")
-    turns = []
-    for i, turn in enumerate(messages):
-        role, content = turn.get("role"), turn.get("content")
-        role = "system" if role == "developer" else role
+    names, turns = {"developer": "system", "human": "user", "gpt": "assistant"}, []
+    for turn in map(drop_nulls, messages):
+        role, content = turn.pop("from", turn.get("role")), turn.pop("value", turn.get("content"))
+        role = names.get(role, role)
         content = json.dumps(content) if isinstance(content, int | float) else content
+        calls = role == "assistant" and turn.get("tool_calls")
         if role == "system" and not str(content or "").strip():
             continue
-        expected = ("user", "assistant") if turns and turns[-1]["role"] != "system" else ("system", "user")
-        if role not in expected or not isinstance(content, str) or not content.strip():
-            raise ValueError(f"should have text of the role {' or '.join(expected)} in turn {i}, not {str(turn)[:80]}")
-        turns.append({"role": role, "content": content})
-    if not turns or turns[-1]["role"] != last:
+        expected = ("user", "assistant", "tool") if turns and turns[-1]["role"] != "system" else ("system", "user")
+        if role not in expected:
+            expected = " or ".join(expected[:2])
+            raise ValueError(f"should have the role {expected} in turn {len(turns)}, not {str(turn)[:80]}")
+        if not (calls or (isinstance(content, str) and content.strip())):
+            raise ValueError(f"should have text in turn {len(turns)} ({role}), not {str(turn)[:80]}")
+        more = turn if calls or role == "tool" else {}
+        turns.append({**more, "role": role, "content": content or ""})
+    if not turns or turns[-1]["role"] != last or turns[-1].get("tool_calls"):
         raise ValueError(f"should end with the role {last}, not {str(messages[-1:])[:80]}")
     return turns
 
@@ -131,11 +156,17 @@ class PromptFormat:
     def _write(self, turns, open_end, tools):
         """The text, its contents guarded, and where in it [start, end, start, end, ...] the assistant writes."""
         messages = []
-        for role, content in ((turn["role"], self._guard(turn["content"])) for turn in turns):
-            if messages and role == messages[-1]["role"] and (role == "system" or not self.has_runs):
-                content = f"{messages.pop()['content']}\n\n{content}"
-            messages.append({"role": role, "content": content})
+        for turn in turns:
+            turn = {**turn, "content": self._guard(turn["content"])}
+            if "tool_calls" in turn:
+                turn["tool_calls"] = json.loads(self._guard(json.dumps(turn["tool_calls"], ensure_ascii=False)))
+            alike = messages and turn.keys() == messages[-1].keys() == {"role", "content"}
+            if alike and turn["role"] == messages[-1]["role"] and (turn["role"] == "system" or not self.has_runs):
+                turn["content"] = f"{messages.pop()['content']}\n\n{turn['content']}"
+            messages.append(turn)
         if self.name == "qa":  # earlier turns join the question
+            if any(turn.keys() != {"role", "content"} or turn["role"] == "tool" for turn in messages):
+                raise ValueError("tools need a chat template")
             texts = [turn["content"] for turn in messages if turn["content"]]
             answer = "" if open_end else f" {texts.pop()}"
             prompt = "Question: " + "\n\n".join(texts) + "\n\nAnswer:"
@@ -146,9 +177,11 @@ class PromptFormat:
         text, cuts = self._render(messages, open_end, tools), []
         for i, turn in enumerate(messages):
             content = "".join(turn["content"].split())  # templates trim contents, and set thoughts in lines
-            if turn["role"] != "assistant" and content not in "".join(text.split()):
+            calls = [call.get("function", call).get("name", "") for call in turn.get("tool_calls", ())]
+            needed = calls if turn["role"] == "assistant" else [content]
+            if not all(part in "".join(text.split()) for part in needed):
                 raise ValueError(f"the chat template leaves out text of turn {i} ({turn['role']})")
-            if turn["role"] != "assistant":
+            if turn["role"] != "assistant" or calls:
                 continue
             prompt, shown = self._render(messages[:i], True, tools), self._render(messages[: i + 1], False, tools)
             body, last = shown.removesuffix(self.after), i == len(messages) - 1
@@ -226,13 +259,34 @@ def number(kind, low, high=math.inf):
     return number
 
 
+class Parser(argparse.ArgumentParser):
+    """It takes hyphens for underscores, and a flag by the name that it has in the other scripts."""
+
+    aliases = {"--per_device_train_batch_size": "--batch_size", "--train_split": "--split"}
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        self.words = [re.sub(r"^--[\w-]+", self.find_name, word) for word in words]
+        return super().parse_known_args(self.words, namespace)
+
+    def find_name(self, found):
+        flag = f"--{found[0][2:].replace('-', '_')}"
+        return self.aliases.get(flag, flag)
+
+    def format_help(self):
+        return re.sub(r"\s+\(default:\s+(None|False|\[\])\)", "", super().format_help())
+
+    def error(self, message):
+        known = self._option_string_actions
+        flags = [word.partition("=")[0] for word in self.words if word.startswith("--")]
+        near = [(flag, difflib.get_close_matches(flag, known, 1)) for flag in flags if flag not in known]
+        hint = "".join(f"; {flag}: is {found[0]} meant?" for flag, found in near if found)
+        fail(f"{message}{hint} (see {self.prog} --help)")
+
+
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.error = lambda message: fail(f"{message} (see {parser.prog} --help)")
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, formatter_class=style)
     add = parser.add_argument
     add("--model_path", required=True, help="hub id, model directory or LoRA adapter directory")
     add("--dataset_name", required=True, help="hub id, folder, file, or json/parquet/arrow/csv")
@@ -245,6 +299,7 @@ def build_parser():
     add("--overwrite_output_dir", action="store_true", help="replace the checkpoints and metrics in --output_dir")
     add("--resume_from_checkpoint", nargs="?", const=True, metavar="DIR", help="go on from DIR, or from the newest")
     add("--dry_run", action="store_true", help="check everything, show the data as it would be trained on, and stop")
+    add("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="columns of the data that have other names")
     add("--max_samples", type=number(int, 1), help="use at most this many rows of each split")
     add(
         "--prompt_format", choices=["auto", "chat", "qa"], default="auto", help="chat template, or Question/Answer text"
@@ -252,8 +307,7 @@ def build_parser():
     add("--train_on_prompt", action="store_true", help="train on all tokens, not the answers' alone")
     add("--max_length", type=number(int, 2), default=1024, help="longest row, in tokens; the rest is cut")
     add("--packing", action="store_true", help="fill every row up to --max_length with whole examples")
-    batch_size = ("--batch_size", "--per_device_train_batch_size")
-    add(*batch_size, type=number(int, 1), default=1, help="rows per device and step")
+    add("--batch_size", type=number(int, 1), default=1, help="rows per device and step")
     add("--gradient_accumulation_steps", type=number(int, 1), default=1, help="micro-batches per batch")
     add("--max_steps", type=number(int, 1), help="optimizer steps; goes before --num_train_epochs")
     add("--num_train_epochs", type=number(float, 0), default=1.0, help="passes over the data")
@@ -286,12 +340,49 @@ def build_parser():
     return parser
 
 
-if __name__ == "__main__":  # before the slow imports: --help and a mistyped flag answer at once
-    build_parser().parse_args()
-    if importlib.metadata.version("trl") != "1.12.0":
-        fail(f"this script needs trl 1.12.0, found {importlib.metadata.version('trl')}: pip install trl==1.12.0")
+def is_missing(path):
+    """Whether it can only be a path, and is not there; `a/b` may be on the hub."""
+    is_file = re.search(r"\.(jsonl?|ndjson|csv|parquet)(\.gz)?$", path)
+    return not Path(path).exists() and (re.match(r"[.~/\\]|[A-Za-z]:", path) or path.count("/") > 1 or is_file)
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional CPU kernel at every start
+
+def parse_flags(argv=None):
+    """The flags, checked as far as that needs no library."""
+    args = build_parser().parse_args(argv)
+    args.use_lora |= Path(args.model_path, "adapter_config.json").is_file()
+    if args.learning_rate is None:
+        args.learning_rate = 2e-4 if args.use_lora else 2e-5
+    trl = importlib.metadata.version("trl")
+    quantized = args.load_in_4bit or args.load_in_8bit
+    evaluated = args.eval_split or args.eval_subset
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    launched = [pair for pair in args.set if re.match("fsdp|deepspeed|accelerator_config|parallelism_config", pair)]
+    lora = [f"--{name}" for name in vars(args) if name.startswith("lora_") and getattr(args, name) is not None]
+    problems = {
+        f"this script needs trl 1.12.0, found {trl}: pip install trl==1.12.0": trl != "1.12.0",
+        f"--model_path {args.model_path} does not exist": is_missing(args.model_path),
+        f"--dataset_name {args.dataset_name} does not exist": is_missing(args.dataset_name),
+        f"{' '.join(lora)} without --use_lora: all weights would be trained": lora and not args.use_lora,
+        "--set fsdp and --set deepspeed are the launcher's: accelerate launch --config_file": launched,
+        "--bf16 and --fp16 exclude each other": args.bf16 and args.fp16,
+        "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
+        "quantized weights cannot be trained themselves: add --use_lora": quantized and not args.use_lora,
+        "--eval_steps needs --eval_split or --eval_subset": args.eval_steps and not evaluated,
+        "FSDP and ZeRO-3 cut the model in pieces, which this script cannot check; use DDP or ZeRO-2": sharded,
+    }
+    for problem, there in problems.items():
+        if there:
+            fail(problem)
+    return args
+
+
+if __name__ == "__main__":  # before the slow imports: --help and a mistyped flag answer at once
+    parse_flags()
+
+# What they report is meant so: an optional CPU kernel; the padding token of the tokenizer, given to the model; that
+# nothing is sharded.
+for name in ("bitsandbytes", "transformers.trainer_utils", "transformers.distributed.tensor_parallel"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # trl 1.12 uses names of before v6
 
 import datasets
@@ -305,24 +396,27 @@ from accelerate.utils import reduce
 from huggingface_hub import HfApi, get_token
 from peft.helpers import disable_input_dtype_casting
 from safetensors import safe_open
+from tqdm import tqdm
 from transformers.integrations import get_available_reporting_integrations
 from transformers.pytorch_utils import Conv1D
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, SFTTrainer
 
 logging.getLogger("trl.trainer.sft_trainer").setLevel(logging.ERROR)  # keeps_apart() tests what it warns of
 
-SCHEMAS = [("messages",), ("question", "response_j"), ("prompt", "response"), ("prompt", "chosen")]
+SCHEMAS = [("messages",), ("conversations",), ("question", "response_j"), ("prompt", "response"),
+           ("prompt", "completion"), ("prompt", "chosen")]  # fmt: skip
 KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 # A JSON Lines file is read in one piece, for a column's type may show late; NA and None in CSV are text.
 READERS = {"csv": {"keep_default_na": False}, "json": {"chunksize": 1 << 30}, "parquet": {}, "arrow": {}}
 # What a resumed run may change and say nothing; what it may not change, for the result would be neither run.
 FREE_ON_RESUME = """output_dir overwrite_output_dir resume_from_checkpoint max_steps num_train_epochs logging_steps save_steps
     save_total_limit eval_split eval_subset eval_steps report_to push_to_hub dry_run""".split()
-SAME_ON_RESUME = """model_path dataset_name dataset_config subset split max_samples prompt_format train_on_prompt max_length
+SAME_ON_RESUME = """columns model_path dataset_name dataset_config subset split max_samples prompt_format train_on_prompt max_length
     packing batch_size gradient_accumulation_steps use_lora""".split()
-SCRIPTS = 3  # stands in run.json: this version resumes checkpoints of this version
+SCRIPTS = 4  # stands in run.json: this version resumes checkpoints of this version
 
 
 def read_json(path):
@@ -383,23 +477,18 @@ def locate_model(args):
 
 
 def make_config(args):
-    """SFTConfig from the flags that have its fields' names, and --set; refuses flags that exclude each other."""
-    quantized = args.load_in_4bit or args.load_in_8bit
-    sharded = os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    """SFTConfig from the flags that have its fields' names, and --set; refuses what this machine does not have."""
     missing = set(args.report_to) - {"none", "all", *get_available_reporting_integrations()}
-    evaluated = args.eval_split or args.eval_subset
     problems = {
-        "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
-        "quantized weights cannot be trained themselves: add --use_lora": quantized and not args.use_lora,
         "--fp16 needs a GPU; on a CPU use --bf16, or neither": args.fp16 and not torch.cuda.is_available(),
-        "--eval_steps needs --eval_split or --eval_subset": args.eval_steps and not evaluated,
-        "FSDP and ZeRO-3 cut the model in pieces, which this script cannot check; use DDP or ZeRO-2": sharded,
         f"--report_to: not installed: {', '.join(missing)}": missing,
         "--push_to_hub needs a login: hf auth login": args.push_to_hub and not get_token(),
     }
     for problem, there in problems.items():
         if there:
             fail(problem)
+    if args.learning_rate >= 1e-2:
+        print(f"warning: --learning_rate {args.learning_rate:g} is high: models break above 1e-3", file=sys.stderr)
     gpu = torch.accelerator.is_available()
     rows = args.batch_size if gpu else 1  # on a CPU one row a pass: no padding, and the same gradient
     values = {
@@ -415,6 +504,7 @@ def make_config(args):
         "warmup_steps": min(args.warmup_ratio, 0.999999),  # below 1: a fraction of the steps
         "eval_strategy": "steps" if args.eval_steps else "no",
         "use_cpu": not gpu,
+        "logging_first_step": True,
         "logging_nan_inf_filter": False,  # a NaN is to be seen
         "push_to_hub": False,  # at the end, by publish()
     }
@@ -436,20 +526,26 @@ def make_config(args):
     return config
 
 
+def count_steps(checkpoint):
+    """Optimizer steps of a checkpoint; 0 for one that was never completed: Trainer writes trainer_state.json last."""
+    return read_json(checkpoint / "trainer_state.json").get("global_step", 0)
+
+
 def find_checkpoint(args):
     """(checkpoint to go on from or None, its trainer_state.json); what is in --output_dir is not replaced by chance."""
     folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    states = [path for path in folder.glob("checkpoint-*/trainer_state.json")]  # Trainer writes it last: complete
-    steps = {path.parent: read_json(path)["global_step"] for path in states}
     if not wanted and not args.overwrite_output_dir and (folder.is_file() or any(folder.glob("*"))):
         fail(f"--output_dir {folder} is not empty; see --resume_from_checkpoint and --overwrite_output_dir")
-    if wanted is True and not steps:
-        print(f"no complete checkpoint in {folder}: starting from the beginning")
-    if not wanted or (wanted is True and not steps):
+    newest = max(folder.glob("checkpoint-*"), key=count_steps, default=folder)
+    if not wanted or (wanted is True and not count_steps(newest)):
+        if wanted:
+            print(f"no complete checkpoint in {folder}: starting from the beginning")
         return None, {"global_step": 0, "log_history": []}
-    checkpoint = max(steps, key=steps.get) if wanted is True else Path(wanted)
+    checkpoint = newest if wanted is True else Path(wanted)
+    if not count_steps(checkpoint):  # the directory of a run
+        checkpoint = max(checkpoint.glob("checkpoint-*"), key=count_steps, default=checkpoint)
     state, run = read_json(checkpoint / "trainer_state.json"), read_json(checkpoint / "run.json")
-    if not state:
+    if not count_steps(checkpoint):
         fail(f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (no trainer_state.json)")
     if run.get("stage") != "sft" or run.get("versions", {}).get("scripts") != SCRIPTS:
         fail(f"--resume_from_checkpoint: {checkpoint} is of another stage, or of an earlier version of this script")
@@ -460,9 +556,9 @@ def find_checkpoint(args):
         fail(f"--resume_from_checkpoint {checkpoint}: {words}: that would be neither run; resume with the same flags")
     if changed:
         print(f"resuming with other flags than before: {words}")
-    later = [path for path in steps if steps[path] > state["global_step"]]
-    if later and not args.overwrite_output_dir:
-        fail(f"--resume_from_checkpoint {checkpoint}: {later[0]} is later; --overwrite_output_dir drops it")
+    if count_steps(newest) > state["global_step"] and not args.overwrite_output_dir:
+        fail(f"--resume_from_checkpoint {checkpoint}: {newest} is later; --overwrite_output_dir drops it")
+    print(f"going on from {checkpoint}")
     return checkpoint, state
 
 
@@ -472,7 +568,7 @@ def open_output_dir(args, state):
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("checkpoint-*"):
-        if not 0 < read_json(path / "trainer_state.json").get("global_step", 0) <= state["global_step"]:
+        if not 0 < count_steps(path) <= state["global_step"]:
             shutil.rmtree(path)
     if args.overwrite_output_dir and not args.resume_from_checkpoint:
         shutil.rmtree(folder / "final_checkpoint", ignore_errors=True)
@@ -506,25 +602,44 @@ def find_source(name, subset):
     return source, {**files, **READERS.get(source, {})}
 
 
+def find_broken_line(files):
+    """`FILE, line N: what is wrong there` of the first line in files of JSON Lines that is no JSON, or nothing."""
+    for path in (Path(path) for path in files if path.endswith((".jsonl", ".ndjson"))):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            try:
+                json.loads(line or "{}")
+            except ValueError as error:
+                return f"{path}, line {number}: {error.msg}"
+    return ""
+
+
 def load_split(args, subset, split, flag):
     """(rows, where): one split of the data set, at most --max_samples rows of it, and its name for messages."""
     source, options = find_source(args.dataset_name, subset)
     where = f"{args.dataset_name} {subset or ''}".strip()
+    files = {}
     name, bracket, part = split.partition("[")
     try:
+        files = datasets.load_dataset_builder(source, args.dataset_config, **options).config.data_files or {}
         if source == "csv":  # all is text, letter by letter
-            files = datasets.load_dataset_builder(source, **options).config.data_files
             columns = pandas.read_csv(next(iter(files.values()))[0], nrows=0).columns
             options["features"] = datasets.Features({column: datasets.Value("string") for column in columns})
         names = datasets.get_dataset_split_names(source, args.dataset_config, **options)
         if name not in names and len(names) == 1:  # datasets names splits after files: data/evaluation is `test`
-            print(f"{where} has one split, {names[0]!r}: used for {flag} {split}")
+            print(f"warning: {where} has one split, {names[0]!r}: used for {flag} {split}", file=sys.stderr)
             name = names[0]
         if name not in names:
             fail(f"{flag} {split}: {where} has the splits {', '.join(names)}")
         rows = datasets.load_dataset(source, args.dataset_config, split=name + bracket + part, **options)
     except Exception as error:  # datasets raises dozens of types
-        fail(f"{flag} {split}: {where} cannot be read: {type(error).__name__} {error} {error.__cause__ or ''}")
+        broken = find_broken_line(sum(files.values(), [])) if source == "json" else ""
+        text = broken or f"{type(error).__name__} {error} {error.__cause__ or ''}"
+        fail(f"{flag} {split}: {where} cannot be read: {text}")
+    for new, _, column in (pair.partition("=") for pair in args.columns):
+        if column not in rows.column_names:
+            fail(f"--columns {new}={column}: {where} has the columns {', '.join(rows.column_names)}")
+        rows = rows.remove_columns([new] if new in rows.column_names and new != column else [])
+        rows = rows.rename_column(column, new) if new != column else rows
     if not len(rows):
         fail(f"{flag} {split}: {where} is empty; it should have at least one row")
     return rows.select(range(min(len(rows), args.max_samples or len(rows)))), f"{where} [{name}{bracket}{part}]"
@@ -537,26 +652,36 @@ def encode_rows(rows, prompt_format, args, where):
     schema = next((schema for schema in SCHEMAS if set(schema) <= set(rows.column_names)), None)
     if not schema:
         needed = "; ".join(" + ".join(schema) for schema in SCHEMAS)
-        fail(f"{where} has the columns {', '.join(rows.column_names)}; one of these is needed: {needed}")
+        near = {}
+        for name in sorted({*sum(SCHEMAS, ())}):
+            for found in difflib.get_close_matches(name, rows.column_names, 1):
+                near.setdefault(found, name)
+        hint = (
+            " ".join(f"{name}={found}" for found, name in near.items() if found not in near.values()) or "NAME=COLUMN"
+        )
+        there = ", ".join(rows.column_names)
+        fail(f"{where} has the columns {there}; one of these is needed: {needed}; --columns {hint} renames")
     max_length, train_on_prompt = args.max_length, args.train_on_prompt  # the whole args would spoil map's cache
 
     def encode_row(row):
-        messages, tools = row.get("messages"), row.get("tools")
-        if schema != ("messages",):
-            messages = [{"role": role, "content": row[name]} for role, name in zip(("user", "assistant"), schema)]
+        tools, system = row.get("tools"), [{"role": "system", "content": row.get("system")}]
+        messages = row[schema[0]]
+        if len(schema) == 2:
+            question, answer = to_messages(row[schema[0]], "user"), to_messages(row[schema[1]], "assistant")
+            messages = question + answer if isinstance(row[schema[0]], list) else system + question + answer
         try:
             tools = json.loads(tools) if isinstance(tools, str) else tools
             ids, mask = prompt_format.encode(read_messages(messages, last="assistant"), tools=tools)
         except ValueError as error:
             empty = [name for name in schema if not row[name] or not str(row[name]).strip()]
             reason = f"column {' + '.join(empty or schema)} {'is empty' if empty else error}".partition(", not ")[0]
-            return {"reason": reason, "digest": "", "cut": False, "input_ids": [], "labels": []}
+            return {"reason": reason, "digest": "", "length": 0, "input_ids": [], "labels": []}
         labels = [token if trained or train_on_prompt else -100 for token, trained in zip(ids, mask)]
         labels = [-100, *labels[1:max_length]]  # the first token follows nothing
         return {
             "reason": "" if set(labels) - {-100} else f"no answer within --max_length {max_length} tokens",
             "digest": hashlib.sha256(repr(ids).encode()).hexdigest(),
-            "cut": len(ids) > max_length,
+            "length": len(ids),
             "input_ids": ids[:max_length],
             "labels": labels,
         }
@@ -578,16 +703,28 @@ def encode_rows(rows, prompt_format, args, where):
     if not len(kept) or list(encoded["digest"]).count("") > len(rows) / 10:
         fail("; ".join(lines))
     for line in lines:
-        print(f"warning: {line}")
+        print(f"warning: {line}", file=sys.stderr)
     left_out = {reason: len(numbers) for reason, numbers in by_reason.items()}
-    counts = {"rows": len(kept), "cut": sum(kept["cut"]), "left_out": left_out}
-    print(f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; {len(kept)} rows kept, {counts['cut']} of "
+    lengths = sorted(kept["length"])
+    sizes, edges = torch.histogram(torch.tensor(lengths, dtype=torch.float), bins=min(32, lengths[-1] - lengths[0] + 1))
+    cut = sum(length > max_length for length in lengths)
+    counts = {"rows": len(kept), "cut": cut, "left_out": left_out}
+    counts["lengths"] = {"edges": edges.tolist(), "rows": sizes.int().tolist()}  # tokens
+    print(f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; {len(kept)} rows kept, {cut} of "
           f"them cut to {max_length} tokens")  # fmt: skip
+    if cut:
+        most, nearly_all = (lengths[math.ceil(part * len(lengths)) - 1] for part in (0.95, 0.99))
+        print(
+            f"  a cut row loses its end and its EOS; --max_length {most} keeps 95% of the rows whole, {nearly_all} 99%"
+        )
+    if len(kept) < len(rows) / 2:
+        print(f"warning: {where}: fewer than half of the rows are kept", file=sys.stderr)
     return kept.select_columns(["input_ids", "labels"]), counts
 
 
 def show_rows(rows, tokenizer):
     """Two rows as text, what is trained on in double brackets."""
+    print("two rows as they are trained on; [[...]] is what the loss is taken of, the rest is context")
     for i in sorted({0, len(rows) // 2}):
         print(f"--- row {i} of {len(rows)}, {len(rows[i]['input_ids'])} tokens")
         pairs = zip(rows[i]["input_ids"], rows[i]["labels"])
@@ -609,7 +746,8 @@ def warn_of_memory(args, config):
     need = model.num_parameters() * size
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if need > free:
-        print(f"warning: weights and optimizer alone take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        text = f"weights and optimizer alone take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def count_embeddings(adapter):
@@ -660,6 +798,11 @@ def load_model(args, base, adapter, embeddings):
     targets = args.lora_target_modules or ["all-linear"]
     if targets == ["all-linear"]:
         targets = list_linear_layers(model)
+    for target in targets:
+        modules = [f".{name}" for name, _ in model.named_modules()]
+        if not any(name.endswith(f".{target}") or re.fullmatch(target, name[1:]) for name in modules):
+            names = sorted({name.rpartition(".")[2] for name in list_linear_layers(model)})
+            fail(f"--lora_target_modules {target}: there is no such layer; there are {', '.join(names)}")
     lora = peft.LoraConfig(
         r=args.lora_r or 16,
         lora_alpha=32 if args.lora_alpha is None else args.lora_alpha,
@@ -723,14 +866,22 @@ class AnswersAlone:
         return {**batch, "logits_to_keep": kept, "shift_labels": following[:, kept]}
 
 
-class RunCallback(transformers.TrainerCallback):
-    """Sets the order of the rows, writes metrics.jsonl and run.json, stops before a gradient that is not finite reaches
-    the weights, and turns Ctrl-C and SIGTERM into a saved checkpoint."""
+class RunCallback(ProgressCallback):
+    """Trainer's bar with the loss on it, and log lines; sets the order of the rows, writes metrics.jsonl and run.json,
+    stops before a gradient that is not finite reaches the weights, and turns Ctrl-C and SIGTERM into a saved checkpoint."""
 
     def __init__(self, output_dir, run, sampler):
+        super().__init__()
         self.output_dir, self.run, self.sampler, self.interrupted = Path(output_dir), run, sampler, False
+        self.shown = time.monotonic()
+        self.seconds, self.tokens = 0.0, 0  # of training since the last log line; until it, since the start
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+        super().on_train_begin(args, state, control)
+        # A checkpoint's rate would be kept for a step, 0 at the end of a finished run, and its peak for good.
+        for i, factor in enumerate(getattr(lr_scheduler, "lr_lambdas", [])):
+            lr_scheduler.base_lrs[i] = args.learning_rate
+            optimizer.param_groups[i]["lr"] = args.learning_rate * factor(lr_scheduler.last_epoch)
         state.compute_steps(args, state.max_steps)  # a resumed run would log and save as often as before
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, self.interrupt)
@@ -741,6 +892,7 @@ class RunCallback(transformers.TrainerCallback):
         print("\nstopping after this step and saving a checkpoint; once more to leave at once", file=sys.stderr)
 
     def on_train_end(self, args, state, control, **kwargs):
+        super().on_train_end(args, state, control)
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, signal.default_int_handler)
 
@@ -751,12 +903,21 @@ class RunCallback(transformers.TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
         if not args.fp16 and not torch.nn.utils.get_total_norm(gradients).isfinite():  # float16 scales by overflows
-            saved = [int(path.parent.name[11:]) for path in self.output_dir.glob("checkpoint-*/trainer_state.json")]
-            last = f"checkpoint-{max(saved)} is the last good one" if saved else "there is no checkpoint yet"
+            last = max(self.output_dir.glob("checkpoint-*"), key=count_steps, default="none was saved")
             print(file=sys.stderr)  # ends the line of the progress bar
-            fail(f"the gradient is NaN or infinite in step {state.global_step + 1}; {last}")
+            fail(f"the gradient is NaN or infinite in step {state.global_step + 1}; the last good checkpoint: {last}")
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None and time.monotonic() > self.shown + 5:  # seconds; a step may take minutes
+            self.training_bar.refresh()
+            self.shown = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control)
+        self.seconds += time.perf_counter() - self.started
         if args.world_size > 1:  # all stop after the same step
             self.interrupted = reduce(torch.tensor(float(self.interrupted), device=args.device), "sum").item() > 0
         if self.interrupted:
@@ -767,9 +928,20 @@ class RunCallback(transformers.TrainerCallback):
             write_json(folder / "run.json", self.run)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero:
-            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if not state.is_world_process_zero:
+            return
+        if "learning_rate" in logs:
+            logs["speed/tokens_per_second"] = (logs["num_tokens"] - self.tokens) / self.seconds
+            state.log_history[-1] |= logs
+            self.seconds, self.tokens = 0.0, logs["num_tokens"]
+        with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        names = [name for name in ("loss", "eval_loss", "grad_norm", "learning_rate", "epoch") if name in logs]
+        figures = "  ".join(f"{name} {logs[name]:<9.4g}" for name in names)
+        if "loss" in logs and self.training_bar is not None:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
+        if {"loss", "eval_loss"} & {*logs}:
+            tqdm.write(f"step {state.global_step:>6} of {state.max_steps}  {figures}".rstrip())
 
 
 def describe_run(args, base, adapter, prompt_format, counts):
@@ -816,6 +988,7 @@ def make_trainer(config, model, rows, eval_rows, tokenizer, run):
     sampler = LengthGroupedSampler(batch, lengths=lengths)
     trainer._get_train_sampler = lambda dataset=None: sampler
     callback = RunCallback(config.output_dir, run, sampler)
+    trainer.remove_callback(ProgressCallback)
     trainer.add_callback(callback)
     return trainer, callback
 
@@ -838,8 +1011,11 @@ def publish(trainer, args, run, metrics):
     (draft / "README.md").write_text(f"{card}\n## Figures\n\n| | |\n| --- | --- |\n{figures}", encoding="utf-8")
     write_json(draft / "run.json", {**run, "metrics": metrics})
     write_json(folder / "metrics.json", metrics)
-    if final.exists():
-        os.replace(final, old)
+    try:
+        if final.exists():
+            os.replace(final, old)
+    except PermissionError:  # Windows
+        fail(f"{final} is in use by another program; the new one lies beside it, in {draft}")
     os.replace(draft, final)
     shutil.rmtree(old, ignore_errors=True)
     size = sum(path.stat().st_size for path in final.glob("*.safetensors"))
@@ -866,11 +1042,8 @@ def explaining(args):
 
 
 def main(argv=None):
-    args = build_parser().parse_args(argv)
+    args = parse_flags(argv)
     base, adapter, parent = locate_model(args)
-    args.use_lora |= adapter is not None
-    if args.learning_rate is None:
-        args.learning_rate = 2e-4 if args.use_lora else 2e-5
     config = make_config(args)
     checkpoint, state = find_checkpoint(args)
 
@@ -878,13 +1051,16 @@ def main(argv=None):
     try:
         model_config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
         tokenizer = load_tokenizer(adapter if adapter and (adapter / "tokenizer_config.json").is_file() else base, args)
-        natural = "chat" if "messages" in data.column_names else "qa"
+        lists = [name for name in sum(SCHEMAS, ()) if isinstance(data[0].get(name), list)]
+        natural = "chat" if lists else "qa"
         prompt_format = pick_format(args.prompt_format, natural, parent.get("prompt_format"), tokenizer)
     except (OSError, ValueError) as error:  # of the hub and its cache, too
         fail(f"--model_path {args.model_path}: {error}")
     if prompt_format.name == "chat":  # so that every reader of the checkpoint stops where a turn ends
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(prompt_format.end_id())
     rows, counts = encode_rows(data, prompt_format, args, where)
+    if prompt_format.name == "qa" and tokenizer.chat_template and args.prompt_format == "auto" and not parent:
+        print("the text is Question: ... Answer: ...; --prompt_format chat trains the model's own chat template")
     eval_rows = None
     if args.eval_split or args.eval_subset:
         data, where = load_split(args, args.eval_subset or args.subset, args.eval_split or "test", "--eval_split")
@@ -911,9 +1087,14 @@ def main(argv=None):
         model.generation_config.eos_token_id = prompt_format.stop_ids(model.generation_config)
         run = describe_run(args, base, adapter, prompt_format, counts)
         trainer, callback = make_trainer(config, model, rows, eval_rows, tokenizer, run)
+        steps = trainer.set_initial_training_values(config, trainer.get_train_dataloader())[-1]
+        if state["global_step"] >= steps and Path(args.output_dir, "final_checkpoint").is_dir():
+            print(
+                f"{args.output_dir} is finished, after {steps} steps; to train longer, raise --max_steps or --num_train_epochs"
+            )
+            return
         if PartialState().is_main_process:
             open_output_dir(args, state)
-        steps = trainer.set_initial_training_values(config, trainer.get_train_dataloader())[-1]
         if state["global_step"] >= steps:  # stopped after its last step: Trainer would take another
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
