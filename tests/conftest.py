@@ -17,6 +17,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -115,6 +116,12 @@ def run(script, *flags, code=0):
             found = 130
     assert found == code, f"exit code {found}\n{out.getvalue()[-2000:]}\n{err.getvalue()[-2000:]}"
     return out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def usual_verbosity():
+    """README's snippets and the quickstart silence transformers, which then prints Trainer's logs another way."""
+    transformers.logging.set_verbosity_warning()
 
 
 @pytest.fixture

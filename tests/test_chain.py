@@ -22,6 +22,9 @@ SEED = SHARED.parent / "seed_readme.md"
 SAMPLE = SHARED / "ultrafeedback_binarized_sample"
 
 
+MODELS = ("meta-llama/Llama-3.2-3B-Instruct", "HuggingFaceTB/SmolLM3-3B")  # of the seed and of the README
+
+
 def read_commands(path):
     """(script, arguments) of each command of ours in the code blocks of a Markdown file, bash or PowerShell."""
     commands = []
@@ -35,7 +38,7 @@ def read_commands(path):
 def shorten(commands, folder):
     """{script: arguments} of the first command of each script, with a tiny model, the sample, and fewer steps."""
     smaller = {
-        "meta-llama/Llama-3.2-3B-Instruct": make_model(folder / "model", max_position_embeddings=2048),
+        **dict.fromkeys(MODELS, make_model(folder / "model", max_position_embeddings=2048)),
         "HuggingFaceH4/ultrafeedback_binarized": str(SAMPLE), "1000": "2", "1024": "8", "128": "8",
     }  # fmt: skip
     found = {}

@@ -91,6 +91,8 @@ FLAGS = [
     (["--set", "adam_beta=0.9"], "adam_beta"),
     (["--set", "learning_rate=1"], "learning_rate"),  # has a flag
     (["--set", "optim=nothing"], "nothing"),
+    (["--set", "fsdp=full_shard"], "accelerate launch"),
+    (["--set", "deepspeed=zero3.json"], "accelerate launch"),
     (["--resume_from_checkpoint", "nowhere"], "nowhere"),
     (["--dataset_name", "nowhere/at/all"], "nowhere/at/all"),
     (["--dataset_name", "json", "--subset", "nowhere"], "nowhere"),

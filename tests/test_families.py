@@ -318,6 +318,7 @@ class Chain:
         model, tokenizer = self.load_policy(out / "final_checkpoint"), self.format.tokenizer
         stops = self.format.stop_ids(model.generation_config)
         samples = [json.loads(line) for line in (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+        samples = [sample for sample in samples if "policy_answer" in sample]  # the others are episodes
         assert [sample["prompt"] for sample in samples] == PROMPTS
         for sample in samples:
             ids = self.format.encode([{"role": "user", "content": sample["prompt"]}], open_end=True)[0]

@@ -161,7 +161,14 @@ def test_a_second_run_does_again_what_has_changed(folder, monkeypatch):
 
     monkeypatch.setattr(quickstart, "run", run)
     monkeypatch.setattr(quickstart, "show", lambda seconds, output_dir: None)
-    scripts = ["training_sft.py", "training_reward_model.py", "training_rl.py", "merge_with_lora.py", "quickstart.py"]
+    scripts = [
+        "training_sft.py",
+        "training_reward_model.py",
+        "training_rl.py",
+        "merge_with_lora.py",
+        "quickstart.py",
+        "report.py",
+    ]
     assert chain(1) == scripts
     assert chain(1) == []
     change("data/rl/prompts.jsonl")
@@ -183,6 +190,7 @@ def test_the_chain_on_a_tiny_model(folder, monkeypatch, capfd):
         "training_reward_model.py": ["--max_samples", "8", "--max_steps", "1", "--max_length", "512"],
         "training_rl.py": ["--total_episodes", "16", "--max_prompt_length", "400", "--response_length", "8"],
         "merge_with_lora.py": [],
+        "report.py": [],
     }
 
     def run(python, script, *flags, capture=False):
@@ -204,7 +212,8 @@ def test_the_chain_on_a_tiny_model(folder, monkeypatch, capfd):
     assert [sample["prompt"] for sample in found["samples"]] == questions[:5]
     assert all(sample["after"] in printed for sample in found["samples"])
     assert re.search(r"accuracy of the reward model +[\d.]+ +[\d.]+\nmean reward +[-\d.]+ +[-\d.]+\n", printed)
-    assert list(summary["seconds"]) == ["sft", "reward", "ppo", "merge", "evaluation"]
+    assert list(summary["seconds"]) == ["sft", "reward", "ppo", "merge", "evaluation", "report"]
+    assert "<html" in Path("out/report.html").read_text(encoding="utf-8") and "report.html" in printed
 
     quickstart.evaluate(Path("out"))  # the same again gives the same figures
     assert json.loads(Path("out/evaluation.json").read_text(encoding="utf-8")) == found

@@ -125,13 +125,13 @@ def test_rows_that_are_left_out_are_counted_with_their_numbers(reward, llama, tm
     rows[9] = rows[1]
     out, _ = run(reward, *flags(llama, write_rows(tmp_path / "a.jsonl", rows), tmp_path / "out"), "--dry_run", "--max_length", 100)  # fmt: skip
     assert "15 of 20 pairs kept" in out
-    for reason in ("1 longer than --max_length 100 (rows 3)", "1 of two equal texts (rows 5)", "1 equal to an earlier pair (rows 9)", "1 question + response_j should have text of the role system or user in turn 0 (rows 7)"):  # fmt: skip
+    for reason in ("1 longer than --max_length 100 (rows 3)", "1 of two equal texts (rows 5)", "1 equal to an earlier pair (rows 9)", "1 question + response_j should have text in turn 0 (user) (rows 7)"):  # fmt: skip
         assert reason in out
     rows[9] = {**PAIRS[0], "response_j": 5}
     _, error = run(reward, *flags(llama, write_rows(tmp_path / "b.jsonl", [{key: str(value) if value == 5 else value for key, value in row.items()} | {"response_j": None if i in (8, 9) else "x"} for i, row in enumerate(rows)]), tmp_path / "out"), code=2)  # fmt: skip
     assert (
         "3 of 20 rows are no pairs" in error
-        and "2 question + response_j should have text of the role user or assistant in turn 1 (rows 8, 9)" in error
+        and "2 question + response_j should have text in turn 1 (assistant) (rows 8, 9)" in error
     )
 
 
@@ -294,11 +294,11 @@ def test_chosen_outscores_rejected_after_training_and_the_figures_are_kept(train
     assert metrics["accuracy_before"] <= 0.8 and metrics["accuracy"] == metrics["report"]["accuracy"] >= 0.95
     assert metrics["report"]["mean_margin"] > 1 and metrics["report"]["swapped"]["agreement"] == 1
     recorded = json.loads((trained / "final_checkpoint" / "run.json").read_text(encoding="utf-8"))
-    assert (recorded["stage"], recorded["base_model"], recorded["versions"]["scripts"]) == ("reward", llama, 3)
+    assert (recorded["stage"], recorded["base_model"], recorded["versions"]["scripts"]) == ("reward", llama, 4)
     assert recorded["metrics"]["accuracy"] == metrics["accuracy"] and recorded["dataset"]["train"]["rows"] == len(PAIRS)
     card = (trained / "final_checkpoint" / "README.md").read_text(encoding="utf-8")
     assert f"`{llama}`" in card and "| accuracy | 1 |" in card and "reward-trainer" in card and "None" not in card
-    assert sorted(path.name for path in trained.iterdir()) == ["checkpoint-20", "checkpoint-30", "final_checkpoint", "metrics.json", "metrics.jsonl"]  # fmt: skip
+    assert sorted(path.name for path in trained.iterdir()) == ["checkpoint-20", "checkpoint-30", "final_checkpoint", "metrics.json", "metrics.jsonl", "scores.jsonl"]  # fmt: skip
 
 
 def test_an_adapter_is_relative_to_its_base_and_loads_again_with_its_head(reward, trained, llama, pairs, tmp_path):
@@ -517,7 +517,7 @@ def test_dry_run_loads_and_writes_nothing(reward, llama, pairs, tmp_path, monkey
 GOOD = PAIRS[0]
 BAD_DATA = {
     "missing column": ([{"question": "q", "response_j": "a"}], "one of these is needed: prompt + chosen + rejected; question + response_j + response_k"),
-    "roles": ([{"prompt": "q", "chosen": chat("q", "a")[::-1], "rejected": chat("q", "b")}], "prompt + chosen should have text of the role system or user in turn 0"),
+    "roles": ([{"prompt": "q", "chosen": chat("q", "a")[::-1], "rejected": chat("q", "b")}], "prompt + chosen should end with the role assistant"),
     "another context": ([{"prompt": "q", "chosen": chat("q", "a"), "rejected": chat("x", "b")}], "differ before the last turn"),
     "all too long": ([{**GOOD, "response_j": "word " * 600}], "0 are left to use: 1 longer than --max_length"),
     "margin": ([{**GOOD, "margin": None}], "margin is no number"),

@@ -220,7 +220,8 @@ def test_policy_and_reference_start_as_the_sft_adapter(rl, chain, tmp_path):
     ids = torch.arange(40, 60)[None]
     assert (load_policy(chain["sft"])(ids).logits - load_policy(chain["base"])(ids).logits).abs().max() > 0.1
     words = make_tokenizer()
-    for sample in read_lines(tmp_path / "samples.jsonl"):
+    samples = read_lines(tmp_path / "samples.jsonl")
+    for sample in (line for line in samples if "reference_answer" in line):
         turn = [{"role": "user", "content": sample["prompt"]}]
         prompt = words(words.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))["input_ids"]
         response = []
@@ -452,6 +453,7 @@ def test_families_that_share_rows_compute_texts_alone(rl, float64):
     rows, responses = [{"prompt_ids": ids[:30]}] * 3, [ids[-1:], ids[30:], ids[-2:-1]]
     words = make_tokenizer()
     trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False), tokenizer=words)
+    trainer.beat = lambda: None
     trainer.stop_ids, trainer.accelerator = torch.tensor([STOP]), SimpleNamespace(autocast=contextlib.nullcontext)
     for name in ("tree_mask", "read"):
         setattr(trainer, name, functools.partial(getattr(rl.PPOTrainer, name), trainer))
@@ -525,7 +527,9 @@ def test_every_stop_id_stops_and_none_is_penalized(rl, chain, tmp_path, rollouts
     shutil.copytree(chain["base"], several)
     config = json.loads((several / "generation_config.json").read_text())
     every = {0, STOP, *range(10, 40)}
-    (several / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": sorted(every - {STOP})}))
+    (several / "generation_config.json").write_text(
+        json.dumps({**config, "eos_token_id": sorted(every - {STOP}), "temperature": 0.6})
+    )
     flags = "--reward_function RULES:nothing --total_episodes 16 --kl_coef 0 --missing_eos_penalty 3"
     updates = train(rl, chain, tmp_path / "out", flags, model=str(several), reward=None)
     assert len({r[-1] for _, batches, _ in rollouts for batch in batches for r in batch.responses} & every) > 2
@@ -539,6 +543,7 @@ def test_every_stop_id_stops_and_none_is_penalized(rl, chain, tmp_path, rollouts
     assert 0 < sum(update["response/stop_rate"] for update in updates) < 4
     saved = json.loads((tmp_path / "out" / "final_checkpoint" / "generation_config.json").read_text())
     assert set(saved["eos_token_id"]) == every
+    assert "temperature" not in saved  # which without do_sample could not be saved again
 
 
 def test_prompts_that_do_not_fit_are_left_out_and_counted(rl, chain, tmp_path, choose):
@@ -550,7 +555,7 @@ def test_prompts_that_do_not_fit_are_left_out_and_counted(rl, chain, tmp_path, c
     asked, words = choose(), make_tokenizer()
     models, flags = {**chain, "data": str(tmp_path / "rl")}, "--max_prompt_length 60 --per_device_train_batch_size 17"
     output, errors = run(rl, *command(models, tmp_path / "out", flags + " --total_episodes 17"))
-    assert "17 prompts, 8 left out" in output and "2 of 27 rows (row 25, 26)" in errors
+    assert "17 prompts, 8 left out" in output and "2 of 27 rows (row 25, 26): column prompt should have text" in errors
     prompt = words.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert words(prompt)["input_ids"] in asked[0] and max(map(len, asked[0])) <= 60
     record = json.loads((tmp_path / "out" / "final_checkpoint" / "run.json").read_text())["dataset"]
@@ -888,6 +893,31 @@ def test_max_kl_stops_the_run(rl, chain, tmp_path):
     assert json.loads((final / "run.json").read_text())["metrics"]["stopped"] == metrics["stopped"]
 
 
+def test_a_run_that_does_not_learn_says_so(rl, chain, tmp_path, choose):
+    """From the tenth update on a line names what goes wrong and what to try, once; a run that learns gets none."""
+    choose(lambda prompt: [5 + len(prompt) % 3, 6, 7])
+    flags = "--learning_rate 0 --total_episodes 44"
+    _, errors = run(rl, *command(chain, tmp_path / "flat", flags))
+    lines = [line for line in errors.splitlines() if line.startswith("warning: ")]
+    assert [line.partition(" (")[0][9:] for line in lines] == [
+        "the values explain nothing of the returns",
+        "hardly any answer ends",
+        "the reward is flat and hardly a ratio is clipped",
+    ]
+    assert all("(update 10): " in line and "--" in line for line in lines)
+    _, errors = run(rl, *command(chain, tmp_path / "brief", "--learning_rate 0 --total_episodes 36"))
+    assert "does not learn" not in errors and "warning: " not in errors
+
+    keys = ("scores", "scores_std", "kl")
+    good = dict(zip([f"objective/{key}" for key in keys], (0.0, 1.0, 15.0)))
+    good |= {"val/explained_variance": 0.3, "response/stop_rate": 0.9, "policy/clipfrac_avg": 0.0}
+    later, away = good | {"objective/scores": 2.0}, good | {"objective/scores": 2.0, "objective/kl": 31.0}
+    args = SimpleNamespace(episodes_per_update=4, world_size=1, learning_rate=1e-4, kl_coef=0.05)
+    assert rl.find_stalls([good] * 3, [later] * 3, args) == {}
+    (problem,) = rl.find_stalls([good] * 3, [away] * 3, args)
+    assert problem == "the KL runs away"
+
+
 def test_logging_saving_and_evaluation_steps(rl, chain, tmp_path):
     """Each at its own interval; evaluation answers the same prompts and writes them beside the reference's."""
     rows = [{"question": f"Why is {i} blue?"} for i in range(3)]
@@ -898,7 +928,13 @@ def test_logging_saving_and_evaluation_steps(rl, chain, tmp_path):
     assert [update["step"] for update in updates] == [2, 4]
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-5"]
     evaluations = [line for line in read_lines(tmp_path / "out" / "metrics.jsonl") if "eval_policy_score" in line]
-    samples = read_lines(tmp_path / "out" / "samples.jsonl")
+    lines = read_lines(tmp_path / "out" / "samples.jsonl")
+    episodes = [line for line in lines if "answer" in line]
+    assert [line["step"] for line in episodes] == sorted([1, 2, 3, 4, 5] * 3)
+    for step in range(1, 6):  # the update's lowest, middle and highest
+        scores = [line["score"] for line in episodes if line["step"] == step]
+        assert scores == sorted(scores) and len(set(scores)) > 1
+    samples = [line for line in lines if "policy_answer" in line]
     assert [line["step"] for line in evaluations] == [2, 4, 5]
     assert [(sample["step"], sample["prompt"]) for sample in samples] == [
         (step, row["question"]) for step in (2, 4, 5) for row in rows
@@ -914,12 +950,12 @@ def test_logging_saving_and_evaluation_steps(rl, chain, tmp_path):
 def test_the_final_checkpoint_and_its_record(rl, chain, tmp_path):
     """run.json and metrics.json; the tokenizer is there; no draft is left; the bar has shown reward, KL and length."""
     output, errors = run(rl, *command(chain, tmp_path / "out"))
-    assert "kl=0.00, length=" in errors and "objective/kl" not in output
+    assert "KL=0.00, length=" in errors and "objective/kl" not in output
     final = tmp_path / "out" / "final_checkpoint"
     record = json.loads((final / "run.json").read_text())
     assert (record["stage"], record["base_model"], record["parent"]) == ("rl", chain["base"], chain["sft"])
     assert record["prompt_format"] == "chat" and record["dataset"]["rows"] == 24 and record["base_digest"]
-    assert record["arguments"]["num_ppo_epochs"] == 2 and record["versions"]["scripts"] == 3
+    assert record["arguments"]["num_ppo_epochs"] == 2 and record["versions"]["scripts"] == 4
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert {"objective/kl", "eval_policy_score", "eval_reference_score", "train_runtime"} <= metrics.keys()
     assert metrics["stopped"] is None

@@ -1,0 +1,176 @@
+"""What a new user meets: hints at mistakes, words where silence would cost a run, progress that tells."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from conftest import make_adapter, run, write_rows
+from test_errors import ROWS, SCRIPTS, TRAINING, command, models, refuse, snapshot, start  # noqa: F401 - fixtures
+
+NUMBER = r"-?\d[\d.e+-]*"
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_hyphens_and_the_other_scripts_names_are_accepted(request, stage):
+    """--output-dir is --output_dir, with and without `=`; values keep their hyphens; batch size and split have two names."""
+    parse = request.getfixturevalue(stage).build_parser().parse_args
+    if stage == "merge":
+        args = parse(["--adapter-path", "a-b", "--output-dir=c-d=e-f"])
+        assert (args.adapter_path, args.output_dir) == ("a-b", "c-d=e-f")
+        return
+    base = ["--model-path", "a-b", "--dataset-name=c-d", "--output_dir", "e-f"]
+    one = parse([*base, "--batch-size", "3", "--split", "x-y"])
+    other = parse([*base, "--per_device_train_batch_size", "3", "--train-split=x-y"])
+    assert one == other and (one.model_path, one.dataset_name) == ("a-b", "c-d")
+    assert 3 in vars(one).values() and "x-y" in vars(one).values()
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_mistyped_flag_meets_its_neighbour(refuse, stage):  # noqa: F811
+    refuse(stage, "--output_dri: is --output_dir meant", "--output_dri", "x")
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_lora_flags_without_lora(refuse, stage):  # noqa: F811
+    """They would have no effect, and all weights would be trained."""
+    for flags in (["--lora_r", 8], ["--lora_alpha", 8], ["--lora_dropout", 0], ["--lora_target_modules", "q_proj"]):
+        refuse(stage, f"{flags[0]} without --use_lora", *flags)
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_a_column_and_a_line_that_are_nearly_right(refuse, tmp_path, stage):  # noqa: F811
+    """A mistyped column meets its neighbour; a line that is no JSON is named with its number."""
+    refuse(stage, r"--columns .*prompt=promt.* renames", rows=[{"promt": "a", "chose": "b", "rejected": "c"}] * 4)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(json.dumps(ROWS[0]) + '\n{"prompt": "a", \n' + json.dumps(ROWS[1]) + "\n", encoding="utf-8")
+    refuse(stage, r"broken.jsonl, line 2: ", "--dataset_name", broken)
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_a_wrong_lora_target_lists_those_that_exist(request, models, tmp_path, stage):  # noqa: F811
+    """Also where others of the names are right, which PEFT would pass over."""
+    flags = ["--use_lora", "--lora_target_modules", "q_proj", "q_porj"]
+    _, err = run(request.getfixturevalue(stage), *command(stage, models, tmp_path, *flags), code=2)
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "q_porj" in line and "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in line
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_path_that_is_not_there_answers_before_the_slow_imports(tmp_path, stage):
+    (tmp_path / "torch.py").write_text("raise ImportError('slow')", encoding="utf-8")
+    flag = "--adapter_path" if stage == "merge" else "--model_path"
+    data = [] if stage == "merge" else ["--dataset_name", "a/b"]
+    rewarded = ["--reward_model_path", "a/b"] if stage == "rl" else []
+    for path in ("./nowhere", "../nowhere", "/no/where", "a/b/c", "C:\\nowhere"):
+        done = start(stage, flag, path, "--output_dir", tmp_path / "x", *data, *rewarded, path=tmp_path)
+        assert done.returncode == 2 and done.stderr == f"error: {flag} {path} does not exist\n"
+    done = start(stage, flag, "a/b", "--output_dir", tmp_path / "x", *data, *rewarded, path=tmp_path)
+    assert "slow" in done.stderr  # a/b may be on the hub
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_progress_and_a_finished_run(request, models, tmp_path, stage):  # noqa: F811
+    """Log lines from the first step on, aligned, numbers as numbers; the bar tells the figures. Resuming a finished run,
+    which may be named by its directory, changes nothing, unless more is asked for."""
+    script, lora = request.getfixturevalue(stage), ["--use_lora", "--logging_steps", 3]
+    if stage == "rl":
+        lora = ["--use_lora"]
+    out, err = run(script, *command(stage, models, tmp_path, *lora))
+    word = "update" if stage == "rl" else "step"
+    lines = [line for line in out.splitlines() if re.match(rf"{word} +\d+ of 4 ", line)]
+    assert lines[0].split()[1] == "1" and len(lines) == (4 if stage == "rl" else 2)
+    names = {"sft": "loss", "reward": "loss", "rl": "stop_rate"}
+    assert all(re.search(rf" {names[stage]} +{NUMBER}( |$)", line) for line in lines)
+    assert len({line.index(names[stage]) for line in lines}) == 1
+    assert re.search(rf"{names[stage]}[ =]{NUMBER}", err)  # on the bar
+    before = snapshot(tmp_path / "out")
+    go_on = [*lora, "--resume_from_checkpoint", tmp_path / "out", "--learning_rate", 1e-4]
+    out, _ = run(script, *command(stage, models, tmp_path, *go_on))
+    assert "finished" in out and snapshot(tmp_path / "out") == before
+    more = ["--total_episodes", 6] if stage == "rl" else ["--max_steps", 6]
+    run(script, *command(stage, models, tmp_path, *go_on, *more))
+    last = json.loads((tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert last["step"] == 6
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_a_long_step_shows_that_it_goes_on(request, models, tmp_path, monkeypatch, stage):  # noqa: F811
+    """Within a step the bar is drawn again after each pass that ends more than 5 s after the last time."""
+    script, clock, drawn = request.getfixturevalue(stage), iter(range(0, 10**6, 10)), []
+    monkeypatch.setattr(script.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(script.tqdm, "refresh", lambda bar, **kwargs: drawn.append(bar.n))
+    accumulated = ["--total_episodes", 4] if stage == "rl" else ["--max_steps", 1]
+    run(script, *command(stage, models, tmp_path, "--gradient_accumulation_steps", 4, "--use_lora", *accumulated))
+    assert drawn.count(0) >= 3  # before the first step is done
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_words_where_silence_would_cost_a_run(request, models, tmp_path, stage):  # noqa: F811
+    """A learning rate that breaks models, and data of which most is left out, are warned of before any training; where
+    rows are cut or left out for their length, the lengths that would keep 95% and 99% are named."""
+    long = {"prompt": "why " * 30, "chosen": "so " * 30, "rejected": "no " * 30}
+    rows = ROWS[:3] + [{**long, "prompt": f"{i} {long['prompt']}"} for i in range(5)]
+    limit = "--max_prompt_length" if stage == "rl" else "--max_length"
+    flags = ["--dry_run", "--learning_rate", 0.02, limit, 40, "--prompt_format", "chat"]
+    if stage == "sft":
+        rows = ROWS[:3] + [ROWS[0]] * 5
+    out, err = run(request.getfixturevalue(stage), *command(stage, models, tmp_path, *flags, rows=rows))
+    warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert any("0.02" in line for line in warnings) and any("half" in line for line in warnings)
+    if stage != "sft":
+        assert re.search(rf"{limit} \d\d+ keeps 95% of the \w+, \d\d+ 99%", out)
+
+
+def test_cut_rows_and_the_marks_of_a_dry_run_are_explained(sft, models, tmp_path):  # noqa: F811
+    rows = [{"prompt": f"Why {i}?", "response": "so " * (i + 1)} for i in range(100)]
+    flags = ["--dry_run", "--max_length", 30, "--dataset_name", write_rows(tmp_path / "train.jsonl", rows)]
+    out, _ = run(sft, *command("sft", models, tmp_path, *flags))
+    cut, most, nearly_all = map(
+        int, re.search(r"(\d+) of them cut.*EOS.*--max_length (\d+) .*95%.* (\d+) 99%", out, re.S).groups()
+    )
+    run_again = [*flags, "--max_length"]
+    assert cut > 50
+    assert "5 of them cut" in run(sft, *command("sft", models, tmp_path, *run_again, most))[0]
+    assert "1 of them cut" in run(sft, *command("sft", models, tmp_path, *run_again, nearly_all))[0]
+    assert re.search(r"\[\[\.\.\.\]\] is what the loss", out)
+    assert "--prompt_format chat" in out  # the model has a template, the rows are question and answer
+
+
+def test_formats_of_policy_and_reward_model_that_differ(rl, models, tmp_path):  # noqa: F811
+    policy = make_adapter(models["base"], tmp_path / "policy")
+    Path(policy, "run.json").write_text(json.dumps({"stage": "sft", "prompt_format": "qa"}), encoding="utf-8")
+    scorer = make_adapter(models["base"], tmp_path / "scorer", "SEQ_CLS")
+    record = {"stage": "reward", "prompt_format": "chat", "score_at": "end"}
+    Path(scorer, "run.json").write_text(json.dumps(record), encoding="utf-8")
+    flags = ["--model_path", policy, "--reward_model_path", scorer, "--dry_run"]
+    out, _ = run(rl, *command("rl", models, tmp_path, *flags))
+    assert "the reward model was trained with the format chat, not qa" in out
+
+
+def test_a_reward_function_that_raises_is_named_with_its_line(rl, models, tmp_path):  # noqa: F811
+    rules = tmp_path / "broken.py"
+    rules.write_text("def score(prompts, responses):\n    return [1 / 0]\n", encoding="utf-8")
+    _, err = run(rl, *command("rl", models, tmp_path, "--reward_function", f"{rules}:score"), code=2)
+    assert re.search(r"^error: --reward_function .*ZeroDivisionError.*broken.py, line 2\)\nTraceback", err, re.M)
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_a_final_checkpoint_in_use_keeps_the_new_one_beside_it(request, models, tmp_path, monkeypatch, stage):  # noqa: F811
+    """On Windows a directory that another program has open cannot be replaced."""
+    script, replace = request.getfixturevalue(stage), os.replace
+    run(script, *command(stage, models, tmp_path, "--use_lora"))
+    before = snapshot(tmp_path / "out" / "final_checkpoint")
+
+    def in_use(source, target):
+        if Path(source).name == "final_checkpoint":
+            raise PermissionError(13, "in use", str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(script.os, "replace", in_use)
+    more = ["--total_episodes", 6] if stage == "rl" else ["--max_steps", 6]
+    _, err = run(script, *command(stage, models, tmp_path, "--use_lora", "--resume_from_checkpoint", *more), code=2)
+    assert re.search(r"error: .*final_checkpoint is in use by another program.*final_checkpoint.partial", err)
+    assert snapshot(tmp_path / "out" / "final_checkpoint") == before
+    assert (tmp_path / "out" / "final_checkpoint.partial" / "adapter_model.safetensors").is_file()
