@@ -946,7 +946,8 @@ class RunCallback(ProgressCallback):
         # A checkpoint's rate would be kept for a step, 0 at the end of a finished run, and its peak for good.
         for i, factor in enumerate(getattr(lr_scheduler, "lr_lambdas", [])):
             lr_scheduler.base_lrs[i] = args.learning_rate
-            optimizer.param_groups[i]["lr"] = args.learning_rate * factor(lr_scheduler.last_epoch)
+            rate = args.learning_rate * factor(lr_scheduler.last_epoch)
+            optimizer.param_groups[i]["lr"] = lr_scheduler._last_lr[i] = rate  # the latter is what Trainer logs
         state.compute_steps(args, state.max_steps)  # a resumed run logs and saves by its own flags
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.interrupt)

@@ -27,16 +27,15 @@ sys.path.append(str(ROOT))
 
 from quickstart import LAYERS
 
-QUESTION, ANSWER = 48, 80  # tokens of a question, and of an answer in a pair, at most: minutes a stage on a CPU
 STAGES = {
     "sft": """training_sft.py --model_path {model} --dataset_name json --subset {data}/sft --batch_size 8 --max_steps {sft_steps}
-        --learning_rate 5e-4 --max_length 160 --prompt_format qa --seed 0 --use_lora --lora_target_modules {layers}""",
+        --learning_rate 5e-4 --max_length {max_length} --prompt_format qa --seed 0 --use_lora --lora_target_modules {layers}""",
     "reward": """training_reward_model.py --model_path {model} --dataset_name json --subset {data}/reward
         --eval_subset {data}/evaluation --per_device_train_batch_size 8 --max_steps {reward_steps}
-        --learning_rate 3e-4 --center_rewards_coefficient 0.01 --max_length 160 --prompt_format qa --seed 0
+        --learning_rate 3e-4 --center_rewards_coefficient 0.01 --max_length {max_length} --prompt_format qa --seed 0
         --use_lora --lora_target_modules {layers}""",
     "ppo": """training_rl.py --model_path {out}/sft/final_checkpoint --reward_model_path {out}/reward/final_checkpoint
-        --dataset_name json --subset {data}/prompts --max_prompt_length 64 --response_length {response_length}
+        --dataset_name json --subset {data}/prompts --max_prompt_length {max_length} --response_length {response_length}
         --per_device_train_batch_size 16 --total_episodes {episodes} --num_ppo_epochs 2 --learning_rate 3e-4
         --seed {seed} --use_lora""",
 }
@@ -56,32 +55,30 @@ def write_lines(path, rows):
 
 
 def prepare_data(args, folder):
-    """The files of the stages: no question of the reward model is the judge's, and none of either is held out."""
+    """The files of the stages: no question of the reward model is the judge's, and the held-out ones are of no stage."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model_path)
 
-    def read_pairs(part):
-        rows = read_lines(next(Path(args.data, "question_response_jk", part).glob("*.jsonl")))
-        keys = ("question", "response_j", "response_k")
-        sizes = [[len(tokenizer(row[key])["input_ids"]) for key in keys] for row in rows]
-        return [(row, size) for row, size in zip(rows, sizes) if 0 < min(size) and size[0] <= QUESTION]
-
-    held_out = read_pairs("evaluation")
-    prompts = list(dict.fromkeys(row["question"] for row, _ in held_out))
-    pairs = [(row, size) for row, size in read_pairs("reward") if row["question"] not in prompts]
+    rows = [
+        row for path in sorted(Path(args.data, "question_response_jk").glob("*/*.jsonl")) for row in read_lines(path)
+    ]
+    keys = ("question", "response_j", "response_k")
+    sizes = [[len(tokenizer(row[key])["input_ids"]) for key in keys] for row in rows]
+    pairs = [(row, size) for row, size in zip(rows, sizes) if 0 < min(size) and size[0] <= args.question_length]
     questions = sorted({row["question"] for row, _ in pairs})
     random.Random(0).shuffle(questions)
-    halves = {"reward": set(questions[::2]), "judge": set(questions[1::2])}
-    comparable = [row for row, size in pairs if max(size) <= ANSWER]
-    for name, half in halves.items():
-        write_lines(folder / name / "train.jsonl", [row for row in comparable if row["question"] in half])
+    prompts, questions = questions[: args.prompts], questions[args.prompts :]
+    parts = {"evaluation": set(prompts), "reward": set(questions[::2]), "judge": set(questions[1::2])}
+    comparable = [row for row, size in pairs if max(size[1:]) <= args.answer_length]
+    for name, part in parts.items():
+        split = "test" if name == "evaluation" else "train"
+        write_lines(folder / name / f"{split}.jsonl", [row for row in comparable if row["question"] in part])
     write_lines(folder / "sft" / "train.jsonl", [
         {"question": row["question"], "response_j": row["response_j"]}
-        for row, size in pairs if size[1] <= args.response_length - 4
+        for row, size in pairs if size[1] <= args.response_length - 4 and row["question"] not in parts["evaluation"]
     ])  # fmt: skip
     write_lines(folder / "prompts" / "train.jsonl", [{"prompt": question} for question in questions])
-    write_lines(folder / "evaluation" / "test.jsonl", [row for row, size in held_out if max(size) <= ANSWER])
     write_lines(folder / "held_out.jsonl", [{"prompt": question} for question in prompts])
 
 
@@ -90,6 +87,7 @@ def run_stage(args, name, output, text, replaced=(), more=()):
     if (output / "final_checkpoint").is_dir():
         return print(f"{name}: done before")
     values = {"out": args.output_dir, "data": Path(args.output_dir, "data").resolve(), "model": args.model_path}
+    values["max_length"] = args.question_length + args.answer_length + 16  # and "Question: ... Answer: "
     words = [word.format(**{**vars(args), **values, "layers": LAYERS}) for word in text.split()]
     for old, new in replaced:
         words[words.index(old) + 1] = new(words[words.index(old) + 1])
@@ -171,23 +169,38 @@ def main():
     parser.add_argument("--output_dir", default="runs/preferences", help="of all stages")
     parser.add_argument("--run", default="default", help="name of the PPO run and of the result")
     parser.add_argument("--seed", type=int, default=0, help="of PPO; the stages before have their own")
+    parser.add_argument("--question_length", type=int, default=64, help="longest question, in tokens")
+    parser.add_argument("--answer_length", type=int, default=160, help="longest answer of a pair, in tokens")
     parser.add_argument("--sft_steps", type=int, default=30, help="of 8 answers")
     parser.add_argument("--reward_steps", type=int, default=30, help="of 8 pairs")
     parser.add_argument("--response_length", type=int, default=32, help="longest answer, in tokens")
     parser.add_argument("--episodes", type=int, default=256, help="of PPO, 16 an update")
-    parser.add_argument("--prompts", type=int, default=64, help="held-out prompts that are answered")
+    parser.add_argument(
+        "--prompts", type=int, default=64, help="questions that are held out, and answered before and after"
+    )
+    stages = ["sft", "reward", "judge", "ppo", "examine"]
+    parser.add_argument(
+        "--stages", nargs="+", choices=stages, default=stages, help="what to do; on a card side by side"
+    )
     parser.add_argument("--best_of", type=int, default=0, help="also judge the best of N by the reward model (0: no)")
     args, more = parser.parse_known_args()
     folder = Path(args.output_dir)
     if not (folder / "data" / "held_out.jsonl").is_file():  # written last
         prepare_data(args, folder / "data")
 
-    run_stage(args, "sft", folder / "sft", STAGES["sft"])
-    run_stage(args, "reward", folder / "reward", STAGES["reward"])
-    other_half = [("--subset", lambda path: path.replace("data/reward", "data/judge")), ("--seed", lambda _: "1")]
-    run_stage(args, "judge", folder / "judge", STAGES["reward"], other_half)
     ppo = folder / f"ppo-{args.run}-{args.seed}"
-    run_stage(args, "ppo", ppo, STAGES["ppo"], more=more)
+    other_half = [("--subset", lambda path: path.replace("data/reward", "data/judge")), ("--seed", lambda _: "1")]
+    inputs = {
+        "sft": (folder / "sft", STAGES["sft"]),
+        "reward": (folder / "reward", STAGES["reward"]),
+        "judge": (folder / "judge", STAGES["reward"], other_half),
+        "ppo": (ppo, STAGES["ppo"], (), more),
+    }
+    for name in args.stages:
+        if name in inputs:
+            run_stage(args, name, *inputs[name])
+    if "examine" not in args.stages:
+        return
 
     examiner = Examiner(args)
     before = examiner.examine(examiner.reference, max(1, args.best_of))
