@@ -528,7 +528,10 @@ def make_config(args):
 
 def count_steps(checkpoint):
     """Optimizer steps of a checkpoint; 0 for one that was never completed: Trainer writes trainer_state.json last."""
-    return read_json(checkpoint / "trainer_state.json").get("global_step", 0)
+    try:
+        return read_json(checkpoint / "trainer_state.json").get("global_step", 0)
+    except ValueError:  # killed while it was written
+        return 0
 
 
 def find_checkpoint(args):

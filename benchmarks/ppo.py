@@ -59,6 +59,8 @@ def run_ours(args):
         self.args.save_strategy = "no"  # the stock trainer saves nothing either
         output, found = time_train(self, lambda: train(self, *inputs, **options))
         seconds.update(found)
+        last = [line for line in self.state.log_history if "speed/rollout_seconds" in line][-1]
+        seconds.update({f"{part}_seconds": last[f"speed/{part}_seconds"] for part in ("rollout", "train")})
         return output
 
     script.PPOTrainer.train = timed

@@ -146,7 +146,7 @@ def test_checkpoints_that_cannot_be_gone_on_with(finished):
     refused in one line."""
     script, argv, out = finished
     shutil.rmtree(out / "final_checkpoint")
-    (out / "checkpoint-5" / "trainer_state.json").unlink()
+    (out / "checkpoint-5" / "trainer_state.json").write_text('{"global_step": 5, "max_', encoding="utf-8")
     record = out / "checkpoint-4" / "run.json"
     kept = json.loads(record.read_text(encoding="utf-8"))
     for changed in ({**kept, "stage": "other"}, {**kept, "versions": {"trl": "1.12.0"}}):
