@@ -129,6 +129,8 @@ def find_folder(path, flag, revision=None):
 def find_models(args):
     """(directory of the adapter, its PEFT config, directory of the base model)."""
     adapter = find_folder(args.adapter_path, "--adapter_path")
+    whole = (adapter / "config.json").is_file() and not (adapter / "adapter_config.json").is_file()
+    require(not whole, f"--adapter_path {adapter} is no adapter but a full model: there is nothing to merge")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         require((adapter / name).is_file(), f"--adapter_path {adapter} is no adapter (final_checkpoint/?): no {name}")
     config = PeftConfig.from_pretrained(adapter)

@@ -255,7 +255,8 @@ def number(kind, low, high=math.inf):
 
     def number(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} should be {limits}")
         return kind(text)
 
     return number
@@ -705,6 +706,8 @@ def load_pairs(args, prompt_format, subset, side):
     if misshapen > len(rows) / 10 or not kept:
         fail(f"{where}: {misshapen} of {len(rows)} rows are no pairs, {len(kept)} are left to use: {reasons}")
     print(f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; {len(kept)} of {len(rows)} pairs kept")
+    if unread := sorted({*others} - {*schema, "system"}):
+        print(f"  columns that are not read: {', '.join(unread)}")
     lengths = sorted(longest for longest in rows["longest"] if longest)
     if lengths[-1] > max_length:
         most, nearly_all = (lengths[math.ceil(part * len(lengths)) - 1] for part in (0.95, 0.99))
@@ -1148,7 +1151,9 @@ def evaluate_pairs(model, rows, collate, args, where):
     report["swapped"] = {"pairs": len(some), "agreement": agreement, "difference": np.abs(change).max()}
     print(f"report on {len(rows)} pairs of {where}")
     for name, value in json.loads(json.dumps(report), parse_float=lambda text: round(float(text), 3)).items():
-        print(f"  {name:18} {value}")
+        for part in value if name == "reliability" else [value]:
+            text = re.sub(r"[][{}':]", "", str(part))
+            print(f"  {name:18} {text}")
     low, high = report["accuracy_interval"]
     if low <= 0.5:
         print(f"warning: accuracy {report['accuracy']:.3f} ({low:.3f} to {high:.3f}) may be chance", file=sys.stderr)

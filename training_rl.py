@@ -262,7 +262,8 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} should be {limits}")
         return value
 
     parse.__name__ = kind.__name__
@@ -634,6 +635,8 @@ def load_prompts(args, subset, split, flag, prompt_format, reward_functions):
     if len(kept) < len(rows) / 2:
         print(f"warning: {where}: fewer than half of the rows are kept", file=sys.stderr)
     print(f"{where}: column {column}, format {prompt_format.name}; {len(kept)} prompts, {limit}")
+    if unread := sorted({*others} - {*taken}):
+        print(f"  columns that are not read: {', '.join(unread)}")
     if too_long:
         lengths = sorted(len(ids) for ids in rows["prompt_ids"] if ids)
         most, nearly_all = (lengths[math.ceil(part * len(lengths)) - 1] for part in (0.95, 0.99))

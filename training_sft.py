@@ -253,7 +253,8 @@ def number(kind, low, high=math.inf):
 
     def number(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} should be {limits}")
         return kind(text)
 
     return number
@@ -715,6 +716,8 @@ def encode_rows(rows, prompt_format, args, where):
     counts["lengths"] = {"edges": edges.tolist(), "rows": sizes.int().tolist()}  # tokens
     print(f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; {len(kept)} rows kept, {cut} of "
           f"them cut to {max_length} tokens")  # fmt: skip
+    if unread := sorted({*rows.column_names} - {*schema, "system", "tools"}):
+        print(f"  columns that are not read: {', '.join(unread)}")
     if cut:
         most, nearly_all = (lengths[math.ceil(part * len(lengths)) - 1] for part in (0.95, 0.99))
         print(
