@@ -523,6 +523,8 @@ def make_config(args):
         config = SFTConfig(**values)
     except (ValueError, TypeError) as error:
         fail(f"SFTConfig: {error}")
+    if config.use_liger_kernel and not is_liger_kernel_available():
+        fail("--set use_liger_kernel=true needs liger-kernel: pip install liger-kernel")
     config._n_gpu = min(config.n_gpu, 1)  # one process drives one GPU (no DataParallel); several: accelerate launch
     return config
 
