@@ -358,7 +358,8 @@ def parse_flags(argv=None):
     trl = importlib.metadata.version("trl")
     quantized = args.load_in_4bit or args.load_in_8bit
     evaluates = args.eval_steps or args.eval_only
-    cut = os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    cut = os.environ.get("ACCELERATE_USE_FSDP") and (args.use_lora or os.environ.get("FSDP_VERSION") != "2")
+    cut = cut or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
     shard, one = args.shard_base, os.environ.get("WORLD_SIZE", "1") == "1"
     unlike = quantized or args.fp16 or os.environ.get("ACCELERATE_USE_DEEPSPEED")
     needed = {"torch": (2, 8), "transformers": (5, 23)}  # the first to train adapters on a shared base
@@ -375,9 +376,9 @@ def parse_flags(argv=None):
         "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
         "quantized weights cannot be trained themselves: add --use_lora": quantized and not args.use_lora,
         "--eval_steps and --eval_only need pairs: --eval_split or --eval_subset": evaluates and not args.eval_split,
-        "FSDP and ZeRO-3 cut the model in pieces; use DDP (accelerate launch's default) or ZeRO-2": cut,
+        "of FSDP and ZeRO-3 only FSDP2 works here, without LoRA; with it use --shard_base, DDP or ZeRO-2": cut,
         "--shard_base needs several processes: accelerate launch, or torchrun --nproc_per_node 8": shard and one,
-        "--shard_base needs --use_lora": shard and not args.use_lora,
+        "--shard_base needs --use_lora; all weights are for FSDP2 (accelerate config)": shard and not args.use_lora,
         "--shard_base excludes --load_in_4bit, --load_in_8bit, --fp16 and DeepSpeed; use --bf16": shard and unlike,
         f"--shard_base needs a newer version: pip install --upgrade {' '.join(old)}": shard and old,
     }
@@ -820,10 +821,9 @@ def check_fit(args, config, model_config, adapter, tokens, rows):
         with torch.device("meta"):
             model = transformers.AutoModelForSequenceClassification.from_config(model_config)
         layers = {re.sub(r"\.\d+$", ".*", name) for name, _ in model.named_modules()}
-        if not any("*" in name for name in layers & {*model.fsdp_plan}):
-            fail(f"--shard_base: transformers cannot share out a {model_config.model_type} model; leave the flag out")
-        if getattr(model_config, "quantization_config", None) or count_embeddings(adapter):
-            fail(f"--shard_base: {args.model_path} is stored in 4 or 8 bit, or has embeddings in its adapter")
+        special = getattr(model_config, "quantization_config", None) or count_embeddings(adapter)
+        if special or not any("*" in name for name in layers & {*model.fsdp_plan}):
+            fail(f"--shard_base: {model_config.model_type} without a plan, 4 or 8 bit, or embeddings in an adapter")
     embeddings = count_embeddings(adapter) or model_config.get_text_config().vocab_size
     if tokens > embeddings and args.use_lora:
         fail(f"--model_path {args.model_path}: {tokens} tokens, but embeddings for {embeddings}: the new ones would not be "
@@ -943,22 +943,15 @@ def add_lora(args, model, adapter, new_head):
         lora.task_type, lora.inference_mode = "SEQ_CLS", False
         lora.modules_to_save = sorted({*(lora.modules_to_save or ())} - {"score", "classifier"})  # PEFT adds both
     transformers.set_seed(args.seed)  # an adapter starts the same, whether the head is new or not
-    base, model = model, peft.get_peft_model(model, lora)
+    model = peft.get_peft_model(model, lora)
     if args.shard_base:  # PEFT calls its forward(), past the hooks that gather weights
-        model.base_model.forward = base.__call__
+        model.base_model.forward = model.get_base_model().__call__
     if adapter:
         weights = peft.load_peft_weights(adapter, "cpu")
         new_head = new_head and HEAD not in weights
         weights.setdefault(HEAD, model.base_model.model.score.original_module.weight)
         peft.set_peft_model_state_dict(model, weights)
     return model, new_head
-
-
-def compare_processes(model):
-    """Stop in one line where they have not trained the same adapter."""
-    weights = [weight.detach().cpu().numpy().tobytes() for weight in model.parameters() if weight.requires_grad]
-    if len({*gather_object([hashlib.sha256(b"".join(weights)).hexdigest()])}) > 1:
-        fail("--shard_base: the processes have come to different adapters; the checkpoints before this step are good")
 
 
 class RunCallback(ProgressCallback):
@@ -1021,7 +1014,10 @@ class RunCallback(ProgressCallback):
         if self.interrupted:
             control.should_save = control.should_training_stop = True
         if self.run["arguments"]["shard_base"] and (control.should_save or state.global_step == 1):
-            compare_processes(kwargs["model"])
+            mine = (weight for weight in kwargs["model"].parameters() if weight.requires_grad)
+            mine = hashlib.sha256(b"".join(weight.detach().cpu().numpy().tobytes() for weight in mine))
+            if len({*gather_object([mine.hexdigest()])}) > 1:
+                fail(f"--shard_base: adapters differ after step {state.global_step}; the checkpoints before are good")
         if control.should_save and state.is_world_process_zero:  # before trainer_state.json, which says: complete
             folder = self.folder / f"checkpoint-{state.global_step}"
             folder.mkdir(exist_ok=True)
@@ -1056,12 +1052,11 @@ def train(args, config, checkpoint, model, rows, collate, prompt_format, run):
     order[[first, longest]] = order[[longest, first]]
     callback = RunCallback(Path(args.output_dir), run)
     pairs, tokenizer = rows["train"].select(order), prompt_format.tokenizer
-    # Trainer saves no optimizer where weights are shared; this one's are whole.
-    weights_alone, config.save_only_model = config.save_only_model, config.save_only_model or args.shard_base
+    alone, config.save_only_model = config.save_only_model, args.shard_base or config.save_only_model  # it insists
     trainer = RewardTrainer(model, config, collate, pairs, rows.get("eval"), tokenizer)
-    config.save_only_model = weights_alone
-    own = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    trainer.own = own if args.shard_base else None  # PEFT would gather the base to find it
+    config.save_only_model = alone  # the optimizer of adapters is whole
+    own = {name: weight for name, weight in model.named_parameters() if weight.requires_grad and args.shard_base}
+    trainer.own = own or None  # PEFT would gather the base to find them
     trainer._save = functools.partial(trainer._save, state_dict=trainer.own)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(callback)
@@ -1277,6 +1272,8 @@ def main(argv=None):
             if is_first:
                 write_scores(folder, rows["eval"], scores, prompt_format.tokenizer)
             metrics |= {"accuracy": report["accuracy"], "report": report}
+        if trainer.is_fsdp_enabled:  # all gather what the first one saves
+            trainer.own = trainer.accelerator.get_state_dict(trainer.model)
         if is_first:
             publish(trainer, args, run, metrics)
         trainer.accelerator.wait_for_everyone()

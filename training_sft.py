@@ -357,7 +357,8 @@ def parse_flags(argv=None):
     trl = importlib.metadata.version("trl")
     quantized = args.load_in_4bit or args.load_in_8bit
     evaluated = args.eval_split or args.eval_subset
-    sharded = os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") and (args.use_lora or os.environ.get("FSDP_VERSION") != "2")
+    sharded = sharded or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
     shard, one = args.shard_base, os.environ.get("WORLD_SIZE", "1") == "1"
     unlike = quantized or args.fp16 or os.environ.get("ACCELERATE_USE_DEEPSPEED")
     needed = {"torch": (2, 8), "transformers": (5, 23)}  # the first to train adapters on a shared base
@@ -374,9 +375,9 @@ def parse_flags(argv=None):
         "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
         "quantized weights cannot be trained themselves: add --use_lora": quantized and not args.use_lora,
         "--eval_steps needs --eval_split or --eval_subset": args.eval_steps and not evaluated,
-        "FSDP and ZeRO-3 cut the model in pieces, which this script cannot check; use DDP or ZeRO-2": sharded,
+        "of FSDP and ZeRO-3 only FSDP2 works here, without LoRA; with it use --shard_base, DDP or ZeRO-2": sharded,
         "--shard_base needs several processes: accelerate launch, or torchrun --nproc_per_node 8": shard and one,
-        "--shard_base needs --use_lora": shard and not args.use_lora,
+        "--shard_base needs --use_lora; all weights are for FSDP2 (accelerate config)": shard and not args.use_lora,
         "--shard_base excludes --load_in_4bit, --load_in_8bit, --fp16 and DeepSpeed; use --bf16": shard and unlike,
         f"--shard_base needs a newer version: pip install --upgrade {' '.join(old)}": shard and old,
     }
@@ -882,13 +883,6 @@ class AnswersAlone:
         return {**batch, "logits_to_keep": kept, "shift_labels": following[:, kept]}
 
 
-def compare_processes(model):
-    """Stop in one line where they have not trained the same adapter."""
-    weights = [weight.detach().cpu().numpy().tobytes() for weight in model.parameters() if weight.requires_grad]
-    if len({*gather_object([hashlib.sha256(b"".join(weights)).hexdigest()])}) > 1:
-        fail("--shard_base: the processes have come to different adapters; the checkpoints before this step are good")
-
-
 class RunCallback(ProgressCallback):
     """Trainer's bar with the loss on it, and log lines; sets the order of the rows, writes metrics.jsonl and run.json,
     stops before a gradient that is not finite reaches the weights, and turns Ctrl-C and SIGTERM into a saved checkpoint."""
@@ -946,7 +940,10 @@ class RunCallback(ProgressCallback):
         if self.interrupted:
             control.should_save = control.should_training_stop = True
         if self.run["arguments"]["shard_base"] and (control.should_save or state.global_step == 1):
-            compare_processes(kwargs["model"])
+            mine = (weight for weight in kwargs["model"].parameters() if weight.requires_grad)
+            mine = hashlib.sha256(b"".join(weight.detach().cpu().numpy().tobytes() for weight in mine))
+            if len({*gather_object([mine.hexdigest()])}) > 1:
+                fail(f"--shard_base: adapters differ after step {state.global_step}; the checkpoints before are good")
         if control.should_save and state.is_world_process_zero:  # before trainer_state.json, which says: complete
             folder = self.output_dir / f"checkpoint-{state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
@@ -1001,12 +998,11 @@ def make_trainer(config, model, rows, eval_rows, tokenizer, run):
     set_router_loss(config, causal_model)
     trained = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
     saved_config = copy.deepcopy(causal_model.config)
-    # Trainer saves no optimizer where weights are shared; this one's are whole.
-    weights_alone, config.save_only_model = config.save_only_model, config.save_only_model or shard
+    alone, config.save_only_model = config.save_only_model, shard or config.save_only_model  # Trainer insists on it
     trainer = SFTTrainer(
         model=model, args=config, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer
     )
-    config.save_only_model = weights_alone
+    config.save_only_model = alone  # the optimizer of adapters is whole
     own = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     trainer._save = functools.partial(trainer._save, state_dict=own) if shard else trainer._save  # PEFT gathers a base
     causal_model.config = saved_config  # TRL switches the router's loss on in the one that runs
@@ -1033,6 +1029,8 @@ def publish(trainer, args, run, metrics):
     if trainer.is_world_process_zero():
         shutil.rmtree(draft, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+    if trainer.is_fsdp_enabled:  # else it would write the pieces that checkpoints may hold
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(draft))
     trainer.create_model_card(model_name=folder.resolve().name)
     if not trainer.is_world_process_zero():
@@ -1098,10 +1096,9 @@ def main(argv=None):
     if args.eval_split or args.eval_subset:
         data, where = load_split(args, args.eval_subset or args.subset, args.eval_split or "test", "--eval_split")
         eval_rows, counts["eval"] = encode_rows(data, prompt_format, args, where)
-    quantized = getattr(model_config, "quantization_config", None)
-    if quantized and not args.use_lora:
+    if getattr(model_config, "quantization_config", None) and not args.use_lora:
         fail(f"--model_path {args.model_path} is stored in 4 or 8 bit: add --use_lora")
-    if args.shard_base and (quantized or count_embeddings(adapter)):
+    if args.shard_base and (getattr(model_config, "quantization_config", None) or count_embeddings(adapter)):
         fail(f"--shard_base: {args.model_path} is stored in 4 or 8 bit, or has embeddings in its adapter")
     embeddings = count_embeddings(adapter) or model_config.get_text_config().vocab_size
     if len(tokenizer) > embeddings and args.use_lora:
