@@ -823,7 +823,7 @@ def check_fit(args, config, model_config, adapter, tokens, rows):
         layers = {re.sub(r"\.\d+$", ".*", name) for name, _ in model.named_modules()}
         special = getattr(model_config, "quantization_config", None) or count_embeddings(adapter)
         if special or not any("*" in name for name in layers & {*model.fsdp_plan}):
-            fail(f"--shard_base: {model_config.model_type} without a plan, 4 or 8 bit, or embeddings in an adapter")
+            fail(f"--shard_base: no plan for {model_config.model_type}, or 4 or 8 bit, or embeddings in the adapter")
     embeddings = count_embeddings(adapter) or model_config.get_text_config().vocab_size
     if tokens > embeddings and args.use_lora:
         fail(f"--model_path {args.model_path}: {tokens} tokens, but embeddings for {embeddings}: the new ones would not be "

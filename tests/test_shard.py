@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, make_model, run, write_rows
+from conftest import ROOT, make_adapter, make_model, run, write_rows
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -30,7 +30,7 @@ DRIVER = """
 import contextlib, io, json, os, shutil, sys
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
-import accelerate, conftest, peft, pytest, torch, transformers
+import accelerate, conftest, peft, pytest, torch, torch.distributed.tensor, transformers
 
 patches = pytest.MonkeyPatch()
 next(conftest.float64.__wrapped__(patches))
@@ -42,6 +42,14 @@ def watched(model, *args):  # (bytes of the base that are held here, of all)
     return get_peft_model(model, *args)
 
 init, together = accelerate.PartialState.__init__, transformers.Trainer._sync_replicated_trainable_parameters
+
+full_tensor, gathered = torch.distributed.tensor.DTensor.full_tensor, []
+
+def gather(self):
+    gathered.append(self.numel())
+    return full_tensor(self)
+
+torch.distributed.tensor.DTensor.full_tensor = gather
 
 def with_cards(self, *args, **kwargs):  # accelerate takes FSDP where it finds cards alone
     init(self, *args, **kwargs)
@@ -66,7 +74,8 @@ for name, script, flags, copied in jobs:
             code = __import__(script).main(["--output_dir", name, *flags])
         except SystemExit as stop:
             code = stop.code
-    result = {{"code": code, "error": error.getvalue(), "held": found[-1:]}}
+    result = {{"code": code, "error": error.getvalue(), "held": found[-1:], "gathered": gathered[:]}}
+    gathered.clear()
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     Path(f"{{name}}.{{rank}}.json").write_text(json.dumps(result))
     torch.distributed.barrier()
@@ -94,13 +103,16 @@ def place(tmp_path_factory, gpt2):
     place = tmp_path_factory.mktemp("place")
     base, data, jobs = make_model(place / "base"), write_rows(place / "rows.jsonl", ROWS), []
     AutoModelForCausalLM.from_pretrained(base).double().save_pretrained(base)  # under float64 a file is read as that
+    adapter = make_adapter(base, place / "adapter", modules_to_save=["embed_tokens"])
     for stage, script in SCRIPTS.items():
         ways = {"ddp": f"{SGD} 2", "sharded": f"{SGD} 2 --shard_base", "whole": ADAM, "full": f"{SGD} 2"}
         ways |= {"resumed": f"{ADAM} --resume_from_checkpoint", "apart": ways["sharded"], "fsdp": f"{SGD} 2"}
         for way, more in ways.items():
             flags = command(stage, base, data, more if way in ("full", "fsdp") else f"{LORA} {more}")
             jobs.append((f"{stage}_{way}", script, flags, f"{stage}_whole/checkpoint-2" if way == "resumed" else None))
-        jobs.append((f"{stage}_gpt2", script, command(stage, gpt2, data, f"{LORA} {SGD} 2 --shard_base"), None))
+        for name, model in (("gpt2", gpt2), ("embeddings", adapter)):
+            flags = command(stage, model, data, f"{SGD} 2 --use_lora --shard_base")
+            jobs.append((f"{stage}_{name}", script, flags, None))
     (place / "jobs.json").write_text(json.dumps(jobs))
     (place / "driver.py").write_text(DRIVER.format(root=str(ROOT), tests=str(ROOT / "tests")))
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "driver.py"]
@@ -156,8 +168,9 @@ def test_two_processes_that_share_a_base_train_as_two_with_one_each_and_as_one(
 
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_each_process_holds_half_of_the_base(place, stage):
-    """Counted in bytes, where adapters are put on it; under DDP each holds all."""
+    """Counted in bytes, where adapters are put on it; no save gathers it, and under DDP each holds all."""
     for rank in (0, 1):
+        assert results(place, f"{stage}_sharded")[rank]["gathered"] == ([32] if stage == "reward" else [])  # the head
         held, whole = results(place, f"{stage}_sharded")[rank]["held"][0]
         assert 0.49 * whole < held < 0.51 * whole
         assert results(place, f"{stage}_ddp")[rank]["held"] == [[whole, whole]]
@@ -209,12 +222,13 @@ def test_all_weights_are_trained_under_fsdp2_of_accelerate_as_under_ddp(place, s
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
-def test_a_family_that_transformers_has_no_plan_for_is_refused(place, stage):
+@pytest.mark.parametrize("kind, problem", [("gpt2", "gpt2"), ("embeddings", "embedding.* adapter")])
+def test_a_model_that_cannot_be_shared_out_is_refused(place, stage, kind, problem):
     """In one line, in each process, before anything is loaded."""
-    for result in results(place, f"{stage}_gpt2"):
-        assert result["code"] == 2 and re.search("^error: --shard_base: .*gpt2", result["error"], re.M)
+    for result in results(place, f"{stage}_{kind}"):
+        assert result["code"] == 2 and re.search(f"^error: --shard_base.*{problem}", result["error"], re.M)
         assert "Loading weights" not in result["error"]
-    assert not (place / f"{stage}_gpt2").exists()
+    assert not (place / f"{stage}_{kind}").exists()
 
 
 def test_a_process_that_is_killed_ends_the_other(place):
