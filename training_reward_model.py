@@ -901,8 +901,9 @@ def load_classifier(args, base, adapter, config, tokens, device):
     model.config = copy.deepcopy(model.config)
     vars(model.config.get_text_config()).update(saved)  # what is saved keeps both
     if args.shard_base:  # the head is whole in every process
-        weight, model.score = model.score.weight.full_tensor(), torch.nn.Linear(model.score.in_features, 1, bias=False)
-        model.score.weight.data = weight
+        weight, width = model.score.weight.full_tensor(), model.score.in_features
+        model.score = torch.nn.Linear(width, 1, bias=False, device="meta")
+        model.score.weight = torch.nn.Parameter(weight)
     model.score.float()
     new_head = "score.weight" in info["missing_keys"]
     if missing := sorted({*info["missing_keys"]} - {"score.weight"}):
@@ -910,8 +911,7 @@ def load_classifier(args, base, adapter, config, tokens, device):
     if new_head:
         # Scores start near 0, as the last layer of a policy does in Andrychowicz et al. 2021 (arXiv:2006.05990, 3.2).
         std = 0.01 * getattr(model.config.get_text_config(), "initializer_range", 0.02)  # OPT names it otherwise
-        transformers.set_seed(args.seed)  # to load a share takes other numbers than to load all
-        torch.nn.init.normal_(model.score.weight, std=std)
+        torch.nn.init.normal_(model.score.weight, std=std)  # that of the first process, which Trainer hands to all
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # 4 bit, packed in a pass in eval mode: no gradients
             module.support_avx512bf16_for_cpu = False
