@@ -24,6 +24,7 @@ import argparse
 import copy
 import dataclasses
 import difflib
+import functools
 import glob
 import hashlib
 import importlib.metadata
@@ -327,6 +328,7 @@ def build_parser():
     add("--max_grad_norm", type=number(float, 0), default=1.0, help="gradient clipping, L2 norm; 0 for none")
     add("--gradient_accumulation_steps", type=number(int, 1), default=1, help="micro-batches per batch")
     add("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
+    add("--shard_base", action="store_true", help="LoRA: each of several processes holds a share of the frozen weights")
     add("--attn_implementation", help="sdpa, eager, flash_attention_2, ... (the model's default)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="seed of everything that is random")
     add("--logging_steps", type=number(int, 1), default=10, help="steps between two log lines")
@@ -357,7 +359,12 @@ def parse_flags(argv=None):
     trl = importlib.metadata.version("trl")
     quantized = args.load_in_4bit or args.load_in_8bit
     evaluates = args.eval_steps or args.eval_only
-    cut = os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    cut = os.environ.get("ACCELERATE_USE_FSDP") and (args.use_lora or os.environ.get("FSDP_VERSION") != "2")
+    cut = cut or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    shard, one = args.shard_base, os.environ.get("WORLD_SIZE", "1") == "1"
+    unlike = quantized or args.fp16 or os.environ.get("ACCELERATE_USE_DEEPSPEED")
+    needed = {"torch": (2, 8), "transformers": (5, 23)}  # the first to train adapters on a shared base
+    old = [name for name in needed if (*map(int, importlib.metadata.version(name).split(".")[:2]),) < needed[name]]
     launched = [pair for pair in args.set if re.match("fsdp|deepspeed|accelerator_config|parallelism_config", pair)]
     lora = [f"--{name}" for name in vars(args) if name.startswith("lora_") and getattr(args, name) is not None]
     problems = {
@@ -370,7 +377,11 @@ def parse_flags(argv=None):
         "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
         "quantized weights cannot be trained themselves: add --use_lora": quantized and not args.use_lora,
         "--eval_steps and --eval_only need pairs: --eval_split or --eval_subset": evaluates and not args.eval_split,
-        "FSDP and ZeRO-3 cut the model in pieces; use DDP (accelerate launch's default) or ZeRO-2": cut,
+        "of FSDP and ZeRO-3 only FSDP2 works here, without LoRA; with it use --shard_base, DDP or ZeRO-2": cut,
+        "--shard_base needs several processes: accelerate launch, or torchrun --nproc_per_node 8": shard and one,
+        "--shard_base needs --use_lora; all weights are for FSDP2 (accelerate config)": shard and not args.use_lora,
+        "--shard_base excludes --load_in_4bit, --load_in_8bit, --fp16 and DeepSpeed; use --bf16": shard and unlike,
+        f"--shard_base needs a newer version: pip install --upgrade {' '.join(old)}": shard and old,
     }
     for problem, there in problems.items():
         if there:
@@ -387,6 +398,7 @@ silent = "bitsandbytes transformers.trainer_utils transformers.modeling_utils tr
 for name in silent.split():
     logging.getLogger(name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # trl 1.12 uses names of before v6
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module|DTensor random operators")  # neither is relied on
 
 import datasets
 import numpy as np
@@ -396,7 +408,7 @@ import psutil
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import gather_object, reduce
 from huggingface_hub import HfApi, get_token
 from peft.helpers import disable_input_dtype_casting
 from safetensors import safe_open
@@ -412,7 +424,7 @@ KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".
 READERS = {"csv": {"keep_default_na": False}, "json": {"chunksize": 1 << 30}, "parquet": {}, "arrow": {}}
 # What a resumed run may change and say nothing; what it may not change, for the result would be neither run.
 FREE_ON_RESUME = """output_dir overwrite_output_dir resume_from_checkpoint max_steps num_train_epochs logging_steps save_steps
-    save_total_limit eval_split eval_subset eval_steps report_to push_to_hub dry_run""".split()
+    save_total_limit eval_split eval_subset eval_steps report_to push_to_hub dry_run shard_base""".split()
 SAME_ON_RESUME = """columns model_path dataset_name dataset_config subset train_split max_samples prompt_format max_length
     per_device_train_batch_size gradient_accumulation_steps use_lora""".split()
 SCRIPTS = 4  # stands in run.json: this version resumes checkpoints of this version
@@ -811,6 +823,13 @@ def check_fit(args, config, model_config, adapter, tokens, rows):
         fail(f"{name} has no sequence classifier in transformers; training_rl.py rewards it by --reward_function")
     if getattr(model_config, "quantization_config", None) and not args.use_lora:
         fail(f"--model_path {args.model_path} is stored in 4 or 8 bit: add --use_lora")
+    if args.shard_base:
+        with torch.device("meta"):
+            model = transformers.AutoModelForSequenceClassification.from_config(model_config)
+        layers = {re.sub(r"\.\d+$", ".*", name) for name, _ in model.named_modules()}
+        special = getattr(model_config, "quantization_config", None) or count_embeddings(adapter)
+        if special or not any("*" in name for name in layers & {*model.fsdp_plan}):
+            fail(f"--shard_base: no plan for {model_config.model_type}, or 4 or 8 bit, or embeddings in the adapter")
     embeddings = count_embeddings(adapter) or model_config.get_text_config().vocab_size
     if tokens > embeddings and args.use_lora:
         fail(f"--model_path {args.model_path}: {tokens} tokens, but embeddings for {embeddings}: the new ones would not be "
@@ -874,7 +893,9 @@ def load_classifier(args, base, adapter, config, tokens, device):
             load_in_4bit=args.load_in_4bit, load_in_8bit=args.load_in_8bit, bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=precision(args),
         )  # fmt: skip
-    if device.type != "cpu":
+    if args.shard_base:
+        how["distributed_config"] = transformers.DistributedConfig(fsdp_size=PartialState().num_processes)
+    elif device.type != "cpu":
         how["device_map"] = {"": device}
     transformers.set_seed(args.seed)
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -885,6 +906,10 @@ def load_classifier(args, base, adapter, config, tokens, device):
         model.resize_token_embeddings(rows)
     model.config = copy.deepcopy(model.config)
     vars(model.config.get_text_config()).update(saved)  # what is saved keeps both
+    if args.shard_base:  # the head is whole in every process
+        weight, width = model.score.weight.full_tensor(), model.score.in_features
+        model.score = torch.nn.Linear(width, 1, bias=False, device="meta")
+        model.score.weight = torch.nn.Parameter(weight)
     model.score.float()
     new_head = "score.weight" in info["missing_keys"]
     if missing := sorted({*info["missing_keys"]} - {"score.weight"}):
@@ -892,7 +917,7 @@ def load_classifier(args, base, adapter, config, tokens, device):
     if new_head:
         # Scores start near 0, as the last layer of a policy does in Andrychowicz et al. 2021 (arXiv:2006.05990, 3.2).
         std = 0.01 * getattr(model.config.get_text_config(), "initializer_range", 0.02)  # OPT names it otherwise
-        torch.nn.init.normal_(model.score.weight, std=std)
+        torch.nn.init.normal_(model.score.weight, std=std)  # that of the first process, which Trainer hands to all
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # 4 bit, packed in a pass in eval mode: no gradients
             module.support_avx512bf16_for_cpu = False
@@ -925,6 +950,8 @@ def add_lora(args, model, adapter, new_head):
         lora.modules_to_save = sorted({*(lora.modules_to_save or ())} - {"score", "classifier"})  # PEFT adds both
     transformers.set_seed(args.seed)  # an adapter starts the same, whether the head is new or not
     model = peft.get_peft_model(model, lora)
+    if args.shard_base:  # PEFT calls its forward(), past the hooks that gather weights
+        model.base_model.forward = model.get_base_model().__call__
     if adapter:
         weights = peft.load_peft_weights(adapter, "cpu")
         new_head = new_head and HEAD not in weights
@@ -993,6 +1020,11 @@ class RunCallback(ProgressCallback):
             self.interrupted = reduce(torch.tensor(float(self.interrupted), device=args.device), "sum").item() > 0
         if self.interrupted:
             control.should_save = control.should_training_stop = True
+        if self.run["arguments"]["shard_base"] and (control.should_save or state.global_step == 1):
+            mine = (weight for weight in kwargs["model"].parameters() if weight.requires_grad)
+            mine = hashlib.sha256(b"".join(weight.detach().cpu().numpy().tobytes() for weight in mine))
+            if len({*gather_object([mine.hexdigest()])}) > 1:
+                fail(f"--shard_base: adapters differ after step {state.global_step}; the checkpoints before are good")
         if control.should_save and state.is_world_process_zero:  # before trainer_state.json, which says: complete
             folder = self.folder / f"checkpoint-{state.global_step}"
             folder.mkdir(exist_ok=True)
@@ -1027,7 +1059,12 @@ def train(args, config, checkpoint, model, rows, collate, prompt_format, run):
     order[[first, longest]] = order[[longest, first]]
     callback = RunCallback(Path(args.output_dir), run)
     pairs, tokenizer = rows["train"].select(order), prompt_format.tokenizer
+    alone, config.save_only_model = config.save_only_model, args.shard_base or config.save_only_model  # it insists
     trainer = RewardTrainer(model, config, collate, pairs, rows.get("eval"), tokenizer)
+    config.save_only_model = alone  # the optimizer of adapters is whole
+    own = {name: weight for name, weight in model.named_parameters() if weight.requires_grad and args.shard_base}
+    trainer.own = own or None  # PEFT would gather the base to find them
+    trainer._save = functools.partial(trainer._save, state_dict=trainer.own)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(callback)
     for weight, data in trained:  # RewardTrainer rounds them to bfloat16 on a quantized base
@@ -1053,7 +1090,7 @@ def publish(trainer, args, run, metrics):
     tokenizer = copy.deepcopy(trainer.processing_class)
     if tokenizer.pad_token_id == tokenizer.eos_token_id:  # readers would pass over the EOS where the score stands
         tokenizer.pad_token = trainer.accelerator.unwrap_model(trainer.model).config.pad_token_id = None
-    trainer.model.save_pretrained(draft)
+    trainer.model.save_pretrained(draft, state_dict=trainer.own)
     tokenizer.save_pretrained(draft)
     write_json(draft / "run.json", {**run, "metrics": metrics})
     write_json(folder / "metrics.json", metrics)
@@ -1187,7 +1224,7 @@ def main(argv=None):
         fail(f"--model_path {args.model_path}: {error}")
 
     rows, counts = {}, {}
-    with PartialState().main_process_first():
+    with PartialState().local_main_process_first():
         if not args.eval_only:
             rows["train"], counts["train"] = load_pairs(args, prompt_format, args.subset, "train")
         if args.eval_split:
@@ -1244,6 +1281,8 @@ def main(argv=None):
             if is_first:
                 write_scores(folder, rows["eval"], scores, prompt_format.tokenizer)
             metrics |= {"accuracy": report["accuracy"], "report": report}
+        if trainer.is_fsdp_enabled:  # all gather what the first one saves
+            trainer.own = trainer.accelerator.get_state_dict(trainer.model)
         if is_first:
             publish(trainer, args, run, metrics)
         trainer.accelerator.wait_for_everyone()

@@ -21,6 +21,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import glob
 import hashlib
 import importlib.metadata
@@ -327,6 +328,7 @@ def build_parser():
     add("--lora_target_modules", nargs="+", metavar="NAME", help="module names, or one regular expression (all-linear)")
     add("--load_in_4bit", action="store_true", help="frozen weights in 4 bit (NF4); needs LoRA")
     add("--load_in_8bit", action="store_true", help="frozen weights in 8 bit; needs LoRA")
+    add("--shard_base", action="store_true", help="LoRA: each of several processes holds a share of the frozen weights")
     add("--attn_implementation", help="sdpa, eager, flash_attention_2, ... (the model's default)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="seed of everything that is random")
     add("--logging_steps", type=number(int, 1), default=10, help="steps between two log lines")
@@ -356,7 +358,12 @@ def parse_flags(argv=None):
     trl = importlib.metadata.version("trl")
     quantized = args.load_in_4bit or args.load_in_8bit
     evaluated = args.eval_split or args.eval_subset
-    sharded = os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") and (args.use_lora or os.environ.get("FSDP_VERSION") != "2")
+    sharded = sharded or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    shard, one = args.shard_base, os.environ.get("WORLD_SIZE", "1") == "1"
+    unlike = quantized or args.fp16 or os.environ.get("ACCELERATE_USE_DEEPSPEED")
+    needed = {"torch": (2, 8), "transformers": (5, 23)}  # the first to train adapters on a shared base
+    old = [name for name in needed if (*map(int, importlib.metadata.version(name).split(".")[:2]),) < needed[name]]
     launched = [pair for pair in args.set if re.match("fsdp|deepspeed|accelerator_config|parallelism_config", pair)]
     lora = [f"--{name}" for name in vars(args) if name.startswith("lora_") and getattr(args, name) is not None]
     problems = {
@@ -369,7 +376,11 @@ def parse_flags(argv=None):
         "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
         "quantized weights cannot be trained themselves: add --use_lora": quantized and not args.use_lora,
         "--eval_steps needs --eval_split or --eval_subset": args.eval_steps and not evaluated,
-        "FSDP and ZeRO-3 cut the model in pieces, which this script cannot check; use DDP or ZeRO-2": sharded,
+        "of FSDP and ZeRO-3 only FSDP2 works here, without LoRA; with it use --shard_base, DDP or ZeRO-2": sharded,
+        "--shard_base needs several processes: accelerate launch, or torchrun --nproc_per_node 8": shard and one,
+        "--shard_base needs --use_lora; all weights are for FSDP2 (accelerate config)": shard and not args.use_lora,
+        "--shard_base excludes --load_in_4bit, --load_in_8bit, --fp16 and DeepSpeed; use --bf16": shard and unlike,
+        f"--shard_base needs a newer version: pip install --upgrade {' '.join(old)}": shard and old,
     }
     for problem, there in problems.items():
         if there:
@@ -393,7 +404,7 @@ import psutil
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import gather_object, reduce
 from huggingface_hub import HfApi, get_token
 from peft.helpers import disable_input_dtype_casting
 from safetensors import safe_open
@@ -414,7 +425,7 @@ KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".
 READERS = {"csv": {"keep_default_na": False}, "json": {"chunksize": 1 << 30}, "parquet": {}, "arrow": {}}
 # What a resumed run may change and say nothing; what it may not change, for the result would be neither run.
 FREE_ON_RESUME = """output_dir overwrite_output_dir resume_from_checkpoint max_steps num_train_epochs logging_steps save_steps
-    save_total_limit eval_split eval_subset eval_steps report_to push_to_hub dry_run""".split()
+    save_total_limit eval_split eval_subset eval_steps report_to push_to_hub dry_run shard_base""".split()
 SAME_ON_RESUME = """columns model_path dataset_name dataset_config subset split max_samples prompt_format train_on_prompt max_length
     packing batch_size gradient_accumulation_steps use_lora""".split()
 SCRIPTS = 4  # stands in run.json: this version resumes checkpoints of this version
@@ -694,7 +705,8 @@ def encode_rows(rows, prompt_format, args, where):
 
     workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = min(workers, len(rows) // 2000) or None  # where there is work for several
-    encoded = rows.map(encode_row, remove_columns=rows.column_names, num_proc=workers, desc="Tokenizing")
+    with PartialState().local_main_process_first():  # the others of a machine read what it has cached
+        encoded = rows.map(encode_row, remove_columns=rows.column_names, num_proc=workers, desc="Tokenizing")
     by_reason, seen = {}, set()  # {why they are left out: numbers of the rows}, "" for those that are kept
     for i, (reason, digest) in enumerate(zip(encoded["reason"], encoded["digest"])):
         if digest in seen:
@@ -746,12 +758,15 @@ def warn_of_memory(args, config):
     """Say so where weights and optimizer state alone exceed the memory that is free."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+    layers = {re.sub(r"\.\d+$", ".*", name) for name, _ in model.named_modules()}
+    if args.shard_base and not any("*" in name for name in layers & {*model.fsdp_plan}):
+        fail(f"--shard_base: transformers cannot share out a {config.model_type} model; leave the flag out")
     size = 2 if args.bf16 or args.fp16 else 4  # bytes
     if args.load_in_4bit or args.load_in_8bit:
         size = 0.6 if args.load_in_4bit else 1.1
     if not args.use_lora:
         size = 16  # weight, gradient and AdamW's two moments
-    need = model.num_parameters() * size
+    need = model.num_parameters() * size / (PartialState().num_processes if args.shard_base else 1)
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if need > free:
         text = f"weights and optimizer alone take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
@@ -781,12 +796,14 @@ def load_model(args, base, adapter, embeddings):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
     )
+    shares = transformers.DistributedConfig(fsdp_size=PartialState().num_processes) if args.shard_base else None
     model = transformers.AutoModelForCausalLM.from_pretrained(
         base,
         dtype=compute if args.use_lora else torch.float32,
         attn_implementation=args.attn_implementation,
         quantization_config=quantization if args.load_in_4bit or args.load_in_8bit else None,
-        device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else None,
+        device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() and not shares else None,
+        distributed_config=shares,
         trust_remote_code=args.trust_remote_code,
         use_safetensors=True,  # no pickle
     )
@@ -931,6 +948,11 @@ class RunCallback(ProgressCallback):
             self.interrupted = reduce(torch.tensor(float(self.interrupted), device=args.device), "sum").item() > 0
         if self.interrupted:
             control.should_save = control.should_training_stop = True
+        if self.run["arguments"]["shard_base"] and (control.should_save or state.global_step == 1):
+            mine = (weight for weight in kwargs["model"].parameters() if weight.requires_grad)
+            mine = hashlib.sha256(b"".join(weight.detach().cpu().numpy().tobytes() for weight in mine))
+            if len({*gather_object([mine.hexdigest()])}) > 1:
+                fail(f"--shard_base: adapters differ after step {state.global_step}; the checkpoints before are good")
         if control.should_save and state.is_world_process_zero:  # before trainer_state.json, which says: complete
             folder = self.output_dir / f"checkpoint-{state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
@@ -975,6 +997,9 @@ def describe_run(args, base, adapter, prompt_format, counts):
 def make_trainer(config, model, rows, eval_rows, tokenizer, run):
     """(SFTTrainer, its RunCallback)."""
     causal_model = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    shard = run["arguments"]["shard_base"]
+    if shard:  # PEFT calls its forward(), past the hooks that gather weights
+        model.base_model.forward = causal_model.__call__
     flash = "flash" in causal_model.config._attn_implementation
     if (config.packing or flash) and not keeps_apart(causal_model):
         fail("--packing and flash attention: in this model examples that share a row see each other; leave them out")
@@ -982,9 +1007,13 @@ def make_trainer(config, model, rows, eval_rows, tokenizer, run):
     set_router_loss(config, causal_model)
     trained = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
     saved_config = copy.deepcopy(causal_model.config)
+    alone, config.save_only_model = config.save_only_model, shard or config.save_only_model  # Trainer insists on it
     trainer = SFTTrainer(
         model=model, args=config, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer
     )
+    config.save_only_model = alone  # the optimizer of adapters is whole
+    own = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    trainer._save = functools.partial(trainer._save, state_dict=own) if shard else trainer._save  # PEFT gathers a base
     causal_model.config = saved_config  # TRL switches the router's loss on in the one that runs
     for weight, data in trained:  # TRL makes adapters on a quantized base bfloat16, see load_model
         weight.data = data.to(weight.device)
@@ -1009,6 +1038,8 @@ def publish(trainer, args, run, metrics):
     if trainer.is_world_process_zero():
         shutil.rmtree(draft, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+    if trainer.is_fsdp_enabled:  # else it would write the pieces that checkpoints may hold
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(draft))
     trainer.create_model_card(model_name=folder.resolve().name)
     if not trainer.is_world_process_zero():
@@ -1076,6 +1107,8 @@ def main(argv=None):
         eval_rows, counts["eval"] = encode_rows(data, prompt_format, args, where)
     if getattr(model_config, "quantization_config", None) and not args.use_lora:
         fail(f"--model_path {args.model_path} is stored in 4 or 8 bit: add --use_lora")
+    if args.shard_base and (getattr(model_config, "quantization_config", None) or count_embeddings(adapter)):
+        fail(f"--shard_base: {args.model_path} is stored in 4 or 8 bit, or has embeddings in its adapter")
     embeddings = count_embeddings(adapter) or model_config.get_text_config().vocab_size
     if len(tokenizer) > embeddings and args.use_lora:
         fail(f"--model_path {args.model_path}: {len(tokenizer)} tokens, but embeddings for {embeddings}: the new ones would "
