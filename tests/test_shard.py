@@ -20,8 +20,8 @@ ROWS = [
     {"prompt": f"What is {i} {'and ' * (i % 5)}?", "chosen": f"It is {'so ' * i}", "rejected": f"{'no ' * (1 + i % 3)}"}
     for i in range(12)
 ]
-# Nine rows: the last step has one, for two processes; three to evaluate on.
 LORA = "--use_lora --lora_r 4"
+# Nine rows to train on, three to evaluate on: of both two processes have unequal numbers.
 USUAL = "--gradient_checkpointing --lr_scheduler_type constant --save_total_limit 9"
 USUAL += " --logging_steps 1 --save_steps 1 --eval_steps 2 --eval_split train[9:]"
 SGD = "--set optim=sgd --learning_rate 0.5 --gradient_accumulation_steps"
@@ -42,7 +42,6 @@ def watched(model, *args):  # (bytes of the base that are held here, of all)
     return get_peft_model(model, *args)
 
 init, together = accelerate.PartialState.__init__, transformers.Trainer._sync_replicated_trainable_parameters
-
 full_tensor, gathered = torch.distributed.tensor.DTensor.full_tensor, []
 
 def gather(self):
@@ -117,9 +116,15 @@ def place(tmp_path_factory, gpt2):
     (place / "driver.py").write_text(DRIVER.format(root=str(ROOT), tests=str(ROOT / "tests")))
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "driver.py"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(start, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
-    assert (place / "died").exists(), done.stderr[-5000:]
-    end = {"code": done.returncode, "error": done.stderr, "seconds": time.time() - (place / "died").stat().st_mtime}
+    with open(place / "log.txt", "w+", encoding="utf-8") as log:
+        launcher = subprocess.Popen(start, cwd=place, env=environment, stdout=log, stderr=log)
+        try:
+            code = launcher.wait(600)  # seconds; where one process waits for the other it hangs
+        finally:
+            launcher.terminate()  # it ends its processes, too
+    log = (place / "log.txt").read_text(encoding="utf-8")
+    assert (place / "died").exists(), log[-5000:]
+    end = {"code": code, "error": log, "seconds": time.time() - (place / "died").stat().st_mtime}
     (place / "end.json").write_text(json.dumps(end))
     return place
 
@@ -212,7 +217,7 @@ def test_processes_that_come_to_different_adapters_are_stopped(place, stage):
 
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_all_weights_are_trained_under_fsdp2_of_accelerate_as_under_ddp(place, stage):
-    """The final checkpoint is whole; accelerate is told that it has cards, see the README for those that do."""
+    """The final checkpoint is whole; two processes on a CPU, of which accelerate is told that they have cards."""
     fsdp, ddp = (
         load_file(place / f"{stage}_{how}" / "final_checkpoint" / "model.safetensors") for how in ("fsdp", "full")
     )
@@ -265,3 +270,23 @@ def test_what_cannot_share_a_base_is_refused_in_one_line(
     _, error = run(script, *command(stage, llama, write_rows(tmp_path / "rows.jsonl", ROWS), "")[:6], *more, code=2)
     assert re.search(f"^error: --shard_base.*{problem}", error.strip(), re.M)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+@pytest.mark.parametrize(
+    "flags, environment",
+    [
+        ("--use_lora", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
+        ("--use_lora --shard_base", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
+        ("", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}),
+        ("", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
+        ("--use_lora --shard_base", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
+    ],
+)
+def test_a_launcher_that_shares_out_in_another_way_is_refused(stage, flags, environment, llama, monkeypatch, request):
+    """In one line that names what works."""
+    for name, value in {"WORLD_SIZE": "2", **environment}.items():
+        monkeypatch.setenv(name, value)
+    arguments = [*command(stage, llama, "rows", "")[:6], "--output_dir", "out", *flags.split()]
+    _, error = run(request.getfixturevalue(stage), *arguments, code=2)
+    assert error.count("error:") == 1 and "--shard_base" in error
