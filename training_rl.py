@@ -345,6 +345,7 @@ def build_parser():
     add("--lora_target_modules", nargs="+", metavar="NAME", help="module names, or one regular expression (all-linear)")
     add("--load_in_4bit", action="store_true", help="frozen weights in 4 bit (NF4); needs LoRA")
     add("--load_in_8bit", action="store_true", help="frozen weights in 8 bit; needs LoRA")
+    add("--shard_base", action="store_true", help="LoRA: each of several processes holds a share of the frozen weights")
     add("--learning_rate", type=number(float, 0), help="peak learning rate (5e-5 with LoRA, 3e-6 without)")
     add("--lr_scheduler_type", default="linear", help="linear, cosine, constant, constant_with_warmup, ...")
     add("--warmup_ratio", type=number(float, 0, 1), default=0.0, help="fraction of the steps spent on warm-up")
@@ -384,6 +385,9 @@ def parse_flags(argv=None):
     uneven = mini_batch % 1 or mini_batch % min(args.per_device_train_batch_size, mini_batch)
     quantized = args.load_in_4bit or args.load_in_8bit
     sharded = os.environ.keys() & {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"}
+    shard, one = args.shard_base, os.environ.get("WORLD_SIZE", "1") == "1"
+    needed = {"torch": (2, 8), "transformers": (5, 23)}  # the first to train adapters on a shared base
+    old = [name for name in needed if (*map(int, importlib.metadata.version(name).split(".")[:2]),) < needed[name]]
     launched = [pair for pair in args.set if re.match("fsdp|deepspeed|accelerator_config|parallelism_config", pair)]
     lora = [f"--{name}" for name in vars(args) if name.startswith("lora_") and getattr(args, name) is not None]
     steps, episodes = f"--num_mini_batches {args.num_mini_batches}", f"{args.episodes_per_update} episodes of an update"
@@ -393,13 +397,16 @@ def parse_flags(argv=None):
         f"--reward_model_path {args.reward_model_path} does not exist": is_missing(args.reward_model_path or "."),
         f"--dataset_name {args.dataset_name} does not exist": is_missing(args.dataset_name),
         f"{' '.join(lora)} without --use_lora: all weights would be trained": lora and not args.use_lora,
-        "--set fsdp and --set deepspeed are the launcher's: accelerate launch --config_file": launched,
+        "PPO runs under DDP (accelerate launch) or --shard_base, not under FSDP or DeepSpeed": sharded or launched,
         "--bf16 and --fp16 exclude each other": args.bf16 and args.fp16,
         "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
         "--load_in_4bit and --load_in_8bit need --use_lora: adapters are trained": quantized and not args.use_lora,
         "a reward is needed: --reward_model_path, --reward_function, or both": not rewarded,
         f"{steps} does not divide the {episodes} (batch size x accumulation) into whole micro-batches": uneven,
-        "PPO runs under DDP (accelerate launch --multi_gpu), not under DeepSpeed or FSDP": sharded,
+        "--shard_base needs several processes: accelerate launch, or torchrun --nproc_per_node 8": shard and one,
+        "--shard_base needs --use_lora: all weights are trained under DDP": shard and not args.use_lora,
+        "--shard_base excludes --load_in_4bit, --load_in_8bit, --fp16; use --bf16": shard and (quantized or args.fp16),
+        f"--shard_base needs a newer version: pip install --upgrade {' '.join(old)}": shard and old,
     }
     for problem, is_there in problems.items():
         if is_there:
@@ -439,7 +446,7 @@ KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".
 READERS = {"csv": {"keep_default_na": False}, "json": {"chunksize": 1 << 30}, "parquet": {}, "arrow": {}}
 # What a resumed run may change and say nothing; what it may not change, for the result would be neither run.
 FREE_ON_RESUME = """output_dir overwrite_output_dir resume_from_checkpoint total_episodes logging_steps save_steps
-    save_total_limit eval_split eval_subset eval_steps report_to push_to_hub dry_run""".split()
+    save_total_limit eval_split eval_subset eval_steps report_to push_to_hub dry_run shard_base""".split()
 SAME_ON_RESUME = """columns model_path reward_model_path reward_function dataset_name dataset_config subset split max_samples
     prompt_format max_prompt_length response_length per_device_train_batch_size gradient_accumulation_steps num_mini_batches
     num_ppo_epochs use_lora""".split()
@@ -483,6 +490,7 @@ class PPOSettings(trl_ppo.PPOConfig):
     target_kl: float | None = None  # nats per answer
     max_kl: float | None = None
     reward_clip: float | None = None
+    shard_base: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -817,16 +825,23 @@ def load_model(kind, base, args, trainable=False):
         load_in_4bit=args.load_in_4bit, load_in_8bit=args.load_in_8bit, bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype(args),
     )  # fmt: skip
+    shares = transformers.DistributedConfig(fsdp_size=int(os.environ["WORLD_SIZE"])) if args.shard_base else None
     model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(
         base,
         dtype=torch.float32 if trainable else compute_dtype(args),
         attn_implementation=args.attn_implementation,
         quantization_config=quantization if args.load_in_4bit or args.load_in_8bit else None,
-        device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else None,
+        device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() and not shares else None,
+        distributed_config=shares,
         trust_remote_code=args.trust_remote_code,
         use_safetensors=True,  # no pickle
         **({"num_labels": 1} if kind == "SequenceClassification" else {}),
     )
+    if shares:  # what each pass gathers again; embeddings that are also the head stay whole after the first
+        names = {module: re.sub(r"\.\d+$", ".*", name) for name, module in model.named_modules()}
+        model.gathered = [m for m, name in names.items() if model.fsdp_plan.get(name) == "free_full_weight"]
+        if model.all_tied_weights_keys:
+            model.gathered.remove(model.get_input_embeddings())
     if kind == "SequenceClassification" and not hasattr(model, "score"):
         fail(f"{base} has no scalar head named score, as reward models have here; use --reward_function")
     for module in model.modules():
@@ -888,6 +903,11 @@ class Role:
         weights = [p for name, p in self.model.named_parameters() if not self.adapter or f".{self.adapter}." in name]
         return weights + (list(self.head.parameters()) if self.head is not None else [])
 
+    def weights(self):
+        """The adapter's tensors by the names that PEFT saves; to find them itself it would gather a shared base."""
+        own = {name: p for name, p in self.model.named_parameters() if f".{self.adapter}." in f"{name}."}
+        return peft.get_peft_model_state_dict(self.model, own, adapter_name=self.adapter, save_embedding_layers=False)
+
     def save(self, directory):
         """In a form that one PEFT or transformers call loads: adapter and head as those of a reward model."""
         if not self.adapter:
@@ -896,7 +916,7 @@ class Role:
             self.model.config = running
             return
         config = copy.copy(self.model.peft_config[self.adapter])
-        weights = peft.get_peft_model_state_dict(self.model, adapter_name=self.adapter, save_embedding_layers=False)
+        weights = self.weights()
         if self.head is not None:
             weights[SCORE] = self.head.weight.detach()
             config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
@@ -988,8 +1008,7 @@ def put_adapter(model, name, config, weights=None, head=None):
 
 def copy_adapter(role, name, head=None):
     """A Role of a copy of a role's adapter on the same model."""
-    weights = peft.get_peft_model_state_dict(role.model, adapter_name=role.adapter)
-    return put_adapter(role.model, name, role.model.peft_config[role.adapter], weights, head)
+    return put_adapter(role.model, name, role.model.peft_config[role.adapter], role.weights(), head)
 
 
 @contextlib.contextmanager
@@ -1059,7 +1078,7 @@ def load_roles(args, source, reward_source, same_tokens):
 def report_roles(roles):
     """Say what the models take, and warn where gradients and AdamW's moments (12 bytes a weight) exceed what is free."""
     trained = sum(p.numel() for p in roles.parameters() if p.requires_grad)
-    size = sum(p.nbytes for p in roles.parameters()) / 1e9
+    size = sum(getattr(p, "_local_tensor", p).nbytes for p in roles.parameters()) / 1e9
     print(f"four roles on {len(roles.models)} model(s), {size:.2f} GB (1e9 bytes); {trained:,} weights are trained")
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if 12 * trained > free:
@@ -1141,12 +1160,31 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         super(trl_ppo.PPOTrainer, self).__init__(model=roles, args=args, **kwargs)
         self._train_batch_size = args.episodes_per_update  # the prompts that Trainer draws for one of its steps
         self.model_accepts_loss_kwargs = False
+        self.is_distributed_loading_by_transformers = args.shard_base  # no DDP; earlier it would forbid checkpoints
+        self.in_step = args.shard_base and not self.fits_whole()  # token by token, since each gathers the base
         self.episodes = args.episodes_per_update * args.world_size
         reward = None if reward_format else roles.reward  # in a format of its own it reads one text at a time
         readers = [role.network for role in (roles.policy, roles.value, reward) if role]
         self.share_rows = all(shares_rows(network, args.longest_text) for network in readers)
         if not self.share_rows:
             print("texts that share a row of this model would not be computed as alone: each has a row of its own")
+
+    def fits_whole(self):
+        """Whether each process can gather the base for generation, in half of the memory that is free in all: the rest is
+        for the cache. Else every token gathers every layer."""
+        size = sum(p.nbytes - getattr(p, "_local_tensor", p).nbytes for p in self.roles.parameters())
+        free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+        free = self.accelerator.gather(torch.tensor([free], device=self.args.device)).min().item()
+        how = "whole in each process, which is fast" if 2 * size < free else "in shares, which is slow"
+        print(f"generation with the base {how}: its other shares are {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+        return 2 * size < free
+
+    def _move_model_to_device(self, model, device):
+        """Shares are where they are to be."""
+        super()._move_model_to_device(model.heads if self.args.shard_base else model, device)
+
+    def _sync_replicated_trainable_parameters(self, model):
+        """Trainer would average gradients in each backward pass; accumulate_gradients adds them up once."""
 
     train = transformers.Trainer.train
     get_train_dataloader = transformers.Trainer.get_train_dataloader
@@ -1222,6 +1260,17 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         self.score(batches)
         return batches
 
+    @contextlib.contextmanager
+    def whole(self, network):
+        """The base of a network that is not gathered anew for each token, where it fits."""
+        layers = [] if self.in_step else getattr(network, "gathered", [])
+        for layer in layers:
+            layer.set_reshard_after_forward(False)
+        yield
+        for layer in layers:
+            layer.set_reshard_after_forward(True)
+            layer.reshard()
+
     @torch.no_grad()
     def generate(self, role, rows, sample=True):
         """Responses to the rows' prompts: lists of at most response_length ids that end with the first stop id."""
@@ -1242,13 +1291,14 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 
         # autocast keeps its 16-bit copies of weights for the next token only where they are trained
         quick = quick_adapters(role.model, compute_dtype(self.args)) if role.adapter else contextlib.nullcontext()
-        with role.active(train=True) as network, self.accelerator.autocast(), quick:
+        with role.active(train=True) as network, self.accelerator.autocast(), quick, self.whole(network):
             kept, network.generation_config = network.generation_config, config  # its own would fill gaps (top_p)
             for some in (prompts[i : i + size] for i in range(0, len(prompts), size)):
                 ids = pad_sequence(some, True, self.tokenizer.pad_token_id, padding_side="left")
                 mask = pad_sequence([torch.ones_like(prompt) for prompt in some], True, padding_side="left")
                 inputs = {"input_ids": ids.to(self.args.device), "attention_mask": mask.to(self.args.device)}
-                sampled = network.generate(**inputs, stopping_criteria=[go_on])[:, ids.shape[1] :]
+                sampled = network.generate(**inputs, stopping_criteria=[go_on], synced_gpus=self.in_step)
+                sampled = sampled[:, ids.shape[1] :]
                 stops = torch.isin(sampled, self.stop_ids)
                 ends = torch.where(stops.any(1), stops.int().argmax(1) + 1, sampled.shape[1])
                 responses += [response[:end] for response, end in zip(sampled.tolist(), ends.tolist())]
@@ -1274,6 +1324,12 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             if shared + sum(own[k] for k in [*groups[-1], i]) > limit:
                 groups.append([])
             groups[-1].append(i)
+        passes = torch.tensor([len(groups)], device=self.args.device)
+        passes = self.accelerator.gather(passes).max() if self.args.shard_base else passes
+        while len(groups) < passes:  # each gathers the base, so all processes make as many
+            groups.sort(key=len)
+            largest = groups.pop()
+            groups += [largest[::2], largest[1::2]]
         return groups
 
     def collate(self, rows, responses, width, one_row=False):
@@ -1336,7 +1392,12 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     def hidden_states(self, network, batch):
         """Last hidden states (R * S, hidden) of the rows, those that a head reads."""
         body = getattr(network, network.base_model_prefix, None) or network.model  # Llama 4's base_model is itself
-        return self.read(body, batch).last_hidden_state.flatten(0, 1)
+        if not hasattr(network, "gathered"):
+            return self.read(body, batch).last_hidden_state.flatten(0, 1)
+        found = []  # the shares come together in calls of the whole network
+        with network.get_decoder().register_forward_hook(lambda module, inputs, output: found.append(output[0])):
+            self.read(network, batch, logits_to_keep=1)
+        return found[0].flatten(0, 1)
 
     def score(self, batches):
         """Fill in the score (B,) of each response: the reward model's plus those of the functions, which are called once
@@ -1617,6 +1678,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """Policy at the top of the directory, value model in `value/` (in the form of a reward model's checkpoint)."""
+        if not self.args.should_save:
+            return
         output_dir = Path(output_dir or self.args.output_dir)
         for role, directory in ((self.roles.policy, output_dir), (self.roles.value, output_dir / "value")):
             role.save(directory)
@@ -1667,13 +1730,18 @@ class RunCallback(ProgressCallback):
             self.training_bar.refresh()
             self.shown = time.monotonic()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         super().on_step_end(args, state, control)
         if args.world_size > 1:  # all stop after the same step
             flag = torch.tensor(float(self.interrupted), device=args.device)
             self.interrupted = accelerate.utils.reduce(flag, "sum").item() > 0
         if self.interrupted:
             control.should_save = control.should_training_stop = True
+        if args.shard_base and (control.should_save or control.should_evaluate or state.global_step == 1):
+            mine = (weight for group in optimizer.param_groups for weight in group["params"])
+            mine = hashlib.sha256(b"".join(weight.detach().cpu().numpy().tobytes() for weight in mine))
+            if len({*accelerate.utils.gather_object([mine.hexdigest()])}) > 1:
+                fail(f"--shard_base: adapters differ after step {state.global_step}; the checkpoints before are good")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:
@@ -1848,6 +1916,8 @@ def run_stage(args):
     reward = locate_model(args, "reward_model_path") if args.reward_model_path else None
     if policy.lora:
         check_lora_flags(args, policy.lora)
+    if args.shard_base and reward and not (reward.lora and reward.base == policy.base):
+        fail(f"--shard_base: --reward_model_path should be a LoRA adapter on the policy's base, {policy.base}")
     if reward:
         report_reward_model(args.reward_model_path, reward.run)
     checkpoint = find_checkpoint(args)
@@ -1866,6 +1936,12 @@ def run_stage(args):
     base_config = transformers.AutoConfig.from_pretrained(policy.base, trust_remote_code=args.trust_remote_code)
     if getattr(base_config, "quantization_config", None) and not args.use_lora:
         fail(f"--model_path {args.model_path} is stored in 4 or 8 bit: add --use_lora")
+    if args.shard_base:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(base_config, trust_remote_code=args.trust_remote_code)
+        layers = {re.sub(r"\.\d+$", ".*", name) for name, _ in model.named_modules()} & {*model.fsdp_plan}
+        if getattr(base_config, "quantization_config", None) or not any("*" in name for name in layers):
+            fail(f"--shard_base: no plan for {base_config.model_type}, or {policy.base} is stored in 4 or 8 bit")
     embeddings = base_config.get_text_config().vocab_size
     if len(prompt_format.tokenizer) > embeddings:
         fail(f"--model_path {args.model_path}: {len(prompt_format.tokenizer)} tokens, but embeddings for {embeddings}: "
