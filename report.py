@@ -9,7 +9,7 @@ Out: --output, one HTML file without scripts or links to elsewhere. What a run d
 
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["jinja2>=3.1", "matplotlib>=3.8"]
+# dependencies = ["jinja2>=3.1", "matplotlib>=3.8", "numpy"]
 # ///
 
 import argparse
@@ -24,7 +24,6 @@ import re
 import sys
 import time
 import types
-from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 
@@ -53,6 +52,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a mistyped fla
 try:
     import jinja2
     import matplotlib
+    import numpy as np
 except ImportError as error:
     fail(f"the page needs {error.name}: pip install jinja2 matplotlib")
 from markupsafe import Markup, escape
@@ -97,8 +97,11 @@ CURVES = {  # (title, unit, {name: key in metrics.jsonl})
     ],
 }
 matplotlib.rcParams.update({
-    "svg.fonttype": "none", "font.size": 10.5, "text.color": INK, "axes.labelcolor": SOFT, "axes.edgecolor": LINE,
-    "grid.color": LINE, "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT,
+    "figure.figsize": (5, 2.8), "figure.subplot.left": 0.125, "figure.subplot.right": 0.95,  # room for the widest numbers
+    "figure.subplot.bottom": 0.19, "figure.subplot.top": 0.88, "svg.fonttype": "none", "font.size": 10.5,
+    "text.color": INK, "axes.labelcolor": SOFT, "axes.edgecolor": LINE, "grid.color": LINE, "grid.linewidth": 0.6,
+    "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
     "axes.axisbelow": True, "axes.formatter.useoffset": False, "axes.formatter.limits": (-3, 5),
 })  # fmt: skip
 
@@ -128,20 +131,21 @@ def read_json(path):
 
 def load_run(path):
     """What a directory holds and, filled in later, what the page says of it; None where it holds no run."""
-    folder = path.parent if path.name == "final_checkpoint" and (path.parent / "metrics.jsonl").is_file() else path
-    final, log = folder / "final_checkpoint" / "run.json", read_lines(folder / "metrics.jsonl")
-    record = read_json(final) or read_json(folder / "run.json")
-    metrics = record.get("metrics", {} if record or log else read_json(folder / "metrics.json"))
-    finished = "metrics" in record or bool(metrics)
-    if not finished or log and metrics.get("step", log[-1].get("step")) != log[-1].get("step"):  # of an earlier run
-        saved = max(folder.glob("checkpoint-*/run.json"), key=lambda file: file.stat().st_mtime, default=final)
-        record, metrics, finished = read_json(folder / "run.json") or read_json(saved), {}, False
-    keys = set(metrics).union(*log)
-    guesses = {"rl": {"objective/kl"}, "reward": {"report", "margin"}, "sft": {"loss", "train_loss"}}
-    stage = record.get("stage") or next((stage for stage, known in guesses.items() if known & keys), None)
+    in_a_run = path.name in ("final_checkpoint", "best_checkpoint") and (path.parent / "metrics.jsonl").is_file()
+    folder = path.parent if in_a_run else path
+    log = read_lines(folder / "metrics.jsonl")
+    record = read_json(folder / "final_checkpoint" / "run.json") or read_json(folder / "run.json")
+    metrics, step = record.get("metrics"), log[-1].get("step") if log else None
+    finished = isinstance(metrics, dict) and (not log or metrics.get("step", step) == step)  # else of an earlier run
+    if not finished:
+        saved = max(folder.glob("checkpoint-*/run.json"), key=lambda file: file.stat().st_mtime, default=None)
+        record, metrics = read_json(folder / "run.json") or (read_json(saved) if saved else {}), {}
+    guesses = {"rl": "objective/kl", "reward": "margin", "sft": "loss"}  # before the first checkpoint
+    logged = set().union(*log)
+    stage = record.get("stage") or next((stage for stage, key in guesses.items() if key in logged), None)
     if stage not in SCRIPTS:
         return None
-    written = max(file.stat().st_mtime for file in [*folder.glob("*.json*"), final] if file.is_file())
+    written = max(file.stat().st_mtime for file in [*folder.glob("*.jsonl"), *folder.rglob("run.json")])
     return types.SimpleNamespace(
         folder=folder, stage=stage, title=TITLES[stage], finished=finished, record=record, metrics=metrics, log=log,
         arguments=record.get("arguments", {}), dataset=record.get("dataset", {}), parent=record.get("parent"),
@@ -170,7 +174,9 @@ def ends(lines, key):
 
 def base_name(path):
     """The name of a run's directory or of a model, in a path of any system."""
-    return str(path).replace("\\", "/").removesuffix("/final_checkpoint").rstrip("/").split("/")[-1]
+    parts = str(path).replace("\\", "/").rstrip("/").split("/")
+    is_checkpoint = re.fullmatch(r"(final|best)_checkpoint|checkpoint-\d+", parts[-1])
+    return parts[-2] if is_checkpoint and parts[1:] else parts[-1]
 
 
 # ---- words ----
@@ -226,20 +232,22 @@ def compare(old_title, old, new_title, new):
     return [(old_title, old), (new_title, new)]
 
 
+def show_answers(sample):
+    reference, policy = (show(sample.get(f"{name}_score")) for name in ("reference", "policy"))
+    title = f"Policy, update {sample.get('step')}: {policy}"
+    return compare(f"Reference: {reference}", sample.get("reference_answer", "–"), title, sample["policy_answer"])
+
+
 def pick_answers(samples):
     """The fixed prompts' answers after the last update that was sampled, and after some before it, as blocks of the
     page: (prompt, columns, [columns of an earlier update])."""
-
-    def columns(sample):
-        reference, policy = (show(sample.get(f"{name}_score")) for name in ("reference", "policy"))
-        title = f"Policy, update {sample.get('step')}: {policy}"
-        return compare(f"Reference: {reference}", sample.get("reference_answer", "–"), title, sample["policy_answer"])
-
-    samples = [sample for sample in samples if "policy_answer" in sample]
-    for row in list(dict.fromkeys(sample.get("row") for sample in samples))[:PROMPTS]:
-        *before, last = [sample for sample in samples if sample.get("row") == row]
+    rows = {}
+    for sample in samples:
+        if "policy_answer" in sample:
+            rows.setdefault(sample.get("row"), []).append(sample)
+    for *before, last in list(rows.values())[:PROMPTS]:
         some = before[:: math.ceil(len(before) / EARLIER) or 1]
-        yield last.get("prompt", "–"), columns(last), [columns(sample) for sample in some]
+        yield last.get("prompt", "–"), show_answers(last), [show_answers(sample) for sample in some]
 
 
 def show_episode(episode):
@@ -258,11 +266,7 @@ def show_mistake(row):
 
 
 def new_axes(xlabel):
-    figure = Figure(figsize=(5, 2.8))  # inches of 72 units
-    axes = figure.add_axes((0.125, 0.19, 0.825, 0.69))  # shares of it, with room for the widest numbers
-    axes.set(xlabel=xlabel)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", linewidth=0.6)
+    axes = Figure().add_subplot(xlabel=xlabel)
     axes.locator_params(nbins=5, min_n_ticks=3)
     return axes
 
@@ -294,10 +298,8 @@ def draw_curves(run, title, unit, keys):
         window = len(y) // 25
         if window > 1:  # the values pale, and their running mean
             axes.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
-            sums = [0, *accumulate(y)]
-            x, y = x[window // 2 :], [(end - start) / window for start, end in zip(sums, sums[window:])]
-            x = x[: len(y)]
-        if y:
+            x, y = (np.convolve(values, np.ones(window) / window, "valid") for values in (x, y))
+        if len(y):
             axes.plot(x, y, color=color, label=name, marker="o" * (len(y) < 20), markersize=3)
     if title == "Explained variance":
         axes.set_ylim(bottom=max(-1.5, axes.get_ylim()[0]))  # it has no lower end, and begins far down
@@ -305,26 +307,18 @@ def draw_curves(run, title, unit, keys):
     add_figure(run, title, unit, axes)
 
 
-def draw_scores(run, scores):
+def draw_scores(run, margins, longer):
     """Margins, right and wrong apart, and against the difference in length."""
-    axes = new_axes("score of the chosen answer less that of the rejected")
-    width = max(abs(row["margin"]) for row in scores) / 15 or 1
-    sides = {"wrong": (RED, [row for row in scores if row["margin"] <= 0])}
-    sides["right"] = (GREEN, [row for row in scores if row["margin"] > 0])
-    for name, (color, rows) in sides.items():
-        edges = [width * number for number in range(-15, 16)]
-        axes.hist([row["margin"] for row in rows], edges, color=color, alpha=0.85, label=f"{name}: {len(rows):,}")
-    add_figure(run, "Margins", "pairs", axes)
-    if not all(is_number(row.get(f"length_{side}")) for row in scores for side in ("chosen", "rejected")):
-        run.missing.append("margin against length")
-        return
-    axes = new_axes("tokens by which the chosen answer is longer")
-    for name, (color, rows) in sides.items():
-        rows = rows[:: math.ceil(len(scores) / PAIRS)]
-        longer = [row["length_chosen"] - row["length_rejected"] for row in rows]
-        axes.scatter(longer, [row["margin"] for row in rows], 12, color, alpha=0.6, linewidth=0, label=name)
-    axes.axvline(0, color=SOFT, linewidth=1, linestyle="--")
-    add_figure(run, "Margin against length", "margin", axes)
+    edges = np.arange(-15, 16) / 15 * (abs(margins).max() or 1)
+    some = np.arange(len(margins)) % math.ceil(len(margins) / PAIRS) == 0
+    bars = new_axes("score of the chosen answer less that of the rejected")
+    dots = new_axes("tokens by which the chosen answer is longer")
+    for name, color, rows in (("wrong", RED, margins <= 0), ("right", GREEN, margins > 0)):
+        bars.hist(margins[rows], edges, color=color, alpha=0.85, label=f"{name}: {rows.sum():,}")
+        dots.scatter(longer[rows & some], margins[rows & some], 12, color, alpha=0.6, linewidth=0, label=name)
+    dots.axvline(0, color=SOFT, linewidth=1, linestyle="--")
+    add_figure(run, "Margins", "pairs", bars)
+    add_figure(run, "Margin against length", "margin", dots)
 
 
 # ---- what the stages say; `checks`: (whether to warn, what is seen, what to try) ----
@@ -340,6 +334,7 @@ def read_sft(run):
         fell, steps = "fell" if last < first else "did not fall", show(run.log[-1].get("step"))
         run.sentence = f"The loss {fell}: {show(first)} to {show(last)} nats a token in {steps} steps."
         run.numbers = [("loss", first != last and show(first), show(last))]
+    if is_number(guessed[1]):
         run.numbers.append(("token accuracy", first != last and show(guessed[0], "%"), show(guessed[1], "%")))
     remedy = "another --learning_rate; --dry_run shows what is trained on"
     run.checks.append((run.improved is False, "The training loss does not fall.", remedy))
@@ -357,22 +352,20 @@ def read_sft(run):
 
 
 def read_reward(run):
-    scores = [row for row in run.scores if is_number(row.get("score_chosen")) and is_number(row.get("score_rejected"))]
-    scores = [row | {"margin": row["score_chosen"] - row["score_rejected"]} for row in scores]
+    keys = ("score_chosen", "score_rejected", "length_chosen", "length_rejected")
+    scores = [row for row in run.scores if all(is_number(row.get(key)) for key in keys)]
     if scores:
-        draw_scores(run, scores)
-        wrong = sorted((row for row in scores if row["margin"] < 0), key=lambda row: row["margin"])
-        run.texts["The most confident mistakes"] = [show_mistake(row) for row in wrong[:MISTAKES]]
+        chosen, rejected, *lengths = np.array([[row[key] for key in keys] for row in scores], float).T
+        draw_scores(run, chosen - rejected, lengths[0] - lengths[1])
+        worst = np.argsort(chosen - rejected, kind="stable")[:MISTAKES]
+        run.texts["The most confident mistakes"] = [show_mistake(scores[i]) for i in worst if chosen[i] < rejected[i]]
     else:
         run.missing.append("margins and mistakes (no scores.jsonl)")
     report, before = run.metrics.get("report"), run.metrics.get("accuracy_before")
     if not report:
         run.numbers = [("accuracy in training", *[show(share, "%") for share in ends(run.log, "accuracy")])]
-        run.sentence = (
-            "It was not tried on pairs that it was not trained on."
-            if run.finished
-            else "It is tried on other pairs after training."
-        )
+        tried = "was not tried on pairs that it was not trained on" if run.finished else "is tried on other pairs later"
+        run.sentence = f"It {tried}."
         run.checks.append((run.finished, "Nobody knows how good it is.", "pairs of their own, with --eval_split"))
         return
     accuracy, (low, high), bias = report["accuracy"], report["accuracy_interval"], report["length_bias"]
@@ -404,9 +397,8 @@ def read_reward(run):
 
 
 def read_rl(run):
-    answers = run.texts["Answers to fixed prompts (underlined: what the other answer lacks)"] = list(
-        pick_answers(run.samples)
-    )
+    answers = list(pick_answers(run.samples))
+    run.texts["Answers to fixed prompts (underlined: what the other answer lacks)"] = answers
     episodes = [sample for sample in run.samples if "answer" in sample and is_number(sample.get("score"))]
     episodes.sort(key=lambda episode: episode["score"])
     count = min(EPISODES, len(episodes) // 2)
@@ -437,13 +429,11 @@ def read_rl(run):
         ("answers that end", show(stops[0], "%"), show(stops[1], "%")),
         ("KL, nats an answer", None, show(kl[1])),
     ]
-    fixed = [
-        run.log[-1].get(f"eval_{who}_score", run.metrics.get(f"eval_{who}_score")) for who in ("reference", "policy")
-    ]
-    if all(map(is_number, fixed)):
-        run.numbers.insert(1, ("reward, fixed prompts", *map(show, fixed)))
+    before, after = (column(run.log, f"eval_{who}_score")[1][-1:] for who in ("reference", "policy"))
+    if before and after:
+        run.numbers.insert(1, ("reward, fixed prompts", show(before[0]), show(after[0])))
     run.checks += [
-        (rose and all(map(is_number, fixed)) and fixed[1] < fixed[0],
+        (rose and after < before,
          "The greedy answers to the fixed prompts score less than the reference's.",
          "reading them below; more of them with --eval_split"),
         (stopped, f"It stopped early: {stopped}.",
@@ -684,7 +674,7 @@ def main(argv=None):
             watch(args)
         runs, waiting, finished = load_runs(args.runs)
         if waiting:
-            fail(f"{waiting[0]} should be the --output_dir of a run; it has no run.json, metrics.json or metrics.jsonl")
+            fail(f"{waiting[0]} should be the --output_dir of a run; it has no run.json or metrics.jsonl")
         write_page(args, runs, waiting, finished)
     except KeyboardInterrupt:
         write_page(args, *load_runs(args.runs))  # one that no longer reloads

@@ -340,6 +340,7 @@ def test_rows_have_lengths_and_steps_a_speed(tmp_path, undrawn):
     dataset = {"name": "json", "lengths": {"edges": [0, 10, 20], "rows": [3, 4]}}
     page = make_page(tmp_path, write_run(tmp_path / "sft", "sft", log, dataset=dataset))
     assert {"Speed", "Row lengths"} <= {text.strip() for tag, text in page.texts if tag == "figcaption"}
+    assert "loss" in page.text("dt") and "token accuracy" not in page.text("dt")  # which is not in the log
 
 
 # ---- hostile, broken and unfinished ----
@@ -428,12 +429,30 @@ def test_a_run_in_the_place_of_a_finished_one_is_not_finished(tmp_path, undrawn)
 
 
 def test_a_report_without_training(tmp_path):
-    """--eval_only leaves metrics.json and scores.jsonl alone."""
+    """--eval_only leaves run.json, metrics.json and scores.jsonl alone."""
     (tmp_path / "rm").mkdir()
-    (tmp_path / "rm" / "metrics.json").write_text(json.dumps(reward_metrics()), encoding="utf-8")
-    write_rows(tmp_path / "rm" / "scores.jsonl", [{"row": 3, "score_chosen": 0.0, "score_rejected": 1.5}])
+    record = {"stage": "reward", "metrics": reward_metrics()}
+    (tmp_path / "rm" / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    score = {"row": 3, "score_chosen": 0.0, "score_rejected": 1.5, "length_chosen": 4, "length_rejected": 5}
+    write_rows(tmp_path / "rm" / "scores.jsonl", [score])
     page = make_page(tmp_path, tmp_path / "rm")
     assert page.text("h1") == "Did it work? Yes" and "Row 3" in page.text() and "80%" in page.text()
+
+
+def test_a_checkpoint_before_the_first_line_of_the_log(tmp_path, undrawn):
+    """--save_steps below --logging_steps."""
+    folder = write_run(tmp_path / "ppo", "rl", [], finished=False)
+    (folder / "metrics.jsonl").unlink()
+    assert "not finished: step 0" in make_page(tmp_path, folder).text("p")
+
+
+def test_a_run_that_goes_on_from_another_ones_best_checkpoint_is_linked_to_it(tmp_path, undrawn):
+    ppo = write_run(tmp_path / "ppo", "rl", ppo_log())
+    shutil.copytree(ppo / "final_checkpoint", ppo / "best_checkpoint")
+    merged = write_run(tmp_path / "merged", "merge", [], parent=str(ppo / "best_checkpoint"))
+    page = make_page(tmp_path, merged, ppo / "best_checkpoint")
+    header = re.sub("<[^>]*>", "", page.source.partition("<header>")[2].partition("</header>")[0])
+    assert "model → PPO → Merge" in " ".join(header.split()) and "Reward" in page.text("figcaption")
 
 
 def test_what_is_mistyped_is_one_line(tmp_path, plain_llama, undrawn):
