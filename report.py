@@ -209,10 +209,12 @@ def show_command(run):
     """The command that makes the same run, with every flag that has a value."""
     words = ["python", f"{SCRIPTS[run.stage]}.py"]
     for name, value in run.arguments.items():
-        if value not in (None, False, []) and name != "episodes_per_update":  # which follows from others
+        is_unset = value is None or value is False or value == []
+        if not is_unset and name != "episodes_per_update":  # which follows from others
             values = value if isinstance(value, list) else [value]
             words += [f"--{name}", *[str(word) for word in values if word is not True]]
-    return " ".join(f'"{word}"' if re.search(r"[^\w./\\:=,+-]", word) else word for word in words)
+    quoted = ['"' + word.replace('"', r"\"") + '"' for word in words]  # as a shell and cmd.exe both read it
+    return " ".join(word if re.fullmatch(r"[\w./\\:=,+-]+", word) else quote for word, quote in zip(words, quoted))
 
 
 def clip(text):

@@ -168,6 +168,16 @@ def test_the_command_on_the_page_makes_the_same_run(chain, index, tmp_path, undr
     assert {name: record[name] for name in parsed} == json.loads(json.dumps(parsed))
 
 
+def test_the_command_keeps_zeros_and_quotes(tmp_path, undrawn):
+    arguments = {"kl_coef": 0.0, "seed": 0, "bf16": False, "use_lora": True, "max_samples": None, "eval_split": []}
+    arguments |= {"dataset_name": "my data", "set": ['lr_scheduler_kwargs={"num_cycles": 2}', "optim=sgd"]}
+    folder = write_run(tmp_path / "ppo", "rl", ppo_log(), arguments=arguments)
+    command = re.search(r"<code>(python .*)</code></dd>", make_page(tmp_path, folder).source)[1]
+    words = "python training_rl.py --kl_coef 0.0 --seed 0 --use_lora --dataset_name".split()
+    words += ["my data", "--set", 'lr_scheduler_kwargs={"num_cycles": 2}', "optim=sgd"]
+    assert shlex.split(html.unescape(re.sub("</?code>", "", command))) == words
+
+
 def test_final_checkpoints_and_copies_are_as_good(chain, tmp_path, undrawn):
     """The final_checkpoint in the place of its run, and runs that were copied, file by file, to elsewhere."""
     page = make_page(tmp_path, chain[0], chain[2])
