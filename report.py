@@ -187,7 +187,9 @@ def show(value, unit=""):
     if not is_number(value):
         return "–"
     if unit == "s":
-        return f"{value:.0f} s" if value < 90 else f"{value / 60:.0f} min" if value < 5400 else f"{value / 3600:.1f} h"
+        if value < 90:
+            return f"{value:.0f} s"
+        return f"{value / 60:.0f} min" if value < 5400 else f"{value / 3600:.1f} h"
     value = 100 * value if unit == "%" else value
     whole = unit == "%" or abs(value) >= 100 or value == round(value)
     text = f"{value:,.0f}" if whole else f"{value:#.3g}".rstrip(".")
@@ -422,7 +424,9 @@ def read_rl(run):
     episodes = updates[-1].get("episode", 1) / max(1, updates[-1]["step"]) * max(1, min(50, len(updates) // 5))
     noise = 2 * spread * math.sqrt(2 / episodes) if episodes >= 8 else math.inf
     rose = reward[1] > reward[0] + noise
-    change = "rose" if rose else "fell" if reward[1] < reward[0] - noise else "changed no more than its noise"
+    change = "rose" if rose else "changed no more than its noise"
+    if reward[1] < reward[0] - noise:
+        change = "fell"
     run.improved = rose if len(updates) >= 10 or run.finished and len(updates) > 3 and episodes >= 8 else None
     run.sentence = f"The reward {change}: {show(reward[0])} to {show(reward[1])}, at a KL of {show(kl[1])} nats "
     run.sentence += f"an answer. Answers have {show(length[1])} tokens, {show(length[0])} at first."
@@ -614,8 +618,9 @@ def judge(runs, finished):
     things = f", with {count} thing{'s' * (count > 1)} to look at" if count else ""
     if not finished:
         return f"Not finished yet{things}"
-    answer = f"{failed} did not" if failed else f"Nobody can tell of {unknown}" if unknown else f"Yes{things}"
-    return f"Did it work? {answer}"
+    if failed:
+        return f"Did it work? {failed} did not"
+    return f"Did it work? Nobody can tell of {unknown}" if unknown else f"Did it work? Yes{things}"
 
 
 def write_page(args, runs, waiting, finished, reload=None):
@@ -641,7 +646,7 @@ def write_page(args, runs, waiting, finished, reload=None):
         for title, unit, _, figure in run.figures:
             figure.axes[0].set_title(f"{title}  {unit}", loc="left", pad=20)
             name = re.sub(r"\W+", "_", f"{run.anchor} {title}".lower())
-            figure.savefig(args.png / f"{name}.png", dpi=200, facecolor=CARD)
+            figure.savefig(args.png / f"{name}.png", dpi=220, facecolor=CARD, bbox_inches="tight")
 
 
 def load_runs(paths):
@@ -654,17 +659,18 @@ def load_runs(paths):
 
 def watch(args):
     """Rewrite the page, as one that reloads itself, when a run has written something; until all are finished."""
-    shown, finished = None, False
-    while not finished:
+    shown = None
+    while True:
         # Later on, a file that is being replaced; on Windows, a page that is being read.
         with contextlib.suppress(*[FileNotFoundError, PermissionError] if shown else []):
             runs, waiting, finished = load_runs(args.runs)
+            if finished:
+                return
             written = [(run.folder, run.written, run.finished) for run in runs]
-            if written != shown and not finished:
+            if written != shown:
                 write_page(args, runs, waiting, finished, reload=RELOAD)
                 shown = written
-        if not finished:
-            time.sleep(RELOAD)
+        time.sleep(RELOAD)
 
 
 def main(argv=None):

@@ -190,13 +190,15 @@ def test_final_checkpoints_and_copies_are_as_good(chain, tmp_path, undrawn):
 
 
 def test_pictures(chain, tmp_path):
-    """--png writes every figure of the page as a picture of at least 900 pixels."""
+    """--png writes every figure of the page as a picture of at least 900 pixels, with nothing cut off at its edges."""
     page = make_page(tmp_path, chain[2], flags=["--png", tmp_path / "png"])
     pictures = list((tmp_path / "png").iterdir())
     assert len(pictures) == page.source.count("<svg") > 5
     for picture in pictures:
         content = picture.read_bytes()
         assert content[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(content[16:20], "big") >= 900
+        pixels = report.matplotlib.image.imread(picture)
+        assert min(edge.min() for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])) > 0.9
 
 
 # ---- what it says ----
@@ -368,14 +370,8 @@ HOSTILE = {
 @pytest.fixture
 def hostile(tmp_path):
     rows = [
-        {
-            "step": 1,
-            "row": i,
-            "prompt": text,
-            "policy_answer": text,
-            "policy_score": 1.0,
-            "reference_answer": text[::-1],
-        }
+        {"step": 1, "row": i, "policy_score": 1.0}
+        | {"prompt": text, "policy_answer": text, "reference_answer": text[::-1]}
         for i, text in enumerate(HOSTILE.values())
     ]
     rows += [{"step": 1, "prompt": text, "answer": text, "score": 1.0} for text in HOSTILE.values()]
@@ -401,13 +397,8 @@ def test_half_a_line_and_lines_that_are_none(tmp_path, undrawn):
     """A log that is being written, with values that are not finite, ends of lines in texts, and what is no object."""
     folder = write_run(tmp_path / "ppo", "rl", ppo_log())
     whole = make_page(tmp_path, folder).text("p")
-    sample = {
-        "step": 4,
-        "row": 0,
-        "prompt": "Why\u2028this\x85?",
-        "policy_answer": "So\u2029it is.",
-        "reference_answer": "No.",
-    }
+    sample = {"step": 4, "row": 0, "prompt": "Why\u2028this\x85?", "policy_answer": "So\u2029it is."}
+    sample["reference_answer"] = "No."
     (folder / "samples.jsonl").write_text(json.dumps(sample, ensure_ascii=False) + "\n[1]\nnull\n", encoding="utf-8")
     with open(folder / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 20, "objective/scores": NaN, "objective/kl": Infinity, "response/length": "many"}\n')
