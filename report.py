@@ -1,6 +1,6 @@
 """One page from what the runs of these scripts left: did it work, the curves, the answers, what to try.
 
-In: the --output_dir of any of the scripts, or the final_checkpoint in it; of runs that go on or were cut short, too.
+In: the --output_dir of any of the scripts, or a checkpoint in it; of runs that go on or were cut short, too.
 Out: --output, one HTML file without scripts or links to elsewhere. What a run did not write is left out and named.
 
     python report.py checkpoints/sft checkpoints/rm checkpoints/ppo checkpoints/merged --output report.html
@@ -39,7 +39,7 @@ def build_parser():
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.error = lambda message: fail(f"{message} (see {parser.prog} --help)")
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="DIR", help="the --output_dir of a run, or the final_checkpoint in it")
+    add("runs", nargs="+", type=Path, metavar="DIR", help="the --output_dir of a run, or a checkpoint in it")
     add("--output", type=Path, default="report.html", metavar="FILE", help="the page; an older one is replaced")
     add("--png", type=Path, metavar="DIR", help="write the figures there, too, for slides")
     add("--watch", action="store_true", help="rewrite the page until the runs are finished, or Ctrl-C")
@@ -71,6 +71,7 @@ COLORS = {  # light and dark; figures are drawn in the light ones, for which the
     "green": ("#24774f", "#6fc79c"),
     "red": ("#b2352c", "#f08a80"),
 }
+CHECKPOINT = re.compile(r"(final|best)_checkpoint|checkpoint-\d+")  # the directories in a run that hold a model
 PAPER, CARD, LINE, SOFT, INK, BLUE, ORANGE, GREEN, RED = (light for light, _ in COLORS.values())
 PROMPTS, EARLIER, EPISODES, MISTAKES, PAIRS, CHARACTERS = 8, 5, 5, 10, 800, 1500  # shown at most
 RELOAD = 10  # seconds, of a page that is watched
@@ -131,7 +132,7 @@ def read_json(path):
 
 def load_run(path):
     """What a directory holds and, filled in later, what the page says of it; None where it holds no run."""
-    in_a_run = path.name in ("final_checkpoint", "best_checkpoint") and (path.parent / "metrics.jsonl").is_file()
+    in_a_run = CHECKPOINT.fullmatch(path.name) and (path.parent / "metrics.jsonl").is_file()
     folder = path.parent if in_a_run else path
     log = read_lines(folder / "metrics.jsonl")
     record = read_json(folder / "final_checkpoint" / "run.json") or read_json(folder / "run.json")
@@ -145,7 +146,7 @@ def load_run(path):
     stage = record.get("stage") or next((stage for stage, key in guesses.items() if key in logged), None)
     if stage not in SCRIPTS:
         return None
-    written = max(file.stat().st_mtime for file in [*folder.glob("*.jsonl"), *folder.rglob("run.json")])
+    written = max(file.stat().st_mtime for file in [*folder.glob("*.json*"), *folder.glob("*/run.json")])
     return types.SimpleNamespace(
         folder=folder, stage=stage, title=TITLES[stage], finished=finished, record=record, metrics=metrics, log=log,
         arguments=record.get("arguments", {}), dataset=record.get("dataset", {}), parent=record.get("parent"),
@@ -175,8 +176,7 @@ def ends(lines, key):
 def base_name(path):
     """The name of a run's directory or of a model, in a path of any system."""
     parts = str(path).replace("\\", "/").rstrip("/").split("/")
-    is_checkpoint = re.fullmatch(r"(final|best)_checkpoint|checkpoint-\d+", parts[-1])
-    return parts[-2] if is_checkpoint and parts[1:] else parts[-1]
+    return parts[-2] if CHECKPOINT.fullmatch(parts[-1]) and parts[1:] else parts[-1]
 
 
 # ---- words ----

@@ -189,6 +189,14 @@ def test_final_checkpoints_and_copies_are_as_good(chain, tmp_path, undrawn):
     assert "finished" in make_page(tmp_path, alone).text("p")
 
 
+@pytest.mark.parametrize("name", ["final_checkpoint", "best_checkpoint", "checkpoint-2"])
+def test_any_checkpoint_stands_for_its_run(chain, name, tmp_path, undrawn):
+    ppo = shutil.copytree(chain[2], tmp_path / "ppo")
+    if not (ppo / name).exists():
+        shutil.copytree(ppo / "final_checkpoint", ppo / name)
+    assert make_page(tmp_path, ppo / name).source == make_page(tmp_path, ppo).source
+
+
 def test_pictures(chain, tmp_path):
     """--png writes every figure of the page as a picture of at least 900 pixels, with nothing cut off at its edges."""
     page = make_page(tmp_path, chain[2], flags=["--png", tmp_path / "png"])
