@@ -898,14 +898,18 @@ class Role:
         """The head's numbers (...) for hidden states (..., hidden), float32."""
         return torch.nn.functional.linear(states.float(), self.head.weight.float()).squeeze(-1)
 
+    def weights(self):
+        """{name: weight} of the adapter, or of the model where none plays the role; without the head."""
+        named = self.model.named_parameters()
+        return {name: p for name, p in named if not self.adapter or f".{self.adapter}." in f"{name}."}
+
     def parameters(self):
         """What training this role changes."""
-        weights = [p for name, p in self.model.named_parameters() if not self.adapter or f".{self.adapter}." in name]
-        return weights + (list(self.head.parameters()) if self.head is not None else [])
+        return [*self.weights().values(), *(self.head.parameters() if self.head else [])]
 
-    def weights(self):
-        """The adapter's tensors by the names that PEFT saves; to find them itself it would gather a shared base."""
-        own = {name: p for name, p in self.model.named_parameters() if f".{self.adapter}." in f"{name}."}
+    def adapter_weights(self):
+        """By the names that PEFT saves; to find them itself it would gather a shared base."""
+        own = self.weights()
         return peft.get_peft_model_state_dict(self.model, own, adapter_name=self.adapter, save_embedding_layers=False)
 
     def save(self, directory):
@@ -915,17 +919,13 @@ class Role:
             self.model.save_pretrained(directory)
             self.model.config = running
             return
-        config = copy.copy(self.model.peft_config[self.adapter])
-        weights = self.weights()
-        if self.head is not None:
-            weights[SCORE] = self.head.weight.detach()
+        config, weights = copy.copy(self.model.peft_config[self.adapter]), self.adapter_weights()
+        if self.head:
+            weights[SCORE] = self.head.weight
             config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
         config.inference_mode = True
         config.save_pretrained(directory)
         self.model.create_or_update_model_card(directory)
-        weights = {
-            name: tensor.detach().cpu().clone() for name, tensor in weights.items()
-        }  # none shares another's memory
         save_file(weights, directory / "adapter_model.safetensors", {"format": "pt"})
 
     def load(self, directory):
@@ -934,7 +934,7 @@ class Role:
             self.model.load_state_dict(load_file(file), strict=False)
         if self.adapter:
             weights = load_file(directory / "adapter_model.safetensors")
-            if self.head is not None:
+            if self.head:
                 self.head.weight.data.copy_(weights.pop(SCORE))
             peft.set_peft_model_state_dict(self.model, weights, adapter_name=self.adapter)
 
@@ -945,12 +945,12 @@ class Roles(torch.nn.Module):
     def __init__(self, policy, reference, reward, value):
         super().__init__()
         self.policy, self.reference, self.reward, self.value = policy, reference, reward, value
-        roles = [role for role in (policy, reference, reward, value) if role is not None]
-        self.models = torch.nn.ModuleList({id(role.model): role.model for role in roles}.values())
-        self.heads = torch.nn.ModuleList([role.head for role in roles if role.head is not None])
+        roles = [role for role in (policy, reference, reward, value) if role]
+        self.models = torch.nn.ModuleList(dict.fromkeys(role.model for role in roles))
+        self.heads = torch.nn.ModuleList(role.head for role in roles if role.head)
         self.config = policy.network.config
-        for network in {id(role.network): role.network for role in roles}.values():
-            switch_off(network)
+        for model in self.models:
+            switch_off(model)
         self.mark_trained()
 
     def mark_trained(self):
@@ -1008,7 +1008,7 @@ def put_adapter(model, name, config, weights=None, head=None):
 
 def copy_adapter(role, name, head=None):
     """A Role of a copy of a role's adapter on the same model."""
-    return put_adapter(role.model, name, role.model.peft_config[role.adapter], role.weights(), head)
+    return put_adapter(role.model, name, role.model.peft_config[role.adapter], role.adapter_weights(), head)
 
 
 @contextlib.contextmanager
@@ -1976,7 +1976,7 @@ def run_stage(args):
 
     transformers.set_seed(args.seed)
     roles = load_roles(args, policy, reward, same_tokens)
-    roles.policy.network.saved_config.eos_token_id = prompt_format.tokenizer.eos_token_id
+    roles.policy.model.saved_config.eos_token_id = prompt_format.tokenizer.eos_token_id
     report_roles(roles)
     if config.process_index == 0:
         open_output_dir(Path(args.output_dir), checkpoint)

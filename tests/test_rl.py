@@ -1001,12 +1001,19 @@ def test_a_reward_model_of_an_earlier_version_is_refused(rl, chain, tmp_path):
     assert "earlier version, which read scores elsewhere: train it again" in error
 
 
-def test_an_adapter_on_the_embeddings_of_a_tied_model_is_saved(rl, chain, tmp_path):
+def test_an_adapter_on_the_embeddings_of_a_tied_model_is_trained_and_saved(rl, chain, tmp_path, rollouts):
+    """All of it moves, of the policy and of the value model that starts as its copy; nothing else is saved."""
     base = make_model(tmp_path / "base", tie_word_embeddings=True)
-    flags = "--use_lora --lora_target_modules embed_tokens q_proj"
-    train(rl, chain, tmp_path / "out", flags, model=base)
-    names = load_file(tmp_path / "out" / "final_checkpoint" / "adapter_model.safetensors")
-    assert all("lora_" in name for name in names) and any("embedding" in name for name in names)
+    flags = "--use_lora --lora_target_modules embed_tokens q_proj --reward_function RULES:tokens"
+    train(rl, chain, tmp_path / "out", flags, model=base, reward=None)
+    saved = adapters(tmp_path / "out" / "final_checkpoint")
+    assert all("lora_" in name or "score" in name for name in saved)
+    trainer, _, start = rollouts[0]
+    now = dict(trainer.roles.named_parameters())
+    for kind in ("default", "ppo_value"):
+        of_embeddings = [name for name in now if "lora_embedding" in name and name.endswith(kind)]
+        assert len(of_embeddings) == 2 and not any(torch.equal(now[name], start[name]) for name in of_embeddings)
+    assert sum("embedding" in name for name in saved) == 4
 
 
 BAD_INPUT = {
