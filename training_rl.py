@@ -381,7 +381,6 @@ def parse_flags(argv=None):
         args.learning_rate = 5e-5 if args.use_lora else 3e-6
     args.episodes_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps
     mini_batch = args.episodes_per_update / args.num_mini_batches
-    rewarded = args.reward_model_path or args.reward_function
     uneven = mini_batch % 1 or mini_batch % min(args.per_device_train_batch_size, mini_batch)
     quantized = args.load_in_4bit or args.load_in_8bit
     sharded = os.environ.keys() & {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"}
@@ -401,7 +400,7 @@ def parse_flags(argv=None):
         "--bf16 and --fp16 exclude each other": args.bf16 and args.fp16,
         "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
         "--load_in_4bit and --load_in_8bit need --use_lora: adapters are trained": quantized and not args.use_lora,
-        "a reward is needed: --reward_model_path, --reward_function, or both": not rewarded,
+        "a reward is needed: --reward_model_path, --reward_function, or both": not (args.reward_model_path or args.reward_function),
         f"{steps} does not divide the {episodes} (batch size x accumulation) into whole micro-batches": uneven,
         "--shard_base needs several processes: accelerate launch, or torchrun --nproc_per_node 8": shard and one,
         "--shard_base needs --use_lora: all weights are trained under DDP": shard and not args.use_lora,
@@ -627,12 +626,12 @@ def load_prompts(args, subset, split, flag, prompt_format, reward_functions):
 
     rows = data.map(encode, with_indices=True, remove_columns=data.column_names, desc="Tokenizing")
     kept = rows.filter(lambda row: 0 < len(row["prompt_ids"]) <= args.max_prompt_length).remove_columns("problem")
-    numbers = {"": []}  # of the rows with each problem
+    problems = {}  # and the numbers of the rows that have each
     for number, problem in enumerate(rows["problem"]):
-        numbers.setdefault(problem, []).append(str(number))
-    left_out = len(rows) - len(numbers.pop(""))
-    for problem, found in numbers.items():
-        message = f"{where}: {len(found)} of {len(rows)} rows (row {', '.join(found[:3])}): {problem}"
+        problems.setdefault(problem, []).append(str(number))
+    left_out = len(rows) - len(problems.pop("", []))
+    for problem, numbers in problems.items():
+        message = f"{where}: {len(numbers)} of {len(rows)} rows (row {', '.join(numbers[:3])}): {problem}"
         if left_out > len(rows) / 10:
             fail(message)
         print(f"warning: left out: {message}", file=sys.stderr)
@@ -668,20 +667,18 @@ class RewardFunction:
             fail(f"{self.spec}: {path} has no function {self.name}")
         self.parameters = list(inspect.signature(self.function).parameters.values())[2:]
 
-    def find_columns(self, there, where):
-        """The columns of a data set that has `there` which the function takes."""
-        taken = {parameter.name for parameter in self.parameters if parameter.kind != parameter.VAR_KEYWORD}
-        needed = {p.name for p in self.parameters if p.name in taken and p.default is p.empty} - {"messages"}
+    def find_columns(self, there, where=""):
+        """Of the columns that are there, in the data set `where`, those that the function takes."""
+        named = {p.name: p.default for p in self.parameters if p.kind != p.VAR_KEYWORD}
+        needed = {name for name, default in named.items() if default is inspect.Parameter.empty} - {"messages"}
         if missing := needed - {*there}:
             fail(f"{self.spec} takes the columns {', '.join(sorted(missing))}; {where} has {', '.join(there)}")
-        return taken & {*there} if len(taken) == len(self.parameters) else {*there}
+        return {*there} if len(named) < len(self.parameters) else {*there} & {*named}
 
     def __call__(self, rows, responses):
-        names = {name[7:] for name in rows[0] if name.startswith("column_")}
-        accepts_all = any(parameter.kind == parameter.VAR_KEYWORD for parameter in self.parameters)
-        taken = {parameter.name for parameter in self.parameters}
-        columns = {name: [row[f"column_{name}"] for row in rows] for name in names if accepts_all or name in taken}
-        if "messages" in taken:
+        there = [name.removeprefix("column_") for name in rows[0] if name.startswith("column_")]
+        columns = {name: [row[f"column_{name}"] for row in rows] for name in self.find_columns(there)}
+        if "messages" in [parameter.name for parameter in self.parameters]:
             columns["messages"] = [row["messages"] for row in rows]
         try:
             scores = [float(score) for score in self.function([row["text"] for row in rows], responses, **columns)]
@@ -1160,7 +1157,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         super(trl_ppo.PPOTrainer, self).__init__(model=roles, args=args, **kwargs)
         self._train_batch_size = args.episodes_per_update  # the prompts that Trainer draws for one of its steps
         self.model_accepts_loss_kwargs = False
-        self.is_distributed_loading_by_transformers = args.shard_base  # no DDP; earlier it would forbid checkpoints
+        self.is_distributed_loading_by_transformers = True  # no DDP: accumulate_gradients adds up what processes find
         self.in_step = args.shard_base and not self.fits_whole()  # token by token, since each gathers the base
         self.episodes = args.episodes_per_update * args.world_size
         reward = None if reward_format else roles.reward  # in a format of its own it reads one text at a time
@@ -1184,7 +1181,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         super()._move_model_to_device(model.heads if self.args.shard_base else model, device)
 
     def _sync_replicated_trainable_parameters(self, model):
-        """Trainer would average gradients in each backward pass; accumulate_gradients adds them up once."""
+        """Trainer would average gradients in each backward pass."""
 
     train = transformers.Trainer.train
     get_train_dataloader = transformers.Trainer.get_train_dataloader
