@@ -400,7 +400,9 @@ def parse_flags(argv=None):
         "--bf16 and --fp16 exclude each other": args.bf16 and args.fp16,
         "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
         "--load_in_4bit and --load_in_8bit need --use_lora: adapters are trained": quantized and not args.use_lora,
-        "a reward is needed: --reward_model_path, --reward_function, or both": not (args.reward_model_path or args.reward_function),
+        "a reward is needed: --reward_model_path, --reward_function, or both": not (
+            args.reward_model_path or args.reward_function
+        ),
         f"{steps} does not divide the {episodes} (batch size x accumulation) into whole micro-batches": uneven,
         "--shard_base needs several processes: accelerate launch, or torchrun --nproc_per_node 8": shard and one,
         "--shard_base needs --use_lora: all weights are trained under DDP": shard and not args.use_lora,
@@ -432,6 +434,7 @@ import peft
 import psutil
 import torch
 import transformers
+from accelerate.utils import gather_object
 from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, safe_open, save_file
 from torch.nn.utils.rnn import pad_sequence
@@ -1072,6 +1075,29 @@ def load_roles(args, source, reward_source, same_tokens):
     return Roles(policy, reference, reward, value)
 
 
+def check_base(args, base, tokens, longest):
+    """Refuse a base model that cannot be trained or shared out as it is asked for, or that knows fewer `tokens` than the
+    tokenizer, or fewer positions than the `longest` text has; no weight is loaded."""
+    config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+    quantized = getattr(config, "quantization_config", None)
+    if quantized and not args.use_lora:
+        fail(f"--model_path {args.model_path} is stored in 4 or 8 bit: add --use_lora")
+    if args.shard_base:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+        layers = {re.sub(r"\.\d+$", ".*", name) for name, _ in model.named_modules()} & {*model.fsdp_plan}
+        if quantized or not any("*" in name for name in layers):
+            fail(f"--shard_base: no plan for {config.model_type}, or {base} is stored in 4 or 8 bit")
+    embeddings = config.get_text_config().vocab_size
+    if tokens > embeddings:
+        fail(f"--model_path {args.model_path}: {tokens} tokens, but embeddings for {embeddings}: "
+             "training_sft.py without --use_lora adds and trains them")  # fmt: skip
+    positions = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
+    if longest > positions:
+        fail(f"a prompt with its answer may have {longest} tokens, the model has {positions} positions: lower "
+             f"--max_prompt_length {args.max_prompt_length} or --response_length {args.response_length}")  # fmt: skip
+
+
 def report_roles(roles):
     """Say what the models take, and warn where gradients and AdamW's moments (12 bytes a weight) exceed what is free."""
     trained = sum(p.numel() for p in roles.parameters() if p.requires_grad)
@@ -1149,7 +1175,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         self.reward_functions = reward_functions
         self.run = run
         self.tokenizer = prompt_format.tokenizer
-        self.stop_ids = torch.tensor(prompt_format.stop_ids(roles.policy.network.generation_config), device=args.device)
+        self.stop_ids = prompt_format.stop_ids(roles.policy.network.generation_config)
         self.ppo_state = {"kl_coef": args.kl_coef, "reward_mean": 0.0, "reward_std": 1.0}
         self.latest = {}  # the last update's metrics, for the next log line
         self.references = []  # the reference's answers to the fixed prompts
@@ -1171,7 +1197,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         for the cache. Else every token gathers every layer."""
         size = sum(p.nbytes - getattr(p, "_local_tensor", p).nbytes for p in self.roles.parameters())
         free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-        free = self.accelerator.gather(torch.tensor([free], device=self.args.device)).min().item()
+        free = min(gather_object([free]))
         how = "whole in each process, which is fast" if 2 * size < free else "in shares, which is slow"
         print(f"generation with the base {how}: its other shares are {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
         return 2 * size < free
@@ -1219,7 +1245,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 
     def stop_unless(self, fine, what):
         """Raise FloatingPointError, in all processes at once, if `what` was not finite in one of them."""
-        if self.total(torch.tensor(not fine, device=self.args.device)):
+        if any(gather_object([not fine])):
             raise FloatingPointError(f"{what} is NaN or infinite in update {self.state.global_step + 1}")
 
     def beat(self):
@@ -1237,8 +1263,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         """A response to every prompt with its log-probabilities, values and scores; returns a list of MicroBatch."""
         policy, reference, value = self.roles.policy, self.roles.reference, self.roles.value
         responses = self.generate(policy, rows)
-        longest = torch.tensor([max(map(len, responses))], device=self.args.device)
-        width = self.accelerator.gather(longest).max().item()
+        width = max(gather_object([max(map(len, responses))]))
         batches = []
         for group in self.make_groups(rows, responses):
             some = [rows[i] for i in group], [responses[i] for i in group]
@@ -1273,14 +1298,14 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         """Responses to the rows' prompts: lists of at most response_length ids that end with the first stop id."""
         sampling = {"temperature": self.args.temperature, "top_k": 0, "top_p": 1.0} if sample else {}
         config = transformers.GenerationConfig(
-            max_new_tokens=self.args.response_length, do_sample=sample, eos_token_id=self.stop_ids.tolist(),
+            max_new_tokens=self.args.response_length, do_sample=sample, eos_token_id=self.stop_ids,
             pad_token_id=self.tokenizer.pad_token_id, **sampling,
         )  # fmt: skip
-        prompts, responses = [torch.tensor(row["prompt_ids"]) for row in rows], []
         # padding before a text would enter a state that goes from token to token
         kinds = set(getattr(role.network.config.get_text_config(), "layer_types", None) or ())
         recurrent = kinds - {"full_attention", "sliding_attention", "chunked_attention"} or role.network._is_stateful
         size = 1 if recurrent else self.args.local_rollout_forward_batch_size
+        responses = []
 
         def go_on(ids, scores, **kwargs):  # after each token
             self.beat()
@@ -1290,16 +1315,15 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         quick = quick_adapters(role.model, compute_dtype(self.args)) if role.adapter else contextlib.nullcontext()
         with role.active(train=True) as network, self.accelerator.autocast(), quick, self.whole(network):
             kept, network.generation_config = network.generation_config, config  # its own would fill gaps (top_p)
-            for some in (prompts[i : i + size] for i in range(0, len(prompts), size)):
-                ids = pad_sequence(some, True, self.tokenizer.pad_token_id, padding_side="left")
-                mask = pad_sequence([torch.ones_like(prompt) for prompt in some], True, padding_side="left")
-                inputs = {"input_ids": ids.to(self.args.device), "attention_mask": mask.to(self.args.device)}
+            for i in range(0, len(rows), size):
+                prompts = [torch.tensor(row["prompt_ids"], device=self.args.device) for row in rows[i : i + size]]
+                ids = pad_sequence(prompts, True, self.tokenizer.pad_token_id, padding_side="left")
+                mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, padding_side="left")
+                inputs = {"input_ids": ids, "attention_mask": mask}
                 sampled = network.generate(**inputs, stopping_criteria=[go_on], synced_gpus=self.in_step)
-                sampled = sampled[:, ids.shape[1] :]
-                stops = torch.isin(sampled, self.stop_ids)
-                ends = torch.where(stops.any(1), stops.int().argmax(1) + 1, sampled.shape[1])
-                responses += [response[:end] for response, end in zip(sampled.tolist(), ends.tolist())]
-                self.beat()
+                for response in sampled[:, ids.shape[1] :].tolist():
+                    end = next((n for n, token in enumerate(response, 1) if token in self.stop_ids), None)
+                    responses.append(response[:end])
             network.generation_config = kept
         return responses
 
@@ -1321,8 +1345,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             if shared + sum(own[k] for k in [*groups[-1], i]) > limit:
                 groups.append([])
             groups[-1].append(i)
-        passes = torch.tensor([len(groups)], device=self.args.device)
-        passes = self.accelerator.gather(passes).max() if self.args.shard_base else passes
+        passes = max(gather_object([len(groups)])) if self.args.shard_base else len(groups)
         while len(groups) < passes:  # each gathers the base, so all processes make as many
             groups.sort(key=len)
             largest = groups.pop()
@@ -1355,7 +1378,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             action_index = state_index[actions] // ids.shape[1] * len(columns) + inverse
             targets = torch.zeros(len(ids) * len(columns), dtype=torch.long)
             targets[action_index] = torch.tensor([token for response in responses for token in response])
-            ended = torch.isin(torch.tensor([response[-1] for response in responses]), self.stop_ids)
+            ended = torch.tensor([response[-1] in self.stop_ids for response in responses])
             mask = self.tree_mask(shared, sizes) if one_row else None
         return MicroBatch(
             rows, responses, ids, positions.expand(len(ids), -1), mask, state_index, columns, action_index,
@@ -1667,7 +1690,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     def measure_reference(self, rows):
         """Mean and spread of the score on the reference's own sampled answers (--normalize_reward)."""
         scores = [found["reference_score"] for found in self.answer("reference", rows, sample=True)]
-        scores = self.accelerator.gather(torch.tensor(scores, device=self.args.device))
+        scores = torch.tensor(gather_object(scores))
         self.ppo_state |= {"reward_mean": scores.mean().item(), "reward_std": max(scores.std().item(), 1e-4)}
         self.roles.mark_trained()  # the optimizer is made after this
 
@@ -1684,7 +1707,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         generation = self.roles.policy.network.generation_config
         if not generation.do_sample:  # what only sampling reads: transformers would not save it again (Llama 2 has it)
             generation.update(temperature=None, top_p=None, top_k=None)
-        generation = {**generation.to_diff_dict(), "eos_token_id": self.stop_ids.tolist()}
+        generation = {**generation.to_diff_dict(), "eos_token_id": self.stop_ids}
         write_json(output_dir / "generation_config.json", generation)
         write_json(output_dir / "ppo_state.json", self.ppo_state)
         write_json(output_dir / "run.json", self.run)
@@ -1913,10 +1936,10 @@ def run_stage(args):
     reward = locate_model(args, "reward_model_path") if args.reward_model_path else None
     if policy.lora:
         check_lora_flags(args, policy.lora)
-    if args.shard_base and reward and not (reward.lora and reward.base == policy.base):
-        fail(f"--shard_base: --reward_model_path should be a LoRA adapter on the policy's base, {policy.base}")
     if reward:
         report_reward_model(args.reward_model_path, reward.run)
+        if args.shard_base and not (reward.lora and reward.base == policy.base):
+            fail(f"--shard_base: --reward_model_path should be a LoRA adapter on the policy's base, {policy.base}")
     checkpoint = find_checkpoint(args)
     if args.push_to_hub:
         huggingface_hub.utils.validate_repo_id(Path(args.output_dir).resolve().name)
@@ -1930,23 +1953,7 @@ def run_stage(args):
         subset, split = args.eval_subset or args.subset, args.eval_split or "test"
         eval_rows, counts["eval"] = load_prompts(args, subset, split, "--eval_split", prompt_format, reward_functions)
     longest = max(len(ids) for rows in (train_rows, eval_rows) for ids in rows["prompt_ids"]) + args.response_length
-    base_config = transformers.AutoConfig.from_pretrained(policy.base, trust_remote_code=args.trust_remote_code)
-    if getattr(base_config, "quantization_config", None) and not args.use_lora:
-        fail(f"--model_path {args.model_path} is stored in 4 or 8 bit: add --use_lora")
-    if args.shard_base:
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(base_config, trust_remote_code=args.trust_remote_code)
-        layers = {re.sub(r"\.\d+$", ".*", name) for name, _ in model.named_modules()} & {*model.fsdp_plan}
-        if getattr(base_config, "quantization_config", None) or not any("*" in name for name in layers):
-            fail(f"--shard_base: no plan for {base_config.model_type}, or {policy.base} is stored in 4 or 8 bit")
-    embeddings = base_config.get_text_config().vocab_size
-    if len(prompt_format.tokenizer) > embeddings:
-        fail(f"--model_path {args.model_path}: {len(prompt_format.tokenizer)} tokens, but embeddings for {embeddings}: "
-             "training_sft.py without --use_lora adds and trains them")  # fmt: skip
-    positions = getattr(base_config.get_text_config(), "max_position_embeddings", math.inf)
-    if longest > positions:
-        fail(f"a prompt with its answer may have {longest} tokens, the model has {positions} positions: lower "
-             f"--max_prompt_length {args.max_prompt_length} or --response_length {args.response_length}")  # fmt: skip
+    check_base(args, policy.base, len(prompt_format.tokenizer), longest)
     episodes = args.episodes_per_update * int(os.environ.get("WORLD_SIZE", 1))
     if episodes > len(train_rows):
         what = "--per_device_train_batch_size x --gradient_accumulation_steps x processes"
@@ -1954,15 +1961,13 @@ def run_stage(args):
     for function in reward_functions:  # a fault in one is to show before anything slow
         function([train_rows[0], train_rows[len(train_rows) - 1]], ["Yes.", "No."])
     updates = math.ceil((args.total_episodes or len(train_rows)) / episodes)
-    config = make_config(args, max_steps=updates, total_episodes=updates * episodes, longest_text=longest)
-    steps = args.num_ppo_epochs * args.num_mini_batches
-    final = Path(args.output_dir, "final_checkpoint")
-    stopped = read_json(final / "run.json").get("metrics", {}).get("stopped")
-    if checkpoint and final.is_dir() and finished_steps(checkpoint) >= updates and not stopped:
-        print(
-            f"{args.output_dir} is finished, after {finished_steps(checkpoint)} updates; to train longer, raise --total_episodes"
-        )
+    config = make_config(args, max_steps=updates, longest_text=longest)
+    done = finished_steps(checkpoint) if checkpoint else 0
+    final = read_json(Path(args.output_dir, "final_checkpoint", "run.json")).get("metrics")
+    if done >= updates and final and not final["stopped"]:
+        print(f"{args.output_dir} is finished, after {done} updates; to train longer, raise --total_episodes")
         return
+    steps = args.num_ppo_epochs * args.num_mini_batches
     print(f"{updates} updates of {episodes} episodes, {steps} optimizer steps each")
     if args.dry_run:
         for row in train_rows.select(range(min(2, len(train_rows)))):

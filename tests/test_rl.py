@@ -454,7 +454,7 @@ def test_families_that_share_rows_compute_texts_alone(rl, float64):
     words = make_tokenizer()
     trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False), tokenizer=words)
     trainer.beat = lambda: None
-    trainer.stop_ids, trainer.accelerator = torch.tensor([STOP]), SimpleNamespace(autocast=contextlib.nullcontext)
+    trainer.stop_ids, trainer.accelerator = [STOP], SimpleNamespace(autocast=contextlib.nullcontext)
     for name in ("tree_mask", "read"):
         setattr(trainer, name, functools.partial(getattr(rl.PPOTrainer, name), trainer))
     alone = [rl.PPOTrainer.collate(trainer, [row], [response], 30) for row, response in zip(rows, responses)]
