@@ -381,6 +381,7 @@ def parse_flags(argv=None):
         args.learning_rate = 5e-5 if args.use_lora else 3e-6
     args.episodes_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps
     mini_batch = args.episodes_per_update / args.num_mini_batches
+    rewarded = args.reward_model_path or args.reward_function
     uneven = mini_batch % 1 or mini_batch % min(args.per_device_train_batch_size, mini_batch)
     quantized = args.load_in_4bit or args.load_in_8bit
     sharded = os.environ.keys() & {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"}
@@ -400,9 +401,7 @@ def parse_flags(argv=None):
         "--bf16 and --fp16 exclude each other": args.bf16 and args.fp16,
         "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
         "--load_in_4bit and --load_in_8bit need --use_lora: adapters are trained": quantized and not args.use_lora,
-        "a reward is needed: --reward_model_path, --reward_function, or both": not (
-            args.reward_model_path or args.reward_function
-        ),
+        "a reward is needed: --reward_model_path, --reward_function, or both": not rewarded,
         f"{steps} does not divide the {episodes} (batch size x accumulation) into whole micro-batches": uneven,
         "--shard_base needs several processes: accelerate launch, or torchrun --nproc_per_node 8": shard and one,
         "--shard_base needs --use_lora: all weights are trained under DDP": shard and not args.use_lora,
