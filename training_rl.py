@@ -1220,9 +1220,9 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         model.eval()  # in train mode gradient checkpointing generates without a cache
         batches = self.roll_out(inputs)
         rolled_out = time.perf_counter()
-        names = "lengths ended actions states logprobs entropy ref_logprobs values given scores".split()
-        joined = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
-        rollout = types.SimpleNamespace(**joined)  # of all N episodes: (N,) or (N, W)
+        rollout = types.SimpleNamespace()  # of all N episodes: (N,) or (N, W)
+        for name in "lengths ended actions states logprobs entropy ref_logprobs values given scores".split():
+            setattr(rollout, name, torch.cat([getattr(batch, name) for batch in batches]))
         rollout.read = torch.tensor([batch.input_ids.numel() for batch in batches], device=self.args.device)
         self.stop_unless(rollout.logprobs.isfinite().all(), "a log-probability")
         self.stop_unless(rollout.scores.isfinite().all(), "a reward")
@@ -1292,7 +1292,6 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             layer.set_reshard_after_forward(True)
             layer.reshard()
 
-    @torch.no_grad()
     def generate(self, role, rows, sample=True):
         """Responses to the rows' prompts: lists of at most response_length ids that end with the first stop id."""
         sampling = {"temperature": self.args.temperature, "top_k": 0, "top_p": 1.0} if sample else {}
@@ -1776,14 +1775,14 @@ class RunCallback(ProgressCallback):
             self.training_bar.set_postfix({name: figures[name] for name in ("reward", "KL", "length", "stop_rate")})
         lines = [line for line in state.log_history if "objective/scores" in line]
         if state.global_step >= 10 and len(lines) >= 6:
-            for problem, help in find_stalls(lines[:3], lines[-3:], args).items():
+            for problem, remedy in find_stalls(lines[:3], lines[-3:], args):
                 if problem not in self.warned:
                     self.warned.add(problem)
-                    tqdm.write(f"warning: {problem} (update {state.global_step}): {help}", file=sys.stderr)
+                    tqdm.write(f"warning: {problem} (update {state.global_step}): {remedy}", file=sys.stderr)
 
 
 def find_stalls(first, last, args):
-    """{what goes wrong: what to try} of a run that does not learn, from its first and its last log lines."""
+    """(what goes wrong, what to try), for each thing, of a run that does not learn, by its first and last log lines."""
 
     def mean(key, lines=last):
         return sum(line[key] for line in lines) / len(lines)
@@ -1791,26 +1790,15 @@ def find_stalls(first, last, args):
     gain = mean("objective/scores") - mean("objective/scores", first)
     noise = mean("objective/scores_std") * math.sqrt(2 / (len(last) * args.episodes_per_update * args.world_size))
     flat = gain < 2 * noise  # two standard errors
-    kl, kl_before = mean("objective/kl"), mean("objective/kl", first)
-    problems = {
-        "the values explain nothing of the returns": (
-            flat and mean("val/explained_variance") < 0,  # a reward that rises does without them
-            "more episodes an update (--gradient_accumulation_steps)",
-        ),
-        "hardly any answer ends": (
-            mean("response/stop_rate") < 0.1,
-            "a longer --response_length, or SFT on answers that end within it",
-        ),
-        "the reward is flat and hardly a ratio is clipped": (
-            flat and mean("policy/clipfrac_avg") < 0.01,
-            f"a --learning_rate above {args.learning_rate:g}, or more --num_ppo_epochs",
-        ),
-        "the KL runs away": (
-            kl > 20 and kl > 2 * kl_before,  # nats an answer
-            f"a --kl_coef above {args.kl_coef:g}, --target_kl, or a lower --learning_rate",
-        ),
-    }
-    return {problem: help for problem, (is_there, help) in problems.items() if is_there}
+    if flat and mean("val/explained_variance") < 0:  # a reward that rises does without them
+        yield "the values explain nothing of the returns", "more episodes an update (--gradient_accumulation_steps)"
+    if mean("response/stop_rate") < 0.1:
+        yield "hardly any answer ends", "a longer --response_length, or SFT on answers that end within it"
+    if flat and mean("policy/clipfrac_avg") < 0.01:
+        higher = f"a --learning_rate above {args.learning_rate:g}, or more --num_ppo_epochs"
+        yield "the reward is flat and hardly a ratio is clipped", higher
+    if mean("objective/kl") > max(20, 2 * mean("objective/kl", first)):  # nats an answer
+        yield "the KL runs away", f"a --kl_coef above {args.kl_coef:g}, --target_kl, or a lower --learning_rate"
 
 
 # ---- a run and its directory ----

@@ -913,8 +913,8 @@ def test_a_run_that_does_not_learn_says_so(rl, chain, tmp_path, choose):
     good |= {"val/explained_variance": 0.3, "response/stop_rate": 0.9, "policy/clipfrac_avg": 0.0}
     later, away = good | {"objective/scores": 2.0}, good | {"objective/scores": 2.0, "objective/kl": 31.0}
     args = SimpleNamespace(episodes_per_update=4, world_size=1, learning_rate=1e-4, kl_coef=0.05)
-    assert rl.find_stalls([good] * 3, [later] * 3, args) == {}
-    (problem,) = rl.find_stalls([good] * 3, [away] * 3, args)
+    assert not list(rl.find_stalls([good] * 3, [later] * 3, args))
+    ((problem, _),) = rl.find_stalls([good] * 3, [away] * 3, args)
     assert problem == "the KL runs away"
 
 
