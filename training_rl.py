@@ -1021,9 +1021,8 @@ def quick_adapters(model, dtype):
         linear = torch.nn.functional.linear
         layer.forward = lambda x, *args, **kwargs: base(x, *args, **kwargs) + linear(linear(x, first), second)
 
-    linear_layers = (torch.nn.Linear, transformers.Conv1D)
     layers = [layer for layer in model.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)]
-    layers = [layer for layer in layers if isinstance(layer.base_layer, linear_layers)]
+    layers = [layer for layer in layers if isinstance(layer.base_layer, (torch.nn.Linear, transformers.Conv1D))]
     with torch.no_grad():
         for layer in layers:
             (name,) = layer.active_adapters
@@ -1196,10 +1195,10 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         for the cache. Else every token gathers every layer."""
         size = sum(p.nbytes - getattr(p, "_local_tensor", p).nbytes for p in self.roles.parameters())
         free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-        free = min(gather_object([free]))
-        how = "whole in each process, which is fast" if 2 * size < free else "in shares, which is slow"
+        fits = all(gather_object([2 * size < free]))
+        how = "whole in each process, which is fast" if fits else "in shares, which is slow"
         print(f"generation with the base {how}: its other shares are {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
-        return 2 * size < free
+        return fits
 
     def _move_model_to_device(self, model, device):
         """Shares are where they are to be."""
@@ -1442,6 +1441,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                 return role.read(self.hidden_states(network, longer)[longer.state_index[:, 0] + longer.lengths])
             for row, text, ended in zip(batch.rows, texts, batch.ended):
                 ids = self.reward_format.encode([*row["messages"], {"role": "assistant", "content": text}])[0]
+                if not text:  # in `qa` that would be the question as an answer
+                    ids = [*self.reward_format.encode(row["messages"], open_end=True)[0], self.reward_format.end_id()]
                 response = ids[1:] + tail if ended else ids[1:-1]
                 alone = self.collate([{"prompt_ids": ids[:1]}], [response], len(response))
                 scores.append(role.read(self.hidden_states(network, alone)[-1:]))

@@ -381,6 +381,22 @@ def test_a_reward_model_of_another_family_scores_text(
     assert (roles.value.model is roles.policy.model) == (vocab_size == 300)  # it reads the policy's tokens
 
 
+def test_an_empty_answer_is_none_in_the_format_of_another_reward_model(rl, chain, tmp_path, choose, rollouts):
+    """Its score is that of a question without an answer; an end that was cut off is not scored."""
+    rm, words = shutil.copytree(chain["rm"], tmp_path / "rm"), make_tokenizer()
+    (rm / "run.json").write_text(json.dumps({"prompt_format": "qa"}))
+    choose(lambda prompt: [STOP] if len(prompt) % 2 else [words.convert_tokens_to_ids("<|im_start|>")])
+    train(rl, chain, tmp_path / "out", "--total_episodes 8", reward=str(rm))
+    checked = set()
+    for batch in [batch for _, batches, _ in rollouts for batch in batches]:
+        for row, score in zip(batch.rows, batch.scores.tolist()):
+            ended = len(row["prompt_ids"]) % 2 == 1
+            ids = words(f"Question: {row['text']}\n\nAnswer:")["input_ids"] + [STOP] * ended
+            assert score == pytest.approx(scalars_of(rm, ids)[-1].item(), abs=1e-4)
+            checked.add(ended)
+    assert checked == {True, False}
+
+
 # ---- rollout ----
 
 
