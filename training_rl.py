@@ -925,6 +925,7 @@ class Role:
         config.inference_mode = True
         config.save_pretrained(directory)
         self.model.create_or_update_model_card(directory)
+        weights = {name: tensor.detach().clone() for name, tensor in weights.items()}  # none shares another's memory
         save_file(weights, directory / "adapter_model.safetensors", {"format": "pt"})
 
     def load(self, directory):
@@ -1952,7 +1953,7 @@ def run_stage(args):
     config = make_config(args, max_steps=updates, longest_text=longest)
     done = finished_steps(checkpoint) if checkpoint else 0
     final = read_json(Path(args.output_dir, "final_checkpoint", "run.json")).get("metrics")
-    if done >= updates and final and not final["stopped"]:
+    if done >= updates and final and not final.get("stopped"):
         print(f"{args.output_dir} is finished, after {done} updates; to train longer, raise --total_episodes")
         return
     steps = args.num_ppo_epochs * args.num_mini_batches
