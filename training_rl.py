@@ -433,6 +433,7 @@ import peft
 import psutil
 import torch
 import transformers
+from accelerate.utils import gather_object
 from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, safe_open, save_file
 from torch.nn.utils.rnn import pad_sequence
@@ -627,12 +628,12 @@ def load_prompts(args, subset, split, flag, prompt_format, reward_functions):
 
     rows = data.map(encode, with_indices=True, remove_columns=data.column_names, desc="Tokenizing")
     kept = rows.filter(lambda row: 0 < len(row["prompt_ids"]) <= args.max_prompt_length).remove_columns("problem")
-    numbers = {"": []}  # of the rows with each problem
+    problems = {}  # and the numbers of the rows that have each
     for number, problem in enumerate(rows["problem"]):
-        numbers.setdefault(problem, []).append(str(number))
-    left_out = len(rows) - len(numbers.pop(""))
-    for problem, found in numbers.items():
-        message = f"{where}: {len(found)} of {len(rows)} rows (row {', '.join(found[:3])}): {problem}"
+        problems.setdefault(problem, []).append(str(number))
+    left_out = len(rows) - len(problems.pop("", []))
+    for problem, numbers in problems.items():
+        message = f"{where}: {len(numbers)} of {len(rows)} rows (row {', '.join(numbers[:3])}): {problem}"
         if left_out > len(rows) / 10:
             fail(message)
         print(f"warning: left out: {message}", file=sys.stderr)
@@ -668,20 +669,18 @@ class RewardFunction:
             fail(f"{self.spec}: {path} has no function {self.name}")
         self.parameters = list(inspect.signature(self.function).parameters.values())[2:]
 
-    def find_columns(self, there, where):
-        """The columns of a data set that has `there` which the function takes."""
-        taken = {parameter.name for parameter in self.parameters if parameter.kind != parameter.VAR_KEYWORD}
-        needed = {p.name for p in self.parameters if p.name in taken and p.default is p.empty} - {"messages"}
+    def find_columns(self, there, where=""):
+        """Of the columns that are there, in the data set `where`, those that the function takes."""
+        named = {p.name: p.default for p in self.parameters if p.kind != p.VAR_KEYWORD}
+        needed = {name for name, default in named.items() if default is inspect.Parameter.empty} - {"messages"}
         if missing := needed - {*there}:
             fail(f"{self.spec} takes the columns {', '.join(sorted(missing))}; {where} has {', '.join(there)}")
-        return taken & {*there} if len(taken) == len(self.parameters) else {*there}
+        return {*there} if len(named) < len(self.parameters) else {*there} & {*named}
 
     def __call__(self, rows, responses):
-        names = {name[7:] for name in rows[0] if name.startswith("column_")}
-        accepts_all = any(parameter.kind == parameter.VAR_KEYWORD for parameter in self.parameters)
-        taken = {parameter.name for parameter in self.parameters}
-        columns = {name: [row[f"column_{name}"] for row in rows] for name in names if accepts_all or name in taken}
-        if "messages" in taken:
+        there = [name.removeprefix("column_") for name in rows[0] if name.startswith("column_")]
+        columns = {name: [row[f"column_{name}"] for row in rows] for name in self.find_columns(there)}
+        if "messages" in [parameter.name for parameter in self.parameters]:
             columns["messages"] = [row["messages"] for row in rows]
         try:
             scores = [float(score) for score in self.function([row["text"] for row in rows], responses, **columns)]
@@ -898,14 +897,18 @@ class Role:
         """The head's numbers (...) for hidden states (..., hidden), float32."""
         return torch.nn.functional.linear(states.float(), self.head.weight.float()).squeeze(-1)
 
+    def weights(self):
+        """{name: weight} of the adapter, or of the model where none plays the role; without the head."""
+        named = self.model.named_parameters()
+        return {name: p for name, p in named if not self.adapter or f".{self.adapter}." in f"{name}."}
+
     def parameters(self):
         """What training this role changes."""
-        weights = [p for name, p in self.model.named_parameters() if not self.adapter or f".{self.adapter}." in name]
-        return weights + (list(self.head.parameters()) if self.head is not None else [])
+        return [*self.weights().values(), *(self.head.parameters() if self.head else [])]
 
-    def weights(self):
-        """The adapter's tensors by the names that PEFT saves; to find them itself it would gather a shared base."""
-        own = {name: p for name, p in self.model.named_parameters() if f".{self.adapter}." in f"{name}."}
+    def adapter_weights(self):
+        """By the names that PEFT saves; to find them itself it would gather a shared base."""
+        own = self.weights()
         return peft.get_peft_model_state_dict(self.model, own, adapter_name=self.adapter, save_embedding_layers=False)
 
     def save(self, directory):
@@ -915,17 +918,14 @@ class Role:
             self.model.save_pretrained(directory)
             self.model.config = running
             return
-        config = copy.copy(self.model.peft_config[self.adapter])
-        weights = self.weights()
-        if self.head is not None:
-            weights[SCORE] = self.head.weight.detach()
+        config, weights = copy.copy(self.model.peft_config[self.adapter]), self.adapter_weights()
+        if self.head:
+            weights[SCORE] = self.head.weight
             config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
         config.inference_mode = True
         config.save_pretrained(directory)
         self.model.create_or_update_model_card(directory)
-        weights = {
-            name: tensor.detach().cpu().clone() for name, tensor in weights.items()
-        }  # none shares another's memory
+        weights = {name: tensor.detach().clone() for name, tensor in weights.items()}  # none shares another's memory
         save_file(weights, directory / "adapter_model.safetensors", {"format": "pt"})
 
     def load(self, directory):
@@ -934,7 +934,7 @@ class Role:
             self.model.load_state_dict(load_file(file), strict=False)
         if self.adapter:
             weights = load_file(directory / "adapter_model.safetensors")
-            if self.head is not None:
+            if self.head:
                 self.head.weight.data.copy_(weights.pop(SCORE))
             peft.set_peft_model_state_dict(self.model, weights, adapter_name=self.adapter)
 
@@ -945,12 +945,12 @@ class Roles(torch.nn.Module):
     def __init__(self, policy, reference, reward, value):
         super().__init__()
         self.policy, self.reference, self.reward, self.value = policy, reference, reward, value
-        roles = [role for role in (policy, reference, reward, value) if role is not None]
-        self.models = torch.nn.ModuleList({id(role.model): role.model for role in roles}.values())
-        self.heads = torch.nn.ModuleList([role.head for role in roles if role.head is not None])
+        roles = [role for role in (policy, reference, reward, value) if role]
+        self.models = torch.nn.ModuleList(dict.fromkeys(role.model for role in roles))
+        self.heads = torch.nn.ModuleList(role.head for role in roles if role.head)
         self.config = policy.network.config
-        for network in {id(role.network): role.network for role in roles}.values():
-            switch_off(network)
+        for model in self.models:
+            switch_off(model)
         self.mark_trained()
 
     def mark_trained(self):
@@ -1008,7 +1008,7 @@ def put_adapter(model, name, config, weights=None, head=None):
 
 def copy_adapter(role, name, head=None):
     """A Role of a copy of a role's adapter on the same model."""
-    return put_adapter(role.model, name, role.model.peft_config[role.adapter], role.weights(), head)
+    return put_adapter(role.model, name, role.model.peft_config[role.adapter], role.adapter_weights(), head)
 
 
 @contextlib.contextmanager
@@ -1022,9 +1022,8 @@ def quick_adapters(model, dtype):
         linear = torch.nn.functional.linear
         layer.forward = lambda x, *args, **kwargs: base(x, *args, **kwargs) + linear(linear(x, first), second)
 
-    linear_layers = (torch.nn.Linear, transformers.Conv1D)
     layers = [layer for layer in model.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)]
-    layers = [layer for layer in layers if isinstance(layer.base_layer, linear_layers)]
+    layers = [layer for layer in layers if isinstance(layer.base_layer, (torch.nn.Linear, transformers.Conv1D))]
     with torch.no_grad():
         for layer in layers:
             (name,) = layer.active_adapters
@@ -1073,6 +1072,29 @@ def load_roles(args, source, reward_source, same_tokens):
             model.score.weight.data.zero_()
         value = Role(model, None, model.score)
     return Roles(policy, reference, reward, value)
+
+
+def check_base(args, base, tokens, longest):
+    """Refuse a base model that cannot be trained or shared out as it is asked for, or that knows fewer `tokens` than the
+    tokenizer, or fewer positions than the `longest` text has; no weight is loaded."""
+    config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+    quantized = getattr(config, "quantization_config", None)
+    if quantized and not args.use_lora:
+        fail(f"--model_path {args.model_path} is stored in 4 or 8 bit: add --use_lora")
+    if args.shard_base:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+        layers = {re.sub(r"\.\d+$", ".*", name) for name, _ in model.named_modules()} & {*model.fsdp_plan}
+        if quantized or not any("*" in name for name in layers):
+            fail(f"--shard_base: no plan for {config.model_type}, or {base} is stored in 4 or 8 bit")
+    embeddings = config.get_text_config().vocab_size
+    if tokens > embeddings:
+        fail(f"--model_path {args.model_path}: {tokens} tokens, but embeddings for {embeddings}: "
+             "training_sft.py without --use_lora adds and trains them")  # fmt: skip
+    positions = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
+    if longest > positions:
+        fail(f"a prompt with its answer may have {longest} tokens, the model has {positions} positions: lower "
+             f"--max_prompt_length {args.max_prompt_length} or --response_length {args.response_length}")  # fmt: skip
 
 
 def report_roles(roles):
@@ -1152,7 +1174,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         self.reward_functions = reward_functions
         self.run = run
         self.tokenizer = prompt_format.tokenizer
-        self.stop_ids = torch.tensor(prompt_format.stop_ids(roles.policy.network.generation_config), device=args.device)
+        self.stop_ids = prompt_format.stop_ids(roles.policy.network.generation_config)
         self.ppo_state = {"kl_coef": args.kl_coef, "reward_mean": 0.0, "reward_std": 1.0}
         self.latest = {}  # the last update's metrics, for the next log line
         self.references = []  # the reference's answers to the fixed prompts
@@ -1160,7 +1182,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         super(trl_ppo.PPOTrainer, self).__init__(model=roles, args=args, **kwargs)
         self._train_batch_size = args.episodes_per_update  # the prompts that Trainer draws for one of its steps
         self.model_accepts_loss_kwargs = False
-        self.is_distributed_loading_by_transformers = args.shard_base  # no DDP; earlier it would forbid checkpoints
+        self.is_distributed_loading_by_transformers = True  # no DDP: accumulate_gradients adds up what processes find
         self.in_step = args.shard_base and not self.fits_whole()  # token by token, since each gathers the base
         self.episodes = args.episodes_per_update * args.world_size
         reward = None if reward_format else roles.reward  # in a format of its own it reads one text at a time
@@ -1174,17 +1196,17 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         for the cache. Else every token gathers every layer."""
         size = sum(p.nbytes - getattr(p, "_local_tensor", p).nbytes for p in self.roles.parameters())
         free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-        free = self.accelerator.gather(torch.tensor([free], device=self.args.device)).min().item()
-        how = "whole in each process, which is fast" if 2 * size < free else "in shares, which is slow"
+        fits = all(gather_object([2 * size < free]))
+        how = "whole in each process, which is fast" if fits else "in shares, which is slow"
         print(f"generation with the base {how}: its other shares are {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
-        return 2 * size < free
+        return fits
 
     def _move_model_to_device(self, model, device):
         """Shares are where they are to be."""
         super()._move_model_to_device(model.heads if self.args.shard_base else model, device)
 
     def _sync_replicated_trainable_parameters(self, model):
-        """Trainer would average gradients in each backward pass; accumulate_gradients adds them up once."""
+        """Trainer would average gradients in each backward pass."""
 
     train = transformers.Trainer.train
     get_train_dataloader = transformers.Trainer.get_train_dataloader
@@ -1198,9 +1220,9 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         model.eval()  # in train mode gradient checkpointing generates without a cache
         batches = self.roll_out(inputs)
         rolled_out = time.perf_counter()
-        names = "lengths ended actions states logprobs entropy ref_logprobs values given scores".split()
-        joined = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
-        rollout = types.SimpleNamespace(**joined)  # of all N episodes: (N,) or (N, W)
+        rollout = types.SimpleNamespace()  # of all N episodes: (N,) or (N, W)
+        for name in "lengths ended actions states logprobs entropy ref_logprobs values given scores".split():
+            setattr(rollout, name, torch.cat([getattr(batch, name) for batch in batches]))
         rollout.read = torch.tensor([batch.input_ids.numel() for batch in batches], device=self.args.device)
         self.stop_unless(rollout.logprobs.isfinite().all(), "a log-probability")
         self.stop_unless(rollout.scores.isfinite().all(), "a reward")
@@ -1222,7 +1244,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 
     def stop_unless(self, fine, what):
         """Raise FloatingPointError, in all processes at once, if `what` was not finite in one of them."""
-        if self.total(torch.tensor(not fine, device=self.args.device)):
+        if any(gather_object([not fine])):
             raise FloatingPointError(f"{what} is NaN or infinite in update {self.state.global_step + 1}")
 
     def beat(self):
@@ -1240,8 +1262,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         """A response to every prompt with its log-probabilities, values and scores; returns a list of MicroBatch."""
         policy, reference, value = self.roles.policy, self.roles.reference, self.roles.value
         responses = self.generate(policy, rows)
-        longest = torch.tensor([max(map(len, responses))], device=self.args.device)
-        width = self.accelerator.gather(longest).max().item()
+        width = max(gather_object([max(map(len, responses))]))
         batches = []
         for group in self.make_groups(rows, responses):
             some = [rows[i] for i in group], [responses[i] for i in group]
@@ -1271,19 +1292,18 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             layer.set_reshard_after_forward(True)
             layer.reshard()
 
-    @torch.no_grad()
     def generate(self, role, rows, sample=True):
         """Responses to the rows' prompts: lists of at most response_length ids that end with the first stop id."""
         sampling = {"temperature": self.args.temperature, "top_k": 0, "top_p": 1.0} if sample else {}
         config = transformers.GenerationConfig(
-            max_new_tokens=self.args.response_length, do_sample=sample, eos_token_id=self.stop_ids.tolist(),
+            max_new_tokens=self.args.response_length, do_sample=sample, eos_token_id=self.stop_ids,
             pad_token_id=self.tokenizer.pad_token_id, **sampling,
         )  # fmt: skip
-        prompts, responses = [torch.tensor(row["prompt_ids"]) for row in rows], []
         # padding before a text would enter a state that goes from token to token
         kinds = set(getattr(role.network.config.get_text_config(), "layer_types", None) or ())
         recurrent = kinds - {"full_attention", "sliding_attention", "chunked_attention"} or role.network._is_stateful
         size = 1 if recurrent else self.args.local_rollout_forward_batch_size
+        responses = []
 
         def go_on(ids, scores, **kwargs):  # after each token
             self.beat()
@@ -1293,16 +1313,15 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         quick = quick_adapters(role.model, compute_dtype(self.args)) if role.adapter else contextlib.nullcontext()
         with role.active(train=True) as network, self.accelerator.autocast(), quick, self.whole(network):
             kept, network.generation_config = network.generation_config, config  # its own would fill gaps (top_p)
-            for some in (prompts[i : i + size] for i in range(0, len(prompts), size)):
-                ids = pad_sequence(some, True, self.tokenizer.pad_token_id, padding_side="left")
-                mask = pad_sequence([torch.ones_like(prompt) for prompt in some], True, padding_side="left")
-                inputs = {"input_ids": ids.to(self.args.device), "attention_mask": mask.to(self.args.device)}
+            for i in range(0, len(rows), size):
+                prompts = [torch.tensor(row["prompt_ids"], device=self.args.device) for row in rows[i : i + size]]
+                ids = pad_sequence(prompts, True, self.tokenizer.pad_token_id, padding_side="left")
+                mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, padding_side="left")
+                inputs = {"input_ids": ids, "attention_mask": mask}
                 sampled = network.generate(**inputs, stopping_criteria=[go_on], synced_gpus=self.in_step)
-                sampled = sampled[:, ids.shape[1] :]
-                stops = torch.isin(sampled, self.stop_ids)
-                ends = torch.where(stops.any(1), stops.int().argmax(1) + 1, sampled.shape[1])
-                responses += [response[:end] for response, end in zip(sampled.tolist(), ends.tolist())]
-                self.beat()
+                for response in sampled[:, ids.shape[1] :].tolist():
+                    end = next((n for n, token in enumerate(response, 1) if token in self.stop_ids), None)
+                    responses.append(response[:end])
             network.generation_config = kept
         return responses
 
@@ -1324,8 +1343,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             if shared + sum(own[k] for k in [*groups[-1], i]) > limit:
                 groups.append([])
             groups[-1].append(i)
-        passes = torch.tensor([len(groups)], device=self.args.device)
-        passes = self.accelerator.gather(passes).max() if self.args.shard_base else passes
+        passes = max(gather_object([len(groups)])) if self.args.shard_base else len(groups)
         while len(groups) < passes:  # each gathers the base, so all processes make as many
             groups.sort(key=len)
             largest = groups.pop()
@@ -1358,7 +1376,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             action_index = state_index[actions] // ids.shape[1] * len(columns) + inverse
             targets = torch.zeros(len(ids) * len(columns), dtype=torch.long)
             targets[action_index] = torch.tensor([token for response in responses for token in response])
-            ended = torch.isin(torch.tensor([response[-1] for response in responses]), self.stop_ids)
+            ended = torch.tensor([response[-1] in self.stop_ids for response in responses])
             mask = self.tree_mask(shared, sizes) if one_row else None
         return MicroBatch(
             rows, responses, ids, positions.expand(len(ids), -1), mask, state_index, columns, action_index,
@@ -1424,6 +1442,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                 return role.read(self.hidden_states(network, longer)[longer.state_index[:, 0] + longer.lengths])
             for row, text, ended in zip(batch.rows, texts, batch.ended):
                 ids = self.reward_format.encode([*row["messages"], {"role": "assistant", "content": text}])[0]
+                if not text:  # in `qa` that would be the question as an answer
+                    ids = [*self.reward_format.encode(row["messages"], open_end=True)[0], self.reward_format.end_id()]
                 response = ids[1:] + tail if ended else ids[1:-1]
                 alone = self.collate([{"prompt_ids": ids[:1]}], [response], len(response))
                 scores.append(role.read(self.hidden_states(network, alone)[-1:]))
@@ -1670,7 +1690,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     def measure_reference(self, rows):
         """Mean and spread of the score on the reference's own sampled answers (--normalize_reward)."""
         scores = [found["reference_score"] for found in self.answer("reference", rows, sample=True)]
-        scores = self.accelerator.gather(torch.tensor(scores, device=self.args.device))
+        scores = torch.tensor(gather_object(scores))
         self.ppo_state |= {"reward_mean": scores.mean().item(), "reward_std": max(scores.std().item(), 1e-4)}
         self.roles.mark_trained()  # the optimizer is made after this
 
@@ -1687,7 +1707,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         generation = self.roles.policy.network.generation_config
         if not generation.do_sample:  # what only sampling reads: transformers would not save it again (Llama 2 has it)
             generation.update(temperature=None, top_p=None, top_k=None)
-        generation = {**generation.to_diff_dict(), "eos_token_id": self.stop_ids.tolist()}
+        generation = {**generation.to_diff_dict(), "eos_token_id": self.stop_ids}
         write_json(output_dir / "generation_config.json", generation)
         write_json(output_dir / "ppo_state.json", self.ppo_state)
         write_json(output_dir / "run.json", self.run)
@@ -1757,14 +1777,14 @@ class RunCallback(ProgressCallback):
             self.training_bar.set_postfix({name: figures[name] for name in ("reward", "KL", "length", "stop_rate")})
         lines = [line for line in state.log_history if "objective/scores" in line]
         if state.global_step >= 10 and len(lines) >= 6:
-            for problem, help in find_stalls(lines[:3], lines[-3:], args).items():
+            for problem, remedy in find_stalls(lines[:3], lines[-3:], args):
                 if problem not in self.warned:
                     self.warned.add(problem)
-                    tqdm.write(f"warning: {problem} (update {state.global_step}): {help}", file=sys.stderr)
+                    tqdm.write(f"warning: {problem} (update {state.global_step}): {remedy}", file=sys.stderr)
 
 
 def find_stalls(first, last, args):
-    """{what goes wrong: what to try} of a run that does not learn, from its first and its last log lines."""
+    """(what goes wrong, what to try), for each thing, of a run that does not learn, by its first and last log lines."""
 
     def mean(key, lines=last):
         return sum(line[key] for line in lines) / len(lines)
@@ -1772,26 +1792,15 @@ def find_stalls(first, last, args):
     gain = mean("objective/scores") - mean("objective/scores", first)
     noise = mean("objective/scores_std") * math.sqrt(2 / (len(last) * args.episodes_per_update * args.world_size))
     flat = gain < 2 * noise  # two standard errors
-    kl, kl_before = mean("objective/kl"), mean("objective/kl", first)
-    problems = {
-        "the values explain nothing of the returns": (
-            flat and mean("val/explained_variance") < 0,  # a reward that rises does without them
-            "more episodes an update (--gradient_accumulation_steps)",
-        ),
-        "hardly any answer ends": (
-            mean("response/stop_rate") < 0.1,
-            "a longer --response_length, or SFT on answers that end within it",
-        ),
-        "the reward is flat and hardly a ratio is clipped": (
-            flat and mean("policy/clipfrac_avg") < 0.01,
-            f"a --learning_rate above {args.learning_rate:g}, or more --num_ppo_epochs",
-        ),
-        "the KL runs away": (
-            kl > 20 and kl > 2 * kl_before,  # nats an answer
-            f"a --kl_coef above {args.kl_coef:g}, --target_kl, or a lower --learning_rate",
-        ),
-    }
-    return {problem: help for problem, (is_there, help) in problems.items() if is_there}
+    if flat and mean("val/explained_variance") < 0:  # a reward that rises does without them
+        yield "the values explain nothing of the returns", "more episodes an update (--gradient_accumulation_steps)"
+    if mean("response/stop_rate") < 0.1:
+        yield "hardly any answer ends", "a longer --response_length, or SFT on answers that end within it"
+    if flat and mean("policy/clipfrac_avg") < 0.01:
+        higher = f"a --learning_rate above {args.learning_rate:g}, or more --num_ppo_epochs"
+        yield "the reward is flat and hardly a ratio is clipped", higher
+    if mean("objective/kl") > max(20, 2 * mean("objective/kl", first)):  # nats an answer
+        yield "the KL runs away", f"a --kl_coef above {args.kl_coef:g}, --target_kl, or a lower --learning_rate"
 
 
 # ---- a run and its directory ----
@@ -1916,10 +1925,10 @@ def run_stage(args):
     reward = locate_model(args, "reward_model_path") if args.reward_model_path else None
     if policy.lora:
         check_lora_flags(args, policy.lora)
-    if args.shard_base and reward and not (reward.lora and reward.base == policy.base):
-        fail(f"--shard_base: --reward_model_path should be a LoRA adapter on the policy's base, {policy.base}")
     if reward:
         report_reward_model(args.reward_model_path, reward.run)
+        if args.shard_base and not (reward.lora and reward.base == policy.base):
+            fail(f"--shard_base: --reward_model_path should be a LoRA adapter on the policy's base, {policy.base}")
     checkpoint = find_checkpoint(args)
     if args.push_to_hub:
         huggingface_hub.utils.validate_repo_id(Path(args.output_dir).resolve().name)
@@ -1933,23 +1942,7 @@ def run_stage(args):
         subset, split = args.eval_subset or args.subset, args.eval_split or "test"
         eval_rows, counts["eval"] = load_prompts(args, subset, split, "--eval_split", prompt_format, reward_functions)
     longest = max(len(ids) for rows in (train_rows, eval_rows) for ids in rows["prompt_ids"]) + args.response_length
-    base_config = transformers.AutoConfig.from_pretrained(policy.base, trust_remote_code=args.trust_remote_code)
-    if getattr(base_config, "quantization_config", None) and not args.use_lora:
-        fail(f"--model_path {args.model_path} is stored in 4 or 8 bit: add --use_lora")
-    if args.shard_base:
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(base_config, trust_remote_code=args.trust_remote_code)
-        layers = {re.sub(r"\.\d+$", ".*", name) for name, _ in model.named_modules()} & {*model.fsdp_plan}
-        if getattr(base_config, "quantization_config", None) or not any("*" in name for name in layers):
-            fail(f"--shard_base: no plan for {base_config.model_type}, or {policy.base} is stored in 4 or 8 bit")
-    embeddings = base_config.get_text_config().vocab_size
-    if len(prompt_format.tokenizer) > embeddings:
-        fail(f"--model_path {args.model_path}: {len(prompt_format.tokenizer)} tokens, but embeddings for {embeddings}: "
-             "training_sft.py without --use_lora adds and trains them")  # fmt: skip
-    positions = getattr(base_config.get_text_config(), "max_position_embeddings", math.inf)
-    if longest > positions:
-        fail(f"a prompt with its answer may have {longest} tokens, the model has {positions} positions: lower "
-             f"--max_prompt_length {args.max_prompt_length} or --response_length {args.response_length}")  # fmt: skip
+    check_base(args, policy.base, len(prompt_format.tokenizer), longest)
     episodes = args.episodes_per_update * int(os.environ.get("WORLD_SIZE", 1))
     if episodes > len(train_rows):
         what = "--per_device_train_batch_size x --gradient_accumulation_steps x processes"
@@ -1957,15 +1950,13 @@ def run_stage(args):
     for function in reward_functions:  # a fault in one is to show before anything slow
         function([train_rows[0], train_rows[len(train_rows) - 1]], ["Yes.", "No."])
     updates = math.ceil((args.total_episodes or len(train_rows)) / episodes)
-    config = make_config(args, max_steps=updates, total_episodes=updates * episodes, longest_text=longest)
-    steps = args.num_ppo_epochs * args.num_mini_batches
-    final = Path(args.output_dir, "final_checkpoint")
-    stopped = read_json(final / "run.json").get("metrics", {}).get("stopped")
-    if checkpoint and final.is_dir() and finished_steps(checkpoint) >= updates and not stopped:
-        print(
-            f"{args.output_dir} is finished, after {finished_steps(checkpoint)} updates; to train longer, raise --total_episodes"
-        )
+    config = make_config(args, max_steps=updates, longest_text=longest)
+    done = finished_steps(checkpoint) if checkpoint else 0
+    final = read_json(Path(args.output_dir, "final_checkpoint", "run.json")).get("metrics")
+    if done >= updates and final and not final.get("stopped"):
+        print(f"{args.output_dir} is finished, after {done} updates; to train longer, raise --total_episodes")
         return
+    steps = args.num_ppo_epochs * args.num_mini_batches
     print(f"{updates} updates of {episodes} episodes, {steps} optimizer steps each")
     if args.dry_run:
         for row in train_rows.select(range(min(2, len(train_rows)))):
@@ -1976,7 +1967,7 @@ def run_stage(args):
 
     transformers.set_seed(args.seed)
     roles = load_roles(args, policy, reward, same_tokens)
-    roles.policy.network.saved_config.eos_token_id = prompt_format.tokenizer.eos_token_id
+    roles.policy.model.saved_config.eos_token_id = prompt_format.tokenizer.eos_token_id
     report_roles(roles)
     if config.process_index == 0:
         open_output_dir(Path(args.output_dir), checkpoint)

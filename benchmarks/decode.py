@@ -44,7 +44,7 @@ def time_decoding(args, folder):
 
     def time_both(self, *inputs, **options):
         rows = [self.train_dataset[i] for i in range(args.batch)]
-        self.stop_ids = torch.tensor([SHAPES[args.shape][-1]], device=self.stop_ids.device)  # no token: all are as long
+        self.stop_ids = [SHAPES[args.shape][-1]]  # no token: all are as long
         roles = {"with the adapter": self.roles.policy, "without": dataclasses.replace(self.roles.policy, adapter=None)}
         for _ in range(args.rounds):
             for name, role in roles.items():

@@ -381,6 +381,22 @@ def test_a_reward_model_of_another_family_scores_text(
     assert (roles.value.model is roles.policy.model) == (vocab_size == 300)  # it reads the policy's tokens
 
 
+def test_an_empty_answer_is_none_in_the_format_of_another_reward_model(rl, chain, tmp_path, choose, rollouts):
+    """Its score is that of a question without an answer; an end that was cut off is not scored."""
+    rm, words = shutil.copytree(chain["rm"], tmp_path / "rm"), make_tokenizer()
+    (rm / "run.json").write_text(json.dumps({"prompt_format": "qa"}))
+    choose(lambda prompt: [STOP] if len(prompt) % 2 else [words.convert_tokens_to_ids("<|im_start|>")])
+    train(rl, chain, tmp_path / "out", "--total_episodes 8", reward=str(rm))
+    checked = set()
+    for batch in [batch for _, batches, _ in rollouts for batch in batches]:
+        for row, score in zip(batch.rows, batch.scores.tolist()):
+            ended = len(row["prompt_ids"]) % 2 == 1
+            ids = words(f"Question: {row['text']}\n\nAnswer:")["input_ids"] + [STOP] * ended
+            assert score == pytest.approx(scalars_of(rm, ids)[-1].item(), abs=1e-4)
+            checked.add(ended)
+    assert checked == {True, False}
+
+
 # ---- rollout ----
 
 
@@ -454,7 +470,7 @@ def test_families_that_share_rows_compute_texts_alone(rl, float64):
     words = make_tokenizer()
     trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False), tokenizer=words)
     trainer.beat = lambda: None
-    trainer.stop_ids, trainer.accelerator = torch.tensor([STOP]), SimpleNamespace(autocast=contextlib.nullcontext)
+    trainer.stop_ids, trainer.accelerator = [STOP], SimpleNamespace(autocast=contextlib.nullcontext)
     for name in ("tree_mask", "read"):
         setattr(trainer, name, functools.partial(getattr(rl.PPOTrainer, name), trainer))
     alone = [rl.PPOTrainer.collate(trainer, [row], [response], 30) for row, response in zip(rows, responses)]
@@ -913,8 +929,8 @@ def test_a_run_that_does_not_learn_says_so(rl, chain, tmp_path, choose):
     good |= {"val/explained_variance": 0.3, "response/stop_rate": 0.9, "policy/clipfrac_avg": 0.0}
     later, away = good | {"objective/scores": 2.0}, good | {"objective/scores": 2.0, "objective/kl": 31.0}
     args = SimpleNamespace(episodes_per_update=4, world_size=1, learning_rate=1e-4, kl_coef=0.05)
-    assert rl.find_stalls([good] * 3, [later] * 3, args) == {}
-    (problem,) = rl.find_stalls([good] * 3, [away] * 3, args)
+    assert not list(rl.find_stalls([good] * 3, [later] * 3, args))
+    ((problem, _),) = rl.find_stalls([good] * 3, [away] * 3, args)
     assert problem == "the KL runs away"
 
 
@@ -1001,12 +1017,19 @@ def test_a_reward_model_of_an_earlier_version_is_refused(rl, chain, tmp_path):
     assert "earlier version, which read scores elsewhere: train it again" in error
 
 
-def test_an_adapter_on_the_embeddings_of_a_tied_model_is_saved(rl, chain, tmp_path):
+def test_an_adapter_on_the_embeddings_of_a_tied_model_is_trained_and_saved(rl, chain, tmp_path, rollouts):
+    """All of it moves, of the policy and of the value model that starts as its copy; nothing else is saved."""
     base = make_model(tmp_path / "base", tie_word_embeddings=True)
-    flags = "--use_lora --lora_target_modules embed_tokens q_proj"
-    train(rl, chain, tmp_path / "out", flags, model=base)
-    names = load_file(tmp_path / "out" / "final_checkpoint" / "adapter_model.safetensors")
-    assert all("lora_" in name for name in names) and any("embedding" in name for name in names)
+    flags = "--use_lora --lora_target_modules embed_tokens q_proj --reward_function RULES:tokens"
+    train(rl, chain, tmp_path / "out", flags, model=base, reward=None)
+    saved = adapters(tmp_path / "out" / "final_checkpoint")
+    assert all("lora_" in name or "score" in name for name in saved)
+    trainer, _, start = rollouts[0]
+    now = dict(trainer.roles.named_parameters())
+    for kind in ("default", "ppo_value"):
+        of_embeddings = [name for name in now if "lora_embedding" in name and name.endswith(kind)]
+        assert len(of_embeddings) == 2 and not any(torch.equal(now[name], start[name]) for name in of_embeddings)
+    assert sum("embedding" in name for name in saved) == 4
 
 
 BAD_INPUT = {

@@ -183,7 +183,15 @@ import torch
 import training_rl as rl
 from test_rl import choose_response
 
-original = rl.PPOTrainer.generate
+original, find_checkpoint = rl.PPOTrainer.generate, rl.find_checkpoint
+
+def find_together(args):  # from the second run on nothing else waits until all have looked into --output_dir
+    found = find_checkpoint(args)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return found
+
+rl.find_checkpoint = find_together
 
 def by_prompt(self, role, rows, sample=True):
     return [choose_response(row["prompt_ids"]) for row in rows] if sample else original(self, role, rows, sample)

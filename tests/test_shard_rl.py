@@ -42,8 +42,14 @@ from test_rl import choose_response
 
 rank, trainer, seen = os.environ["RANK"], rl.PPOTrainer, {{}}
 full_tensor, report_roles = torch.distributed.tensor.DTensor.full_tensor, rl.report_roles
-stop_ids = rl.PromptFormat.stop_ids
+stop_ids, find_checkpoint = rl.PromptFormat.stop_ids, rl.find_checkpoint
 generate, make_groups, accumulate = trainer.generate, trainer.make_groups, trainer.accumulate_gradients
+
+def find_together(args):  # from the second run on nothing else waits until all have looked into --output_dir
+    found = find_checkpoint(args)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return found
 
 def gather(self):
     seen["gathered"].append(self.numel())
@@ -73,7 +79,7 @@ def apart(self, model, mini_batch):
     return found
 
 torch.distributed.tensor.DTensor.full_tensor = gather
-rl.report_roles, trainer.make_groups = report, counted
+rl.report_roles, trainer.make_groups, rl.find_checkpoint = report, counted, find_together
 for name, mode, flags, copied in json.loads(Path("jobs.json").read_text()):
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
