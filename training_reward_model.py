@@ -568,11 +568,12 @@ def find_checkpoint(args):
     return checkpoint
 
 
-def open_output_dir(folder, checkpoint):
+def open_output_dir(args, checkpoint):
     """Leave no checkpoint that is incomplete, or later than the one to go on from, and metrics.jsonl as that knows it."""
+    folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     state = read_json(checkpoint / "trainer_state.json") if checkpoint else {"global_step": 0, "log_history": []}
-    if not checkpoint:
+    if not args.resume_from_checkpoint:  # else it stays until publish() has a new one
         shutil.rmtree(folder / "final_checkpoint", ignore_errors=True)
     for path in folder.glob("checkpoint-*"):
         if not 0 < count_steps(path) <= state["global_step"]:
@@ -1260,7 +1261,7 @@ def main(argv=None):
             return
 
         if is_first:
-            open_output_dir(folder, checkpoint)
+            open_output_dir(args, checkpoint)
         metrics = {}
         if "eval" in rows:
             scores = score_pairs(model, rows["eval"], collate, args)
