@@ -568,11 +568,12 @@ def find_checkpoint(args):
     return checkpoint
 
 
-def open_output_dir(folder, checkpoint):
+def open_output_dir(args, checkpoint):
     """Leave no checkpoint that is incomplete, or later than the one to go on from, and metrics.jsonl as that knows it."""
+    folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     state = read_json(checkpoint / "trainer_state.json") if checkpoint else {"global_step": 0, "log_history": []}
-    if not checkpoint:
+    if not args.resume_from_checkpoint:  # else it stays until publish() has a new one
         shutil.rmtree(folder / "final_checkpoint", ignore_errors=True)
     for path in folder.glob("checkpoint-*"):
         if not 0 < count_steps(path) <= state["global_step"]:
@@ -681,13 +682,9 @@ def load_pairs(args, prompt_format, subset, side):
     schema = next((schema for schema in SCHEMAS if set(schema) <= set(data.column_names)), None)
     if not schema:
         needed = "; ".join(" + ".join(schema) for schema in SCHEMAS)
-        near = {}
-        for name in dict.fromkeys(sum(SCHEMAS, ())):
-            for found in difflib.get_close_matches(name, data.column_names, 1):
-                near.setdefault(found, name)
-        hint = (
-            " ".join(f"{name}={found}" for found, name in near.items() if found not in near.values()) or "NAME=COLUMN"
-        )
+        names = sum(SCHEMAS, ())
+        near = {name: difflib.get_close_matches(name, names, 1) for name in data.column_names if name not in names}
+        hint = " ".join(f"{found[0]}={name}" for name, found in near.items() if found) or "NAME=COLUMN"
         there = ", ".join(data.column_names)
         fail(f"{where} has the columns {there}; one of these is needed: {needed}; --columns {hint} renames")
 
@@ -1174,8 +1171,8 @@ def make_report(scores, longer):
     }
 
 
-def evaluate_pairs(model, rows, collate, args, where):
-    """(report, scores) on the evaluation pairs; the report is printed.
+def evaluate_pairs(model, rows, collate, args, where, tokenizer):
+    """metrics.json's part about the evaluation pairs; prints the report and writes scores.jsonl.
 
     Up to 64 pairs are scored again with their sides swapped: the preference has to follow."""
     scores = score_pairs(model, rows, collate, args)
@@ -1194,7 +1191,9 @@ def evaluate_pairs(model, rows, collate, args, where):
     low, high = report["accuracy_interval"]
     if low <= 0.5:
         print(f"warning: accuracy {report['accuracy']:.3f} ({low:.3f} to {high:.3f}) may be chance", file=sys.stderr)
-    return report, scores
+    if PartialState().is_main_process:
+        write_scores(Path(args.output_dir), rows, scores, tokenizer)
+    return {"accuracy": report["accuracy"], "report": report}
 
 
 def write_scores(folder, rows, scores, tokenizer):
@@ -1233,54 +1232,45 @@ def main(argv=None):
     check_fit(args, config, model_config, adapter, len(prompt_format.tokenizer), rows)
     done = count_steps(checkpoint) if checkpoint else 0
     if done >= config.max_steps > 0 and Path(args.output_dir, "final_checkpoint").is_dir():
-        print(
-            f"{args.output_dir} is finished, after {done} steps; to train longer, raise --max_steps or --num_train_epochs"
-        )
+        more = "to train longer, raise --max_steps or --num_train_epochs"
+        print(f"{args.output_dir} is finished, after {done} steps; {more}")
         return
     if args.dry_run:
         show_pairs(every_row, prompt_format.tokenizer)
         print("dry run: everything fits; nothing was loaded or written")
         return
 
-    folder = Path(args.output_dir)
+    folder, tokenizer = Path(args.output_dir), prompt_format.tokenizer
     is_first = PartialState().is_main_process
+    run = describe_run(args, base, adapter, parent, prompt_format, counts)
     try:
-        model, new_head = load_classifier(
-            args, base, adapter, model_config, len(prompt_format.tokenizer), config.device
-        )
+        model, new_head = load_classifier(args, base, adapter, model_config, len(tokenizer), config.device)
         if new_head and args.eval_only:
             fail(f"--eval_only: {args.model_path} has no score head; it should be a trained reward model")
         print(f"score head: {'new' if new_head else 'that of ' + args.model_path}")
         collate = collate_shared
         if not can_share(model.eval(), every_row, args):
             print(f"in a {model.config.model_type} model each text of a pair has a row of its own")
-            collate = DataCollatorForPreference(prompt_format.tokenizer.pad_token_id)
+            collate = DataCollatorForPreference(tokenizer.pad_token_id)
         if args.eval_only:
-            report, scores = evaluate_pairs(model, rows["eval"], collate, args, counts["eval"]["where"])
+            folder.mkdir(parents=True, exist_ok=True)
+            metrics = evaluate_pairs(model, rows["eval"], collate, args, counts["eval"]["where"], tokenizer)
             if is_first:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_scores(folder, rows["eval"], scores, prompt_format.tokenizer)
-                metrics = {"accuracy": report["accuracy"], "report": report}
                 write_json(folder / "metrics.json", metrics)
-                run = describe_run(args, base, adapter, parent, prompt_format, counts)
                 write_json(folder / "run.json", {**run, "metrics": metrics})
             return
 
         if is_first:
-            open_output_dir(folder, checkpoint)
+            open_output_dir(args, checkpoint)
         metrics = {}
         if "eval" in rows:
             scores = score_pairs(model, rows["eval"], collate, args)
             metrics["accuracy_before"] = (scores[0] > scores[1]).mean()
             print(f"accuracy before training {metrics['accuracy_before']:.3f}")
-        run = describe_run(args, base, adapter, parent, prompt_format, counts)
         trainer, figures = train(args, config, checkpoint, model, rows, collate, prompt_format, run)
         metrics |= figures
         if "eval" in rows:
-            report, scores = evaluate_pairs(model, rows["eval"], collate, args, counts["eval"]["where"])
-            if is_first:
-                write_scores(folder, rows["eval"], scores, prompt_format.tokenizer)
-            metrics |= {"accuracy": report["accuracy"], "report": report}
+            metrics |= evaluate_pairs(model, rows["eval"], collate, args, counts["eval"]["where"], tokenizer)
         if trainer.is_fsdp_enabled:  # all gather what the first one saves
             trainer.own = trainer.accelerator.get_state_dict(trainer.model)
         if is_first:

@@ -303,9 +303,7 @@ def build_parser():
     add("--dry_run", action="store_true", help="check everything, show the data as it would be trained on, and stop")
     add("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="columns of the data that have other names")
     add("--max_samples", type=number(int, 1), help="use at most this many rows of each split")
-    add(
-        "--prompt_format", choices=["auto", "chat", "qa"], default="auto", help="chat template, or Question/Answer text"
-    )
+    add("--prompt_format", choices=["auto", "chat", "qa"], default="auto", help="chat template, or Question/Answer")
     add("--train_on_prompt", action="store_true", help="train on all tokens, not the answers' alone")
     add("--max_length", type=number(int, 2), default=1024, help="longest row, in tokens; the rest is cut")
     add("--packing", action="store_true", help="fill every row up to --max_length with whole examples")
@@ -669,13 +667,9 @@ def encode_rows(rows, prompt_format, args, where):
     schema = next((schema for schema in SCHEMAS if set(schema) <= set(rows.column_names)), None)
     if not schema:
         needed = "; ".join(" + ".join(schema) for schema in SCHEMAS)
-        near = {}
-        for name in sorted({*sum(SCHEMAS, ())}):
-            for found in difflib.get_close_matches(name, rows.column_names, 1):
-                near.setdefault(found, name)
-        hint = (
-            " ".join(f"{name}={found}" for found, name in near.items() if found not in near.values()) or "NAME=COLUMN"
-        )
+        names = sum(SCHEMAS, ())
+        near = {name: difflib.get_close_matches(name, names, 1) for name in rows.column_names if name not in names}
+        hint = " ".join(f"{found[0]}={name}" for name, found in near.items() if found) or "NAME=COLUMN"
         there = ", ".join(rows.column_names)
         fail(f"{where} has the columns {there}; one of these is needed: {needed}; --columns {hint} renames")
     max_length, train_on_prompt = args.max_length, args.train_on_prompt  # the whole args would spoil map's cache
@@ -703,8 +697,7 @@ def encode_rows(rows, prompt_format, args, where):
             "labels": labels,
         }
 
-    workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = min(workers, len(rows) // 2000) or None  # where there is work for several
+    workers = min(os.cpu_count() or 1, len(rows) // 2000) or None  # where there is work for several
     with PartialState().local_main_process_first():  # the others of a machine read what it has cached
         encoded = rows.map(encode_row, remove_columns=rows.column_names, num_proc=workers, desc="Tokenizing")
     by_reason, seen = {}, set()  # {why they are left out: numbers of the rows}, "" for those that are kept
@@ -733,10 +726,8 @@ def encode_rows(rows, prompt_format, args, where):
     if unread := sorted({*rows.column_names} - {*schema, "system", "tools"}):
         print(f"  columns that are not read: {', '.join(unread)}")
     if cut:
-        most, nearly_all = (lengths[math.ceil(part * len(lengths)) - 1] for part in (0.95, 0.99))
-        print(
-            f"  a cut row loses its end and its EOS; --max_length {most} keeps 95% of the rows whole, {nearly_all} 99%"
-        )
+        most, all_but_few = (lengths[math.ceil(part * len(lengths)) - 1] for part in (0.95, 0.99))
+        print(f"  a cut row loses its end, EOS included; --max_length {most} keeps 95% of the rows, {all_but_few} 99%")
     if len(kept) < len(rows) / 2:
         print(f"warning: {where}: fewer than half of the rows are kept", file=sys.stderr)
     return kept.select_columns(["input_ids", "labels"]), counts
@@ -769,8 +760,8 @@ def warn_of_memory(args, config):
     need = model.num_parameters() * size / (PartialState().num_processes if args.shard_base else 1)
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if need > free:
-        text = f"weights and optimizer alone take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        print(f"warning: {text}", file=sys.stderr)
+        sizes = f"{need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        print(f"warning: weights and optimizer alone take {sizes}", file=sys.stderr)
 
 
 def count_embeddings(adapter):
@@ -1008,9 +999,7 @@ def make_trainer(config, model, rows, eval_rows, tokenizer, run):
     trained = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
     saved_config = copy.deepcopy(causal_model.config)
     alone, config.save_only_model = config.save_only_model, shard or config.save_only_model  # Trainer insists on it
-    trainer = SFTTrainer(
-        model=model, args=config, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer
-    )
+    trainer = SFTTrainer(model, config, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer)
     config.save_only_model = alone  # the optimizer of adapters is whole
     own = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     trainer._save = functools.partial(trainer._save, state_dict=own) if shard else trainer._save  # PEFT gathers a base
@@ -1131,9 +1120,8 @@ def main(argv=None):
         trainer, callback = make_trainer(config, model, rows, eval_rows, tokenizer, run)
         steps = trainer.set_initial_training_values(config, trainer.get_train_dataloader())[-1]
         if state["global_step"] >= steps and Path(args.output_dir, "final_checkpoint").is_dir():
-            print(
-                f"{args.output_dir} is finished, after {steps} steps; to train longer, raise --max_steps or --num_train_epochs"
-            )
+            more = "to train longer, raise --max_steps or --num_train_epochs"
+            print(f"{args.output_dir} is finished, after {steps} steps; {more}")
             return
         if PartialState().is_main_process:
             open_output_dir(args, state)

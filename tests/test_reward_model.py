@@ -260,6 +260,20 @@ def test_each_epoch_has_an_order_of_its_own_which_a_resumed_run_meets_again(rewa
     assert steps() == losses
 
 
+def test_a_finished_model_stays_until_the_new_one_is_complete(reward, llama, pairs, tmp_path, monkeypatch):
+    """Resuming where only final_checkpoint/ is left starts from the beginning; what stops that run takes no model."""
+    more = [*flags(llama, pairs, tmp_path / "out"), "--max_steps", 1]
+    run(reward, *more)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-1")
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reward.RewardTrainer, "training_step", stop)
+    run(reward, *more, "--resume_from_checkpoint", code=130)
+    assert (tmp_path / "out" / "final_checkpoint" / "model.safetensors").is_file()
+
+
 def test_dropout_is_that_of_the_adapter_alone(reward, llama, pairs, tmp_path):
     losses = []
     for rate in (0, 0.9, 0.9):
