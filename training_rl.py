@@ -1843,8 +1843,9 @@ def find_checkpoint(args):
     return checkpoint
 
 
-def open_output_dir(folder, checkpoint):
+def open_output_dir(args, checkpoint):
     """Make --output_dir ready: checkpoints and log lines up to the checkpoint that the run goes on from, none later."""
+    folder = Path(args.output_dir)
     state = read_json(checkpoint / "trainer_state.json") if checkpoint else {"global_step": 0, "log_history": []}
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("checkpoint-*"):
@@ -1852,6 +1853,7 @@ def open_output_dir(folder, checkpoint):
             shutil.rmtree(path)
     if not checkpoint:
         (folder / "samples.jsonl").unlink(missing_ok=True)
+    if not args.resume_from_checkpoint:  # else they stay until there are new ones
         for name in ("final_checkpoint", "best_checkpoint"):
             shutil.rmtree(folder / name, ignore_errors=True)
     write_lines(folder / "metrics.jsonl", [{"step": line["step"], **line} for line in state["log_history"]])
@@ -1970,7 +1972,7 @@ def run_stage(args):
     roles.policy.model.saved_config.eos_token_id = prompt_format.tokenizer.eos_token_id
     report_roles(roles)
     if config.process_index == 0:
-        open_output_dir(Path(args.output_dir), checkpoint)
+        open_output_dir(args, checkpoint)
     accelerate.PartialState().wait_for_everyone()
     run = describe_run(args, policy, prompt_format, counts)
     data, callback = {"train_dataset": train_rows, "eval_dataset": eval_rows}, RunCallback()

@@ -66,6 +66,21 @@ def leave(whole, part, *without):
     shutil.copytree(whole, part, ignore=shutil.ignore_patterns("final_checkpoint", "metrics.json", *without))
 
 
+def test_a_finished_policy_stays_until_the_new_one_is_complete(rl, chain, tmp_path, monkeypatch):
+    """Resuming where no checkpoint-N/ is left starts from the beginning; what stops that run takes no policy."""
+    flags = "--total_episodes 4 --max_samples 4 --save_steps 9"
+    train(rl, chain, tmp_path, flags)
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rl.PPOTrainer, "training_step", stop)
+    run(rl, *command(chain, tmp_path, f"{flags} --resume_from_checkpoint"), code=130)
+    assert (tmp_path / "final_checkpoint" / "adapter_model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_resumed_run_equals_an_uninterrupted_one(rl, chain, tmp_path, mode):
     """From every checkpoint, also in the second pass over the data, to the byte; metrics and samples without doubled
