@@ -1276,11 +1276,14 @@ def main(argv=None):
         if is_first:
             publish(trainer, args, run, metrics)
         trainer.accelerator.wait_for_everyone()
-    except RuntimeError as error:
-        if not re.search("out of memory|allocate memory", str(error)):
-            raise
+    except Exception as error:  # safetensors and torch.save have types of their own for a full disk
         print(file=sys.stderr)  # ends the line of the progress bar
-        fail("no memory left; what helps, the most first: --use_lora, --load_in_4bit, --gradient_checkpointing, --bf16")
+        if re.search("out of memory|allocate memory", str(error)):
+            helps = "--use_lora, --load_in_4bit, --gradient_checkpointing, --bf16"
+            fail(f"no memory left; what helps, the most first: {helps}")
+        if re.search("No space left|os error 28|PytorchStreamWriter failed", str(error)):
+            fail("no space left to save; what was saved before is complete")
+        raise
 
 
 if __name__ == "__main__":

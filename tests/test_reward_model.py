@@ -1,5 +1,6 @@
 """The reward model script: pairs, scores and gradients against the plain classifier, what is saved, and the report."""
 
+import errno
 import json
 import math
 import os
@@ -258,6 +259,15 @@ def test_each_epoch_has_an_order_of_its_own_which_a_resumed_run_meets_again(rewa
     assert len(sizes) == 60 and sorted(sizes[:30]) == sorted(sizes[30:]) and list(sizes[:30]) != list(sizes[30:])
     run(reward, *more, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-40", "--overwrite_output_dir")
     assert steps() == losses
+
+
+def test_a_full_disk_is_one_line(reward, llama, pairs, tmp_path, monkeypatch):
+    def save(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(reward, "publish", save)
+    _, err = run(reward, *flags(llama, pairs, tmp_path / "out"), "--max_steps", 1, code=2)
+    assert "error: no space left to save" in err
 
 
 def test_a_finished_model_stays_until_the_new_one_is_complete(reward, llama, pairs, tmp_path, monkeypatch):
