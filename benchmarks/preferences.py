@@ -39,8 +39,7 @@ STAGES = {
         --use_lora --lora_target_modules {layers}""",
     "ppo": """training_rl.py --model_path {out}/sft/final_checkpoint --reward_model_path {out}/reward/final_checkpoint
         --dataset_name json --subset {data}/prompts --max_prompt_length 48 --response_length {response_length}
-        --per_device_train_batch_size 64 --total_episodes {episodes} --num_ppo_epochs 2 --num_mini_batches 2
-        --learning_rate 3e-4 --seed {seed} --use_lora""",
+        --per_device_train_batch_size 64 --total_episodes {episodes} --learning_rate 3e-4 --seed {seed} --use_lora""",
 }
 CURVES = {
     "reward": "objective/scores", "kl": "objective/kl", "length": "response/length", "stop_rate": "response/stop_rate",
