@@ -41,9 +41,6 @@ class Parser(argparse.ArgumentParser):
         self.words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
         return super().parse_known_args(self.words, namespace)
 
-    def format_help(self):
-        return re.sub(r"\s+\(default:\s+(None|False|\[\])\)", "", super().format_help())
-
     def error(self, message):
         known = self._option_string_actions
         flags = [word.partition("=")[0] for word in self.words if word.startswith("--")]
@@ -53,14 +50,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser():
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, formatter_class=style)
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--adapter_path", required=True, help="directory or hub id of the LoRA adapter")
     add("--output_dir", required=True, help="directory for the merged model; empty, or with --overwrite_output_dir")
     add("--base_model_path", help="directory or hub id of the base model (the one that the adapter's config names)")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: that of the base")
-    add("--max_shard_size", default="2GB", help="largest file of weights, e.g. 500MB; as much memory is taken")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="default: that of the base")
+    add("--max_shard_size", default="2GB", help="largest file of weights, as much memory is taken (default: 2GB)")
     add("--verify", action="store_true", help="compare the logits with those of base + adapter; loads whole models")
     add("--overwrite_output_dir", action="store_true", help="replace a merged model (nothing else) in --output_dir")
     add("--push_to_hub", action="store_true", help="upload the merged model under the name of --output_dir")
@@ -85,7 +81,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a mistyped fla
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses a name of before v6
 
 import torch
-from huggingface_hub import HfApi, snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub import create_repo, snapshot_download, split_torch_state_dict_into_shards, upload_folder
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import Embedding, Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -129,8 +125,6 @@ def find_folder(path, flag, revision=None):
 def find_models(args):
     """(directory of the adapter, its PEFT config, directory of the base model)."""
     adapter = find_folder(args.adapter_path, "--adapter_path")
-    whole = (adapter / "config.json").is_file() and not (adapter / "adapter_config.json").is_file()
-    require(not whole, f"--adapter_path {adapter} is no adapter but a full model: there is nothing to merge")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         require((adapter / name).is_file(), f"--adapter_path {adapter} is no adapter (final_checkpoint/?): no {name}")
     config = PeftConfig.from_pretrained(adapter)
@@ -146,11 +140,8 @@ def find_models(args):
 
 
 def digest_base(base):
-    """Hash of a part of one weight matrix of a local base model, which training it in place would change; else None."""
-    files = sorted(Path(base).glob("*.safetensors"))
-    if not files:
-        return None
-    with safe_open(files[0], framework="pt") as file:
+    """Hash of a part of one weight matrix of a base model, which training it in place would change."""
+    with safe_open(min(base.glob("*.safetensors")), framework="pt") as file:
         matrices = sorted(name for name in file.keys() if len(file.get_slice(name).get_shape()) == 2)
         rows = file.get_slice(matrices[len(matrices) // 2])[:64]
     return hashlib.sha256(rows.float().numpy().tobytes()).hexdigest()[:16]
@@ -261,13 +252,11 @@ def merge_by_tensor(model, base, adapter, adapter_config, dtype, folder, limit):
         raise NotImplementedError(f"{rest[0]} is tied, or not stored as a tensor of its own")
     split, threads = split_torch_state_dict_into_shards(empty, max_shard_size=limit), torch.get_num_threads()
     torch.set_num_threads(1)  # a block is done before a second thread has woken, and on a busy machine waits for it
-    try:
-        for file, names in split.filename_to_tensors.items():
-            with tqdm(names, desc=file, unit="tensor") as bar:  # which ends its line also before an error
-                tensors = {name: merge_tensor(name, empty[name].dtype, *sources[name]) for name in bar}
-            save_file(tensors, folder / file, {"format": "pt"})
-    finally:
-        torch.set_num_threads(threads)
+    for file, names in split.filename_to_tensors.items():
+        with tqdm(names, desc=file, unit="tensor") as bar:  # which ends its line also before an error
+            tensors = {name: merge_tensor(name, empty[name].dtype, *sources[name]) for name in bar}
+        save_file(tensors, folder / file, {"format": "pt"})
+    torch.set_num_threads(threads)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
@@ -306,9 +295,8 @@ def verify_merge(base, adapter, task, folder, kind):
     distance = (score(load_model(folder, adapter, task, torch.float32)) - expected).norm().item()
     rounding = 4 * torch.finfo(kind).eps * expected.norm().item()
     share = distance / changed if changed else float("inf")
-    print(f"logits: the merged model is {distance:.3g} from base + adapter, {share:.2%} of what the adapter changes")
-    if kind != torch.float32 and share > 0.2:
-        print(f"warning: rounding to {kind} loses much of a small adapter; --dtype float32 keeps it", file=sys.stderr)
+    hint = "; rounding loses that, --dtype float32 keeps it" if kind != torch.float32 and share > 0.2 else ""
+    print(f"logits: the merged model is {distance:.3g} from base + adapter, {share:.2%} of the adapter's change{hint}")
     if not distance <= changed * (0.05 if kind == torch.float32 else 0.5):  # nor where it is NaN
         require(changed < rounding, "that is too much of what the adapter changes; nothing was saved")
         print(f"the adapter changes less than rounding to {kind} may, {rounding:.3g}")
@@ -355,9 +343,7 @@ def main(argv=None):
         (draft / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False), encoding="utf-8")
     print(f"saved {args.output_dir}")
     if args.push_to_hub:
-        HfApi().upload_folder(
-            repo_id=HfApi().create_repo(output_dir.name, exist_ok=True).repo_id, folder_path=output_dir
-        )
+        upload_folder(repo_id=create_repo(output_dir.name, exist_ok=True).repo_id, folder_path=output_dir)
 
 
 if __name__ == "__main__":
