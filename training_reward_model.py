@@ -820,10 +820,19 @@ def check_fit(args, config, model_config, adapter, tokens, rows):
         fail(f"{name} has no sequence classifier in transformers; training_rl.py rewards it by --reward_function")
     if getattr(model_config, "quantization_config", None) and not args.use_lora:
         fail(f"--model_path {args.model_path} is stored in 4 or 8 bit: add --use_lora")
+    code = {"trust_remote_code": args.trust_remote_code}
+    with torch.device("meta"):
+        model = transformers.AutoModelForSequenceClassification.from_config(model_config, **code)
+    modules = [name for name, _ in model.named_modules()]
+    for target in args.lora_target_modules or []:
+        there = any(f".{name}".endswith(f".{target}") or re.fullmatch(target, name) for name in modules)
+        if not there and args.lora_target_modules != ["all-linear"]:
+            names = sorted({name.rpartition(".")[2] for name in list_linear_layers(model)})
+            fail(f"--lora_target_modules {target}: there is no such layer; there are {', '.join(names)}")
+    if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        fail(f"--gradient_checkpointing: transformers has none for {type(model).__name__}")
     if args.shard_base:
-        with torch.device("meta"):
-            model = transformers.AutoModelForSequenceClassification.from_config(model_config)
-        layers = {re.sub(r"\.\d+$", ".*", name) for name, _ in model.named_modules()}
+        layers = {re.sub(r"\.\d+$", ".*", name) for name in modules}
         special = getattr(model_config, "quantization_config", None) or count_embeddings(adapter)
         if special or not any("*" in name for name in layers & {*model.fsdp_plan}):
             fail(f"--shard_base: no plan for {model_config.model_type}, or 4 or 8 bit, or embeddings in the adapter")
@@ -922,20 +931,19 @@ def load_classifier(args, base, adapter, config, tokens, device):
     return add_lora(args, model, adapter, new_head) if args.use_lora else (model, new_head)
 
 
-def add_lora(args, model, adapter, new_head):
-    """(model with a new LoRA adapter or the one in `adapter`, whether its head is new): an SFT adapter has no head."""
+def list_linear_layers(model):
+    """Names of the linear layers without the head, without routers (those of PhiMoE return tuples), and without the
+    out_proj of recurrent layers, whose kernels read the weight themselves."""
     linear = (torch.nn.Linear, transformers.Conv1D)
     layers = {name: type(layer).__name__ for name, layer in model.named_modules() if isinstance(layer, linear)}
-    # without routers (those of PhiMoE return tuples), and what recurrent kernels read
-    usual = [name for name, kind in layers.items() if "Router" not in kind and name != "score"]
-    usual = [name for name in usual if not (model._is_stateful and name.endswith("out_proj"))]
+    names = [name for name, kind in layers.items() if "Router" not in kind and name != "score"]
+    return [name for name in names if not (model._is_stateful and name.endswith("out_proj"))]
+
+
+def add_lora(args, model, adapter, new_head):
+    """(model with a new LoRA adapter or the one in `adapter`, whether its head is new): an SFT adapter has no head."""
     targets = args.lora_target_modules or ["all-linear"]
-    targets = usual if targets == ["all-linear"] else targets
-    for target in targets:
-        modules = [f".{name}" for name, _ in model.named_modules()]
-        if not any(name.endswith(f".{target}") or re.fullmatch(target, name[1:]) for name in modules):
-            names = sorted({name.rpartition(".")[2] for name in usual})
-            fail(f"--lora_target_modules {target}: there is no such layer; there are {', '.join(names)}")
+    targets = list_linear_layers(model) if targets == ["all-linear"] else targets
     lora = peft.LoraConfig(
         r=args.lora_r or 16, lora_alpha=32 if args.lora_alpha is None else args.lora_alpha, task_type="SEQ_CLS",
         target_modules=targets if len(targets) > 1 or targets[0].isidentifier() else targets[0],

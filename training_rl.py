@@ -974,11 +974,6 @@ def new_lora(args, model, task_type):
     """The config of a new adapter for a model of transformers; without --lora_target_modules on all linear layers."""
     targets = args.lora_target_modules or ["all-linear"]
     targets = list_linear_layers(model) if targets == ["all-linear"] else targets
-    for target in targets:
-        modules = [f".{name}" for name, _ in model.named_modules()]
-        if not any(name.endswith(f".{target}") or re.fullmatch(target, name[1:]) for name in modules):
-            names = sorted({name.rpartition(".")[2] for name in list_linear_layers(model)})
-            fail(f"--lora_target_modules {target}: there is no such layer; there are {', '.join(names)}")
     if len(targets) == 1 and not targets[0].isidentifier():
         targets = targets[0]  # a regular expression
     alpha = 32 if args.lora_alpha is None else args.lora_alpha
@@ -1076,15 +1071,23 @@ def load_roles(args, source, reward_source, same_tokens):
 
 def check_base(args, base, tokens, longest):
     """Refuse a base model that cannot be trained or shared out as it is asked for, or that knows fewer `tokens` than the
-    tokenizer, or fewer positions than the `longest` text has; no weight is loaded."""
+    tokenizer, or fewer positions than the `longest` text has; its weights are not read."""
     config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
     quantized = getattr(config, "quantization_config", None)
     if quantized and not args.use_lora:
         fail(f"--model_path {args.model_path} is stored in 4 or 8 bit: add --use_lora")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+    modules = [name for name, _ in model.named_modules()]
+    for target in args.lora_target_modules or []:
+        there = any(f".{name}".endswith(f".{target}") or re.fullmatch(target, name) for name in modules)
+        if not there and args.lora_target_modules != ["all-linear"]:
+            names = sorted({name.rpartition(".")[2] for name in list_linear_layers(model)})
+            fail(f"--lora_target_modules {target}: there is no such layer; there are {', '.join(names)}")
+    if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        fail(f"--gradient_checkpointing: transformers has none for {type(model).__name__}")
     if args.shard_base:
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
-        layers = {re.sub(r"\.\d+$", ".*", name) for name, _ in model.named_modules()} & {*model.fsdp_plan}
+        layers = {re.sub(r"\.\d+$", ".*", name) for name in modules} & {*model.fsdp_plan}
         if quantized or not any("*" in name for name in layers):
             fail(f"--shard_base: no plan for {config.model_type}, or {base} is stored in 4 or 8 bit")
     embeddings = config.get_text_config().vocab_size
@@ -1982,7 +1985,7 @@ def run_stage(args):
     if not checkpoint:
         torch.manual_seed(args.seed + 100_003 * config.process_index)  # processes sample different answers
         if args.normalize_reward:
-            trainer.measure_reference(list(train_rows.select(range(min(64, len(train_rows))))))
+            trainer.measure_reference([train_rows[i % len(train_rows)] for i in range(64)])
     stopped = train(trainer, callback, checkpoint)
     if callback.interrupted:
         print(f"saved; go on with the same command and --resume_from_checkpoint ({args.output_dir})", file=sys.stderr)

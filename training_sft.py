@@ -745,11 +745,20 @@ def show_rows(rows, tokenizer):
         print()
 
 
-def warn_of_memory(args, config):
-    """Say so where weights and optimizer state alone exceed the memory that is free."""
+def check_model(args, config):
+    """Refuse what the model does not have, before its weights are read; say so where they and the optimizer state alone
+    exceed the memory that is free."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
-    layers = {re.sub(r"\.\d+$", ".*", name) for name, _ in model.named_modules()}
+    modules = [name for name, _ in model.named_modules()]
+    for target in args.lora_target_modules or []:
+        there = any(f".{name}".endswith(f".{target}") or re.fullmatch(target, name) for name in modules)
+        if not there and args.lora_target_modules != ["all-linear"]:
+            names = sorted({name.rpartition(".")[2] for name in list_linear_layers(model)})
+            fail(f"--lora_target_modules {target}: there is no such layer; there are {', '.join(names)}")
+    if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        fail(f"--gradient_checkpointing: transformers has none for {type(model).__name__}")
+    layers = {re.sub(r"\.\d+$", ".*", name) for name in modules}
     if args.shard_base and not any("*" in name for name in layers & {*model.fsdp_plan}):
         fail(f"--shard_base: transformers cannot share out a {config.model_type} model; leave the flag out")
     size = 2 if args.bf16 or args.fp16 else 4  # bytes
@@ -802,8 +811,6 @@ def load_model(args, base, adapter, embeddings):
         model.resize_token_embeddings(embeddings)
     if not model.generation_config.do_sample:  # what only sampling reads is not saved beside it (Llama 2 has it)
         model.generation_config.update(temperature=None, top_p=None, top_k=None)
-    if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
-        fail(f"--gradient_checkpointing: transformers has none for {type(model).__name__}")
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes: no gradients after a pass in eval mode
             module.support_avx512bf16_for_cpu = False
@@ -814,11 +821,6 @@ def load_model(args, base, adapter, embeddings):
     targets = args.lora_target_modules or ["all-linear"]
     if targets == ["all-linear"]:
         targets = list_linear_layers(model)
-    for target in targets:
-        modules = [f".{name}" for name, _ in model.named_modules()]
-        if not any(name.endswith(f".{target}") or re.fullmatch(target, name[1:]) for name in modules):
-            names = sorted({name.rpartition(".")[2] for name in list_linear_layers(model)})
-            fail(f"--lora_target_modules {target}: there is no such layer; there are {', '.join(names)}")
     lora = peft.LoraConfig(
         r=args.lora_r or 16,
         lora_alpha=32 if args.lora_alpha is None else args.lora_alpha,
@@ -1037,6 +1039,7 @@ def publish(trainer, args, run, metrics):
     trainer.model.generation_config.save_pretrained(draft)  # where answers end
     figures = "".join(f"| {name} | {value} |\n" for name, value in metrics.items())
     card = (folder / "README.md").read_text(encoding="utf-8")
+    (folder / "README.md").unlink()
     (draft / "README.md").write_text(f"{card}\n## Figures\n\n| | |\n| --- | --- |\n{figures}", encoding="utf-8")
     write_json(draft / "run.json", {**run, "metrics": metrics})
     write_json(folder / "metrics.json", metrics)
@@ -1106,7 +1109,7 @@ def main(argv=None):
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or longest
     if longest > positions:
         fail(f"--max_length {args.max_length}: the model has {positions} positions, the longest row {longest} tokens")
-    warn_of_memory(args, model_config)
+    check_model(args, model_config)
     if args.dry_run:
         show_rows(rows, tokenizer)
         print("dry run: everything fits; nothing was loaded or written")
