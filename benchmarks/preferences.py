@@ -271,7 +271,10 @@ def main():
         return
 
     examiner = Examiner(args)
-    before = examiner.examine(examiner.reference, max(args.samples, args.best_of))
+    answers = folder / f"answers-{max(args.samples, args.best_of)}.jsonl"  # of the reference: the same for all runs
+    if not answers.is_file():
+        write_lines(answers, examiner.examine(examiner.reference, max(args.samples, args.best_of)))
+    before = read_lines(answers)
     spread = {name: pstdev(examiner.columns(before)[name]) for name in ("reward", "judge")}
     sets = {"before": before}
     if args.best_of:
