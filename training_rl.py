@@ -8,7 +8,7 @@ Out, in --output_dir: `final_checkpoint/` (policy, tokenizer, run.json; the valu
     python training_rl.py --model_path checkpoints/sft/final_checkpoint \
         --reward_model_path checkpoints/rm/final_checkpoint --dataset_name json --subset data/rl --split train \
         --output_dir checkpoints/ppo --bf16 --use_lora --per_device_train_batch_size 1 \
-        --gradient_accumulation_steps 8 --total_episodes 1024 --response_length 128
+        --gradient_accumulation_steps 64 --total_episodes 4096 --response_length 128
     python training_rl.py --model_path gpt2 --reward_function rules.py:is_brief --dataset_name json --subset data/rl \
         --output_dir checkpoints/ppo --use_lora --dry_run
 
@@ -1100,14 +1100,21 @@ def check_base(args, base, tokens, longest):
              f"--max_prompt_length {args.max_prompt_length} or --response_length {args.response_length}")  # fmt: skip
 
 
+def free_memory():
+    """Bytes that are free, on a GPU with those that PyTorch keeps for later."""
+    if not torch.cuda.is_available():
+        return psutil.virtual_memory().available
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
 def report_roles(roles):
     """Say what the models take, and warn where gradients and AdamW's moments (12 bytes a weight) exceed what is free."""
     trained = sum(p.numel() for p in roles.parameters() if p.requires_grad)
     size = sum(getattr(p, "_local_tensor", p).nbytes for p in roles.parameters()) / 1e9
     print(f"four roles on {len(roles.models)} model(s), {size:.2f} GB (1e9 bytes); {trained:,} weights are trained")
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    if 12 * trained > free:
-        text = f"gradients and optimizer take {12 * trained / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: see --use_lora"
+    if 12 * trained > free_memory():
+        sizes = f"{12 * trained / 1e9:.1f} GB, {free_memory() / 1e9:.1f} GB are free"
+        text = f"gradients and optimizer take {sizes}: see --use_lora"
         print(f"warning: {text}", file=sys.stderr)
 
 
@@ -1198,7 +1205,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         """Whether each process can gather the base for generation, in half of the memory that is free in all: the rest is
         for the cache. Else every token gathers every layer."""
         size = sum(p.nbytes - getattr(p, "_local_tensor", p).nbytes for p in self.roles.parameters())
-        free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+        free = free_memory()
         fits = all(gather_object([2 * size < free]))
         how = "whole in each process, which is fast" if fits else "in shares, which is slow"
         print(f"generation with the base {how}: its other shares are {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
@@ -1295,6 +1302,18 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             layer.set_reshard_after_forward(True)
             layer.reshard()
 
+    def texts_at_once(self, config):
+        """How many answers are written at a time: local_rollout_forward_batch_size (64), on a GPU no more than half of the
+        free memory has a cache for."""
+        most = self.args.local_rollout_forward_batch_size
+        if self.args.device.type == "cpu":  # there runs repeat bit for bit
+            return most
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token = 2 * config.num_hidden_layers * heads * width * compute_dtype(self.args).itemsize  # bytes
+        fitting = int(free_memory() / 2 // (token * self.args.longest_text))
+        return min(gather_object([max(1, min(most, fitting))]))
+
     def generate(self, role, rows, sample=True):
         """Responses to the rows' prompts: lists of at most response_length ids that end with the first stop id."""
         sampling = {"temperature": self.args.temperature, "top_k": 0, "top_p": 1.0} if sample else {}
@@ -1303,9 +1322,10 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             pad_token_id=self.tokenizer.pad_token_id, **sampling,
         )  # fmt: skip
         # padding before a text would enter a state that goes from token to token
-        kinds = set(getattr(role.network.config.get_text_config(), "layer_types", None) or ())
+        text_config = role.network.config.get_text_config()
+        kinds = set(getattr(text_config, "layer_types", None) or ())
         recurrent = kinds - {"full_attention", "sliding_attention", "chunked_attention"} or role.network._is_stateful
-        size = 1 if recurrent else self.args.local_rollout_forward_batch_size
+        size = 1 if recurrent else self.texts_at_once(text_config)
         responses = []
 
         def go_on(ids, scores, **kwargs):  # after each token

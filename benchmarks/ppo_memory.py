@@ -1,6 +1,6 @@
 """What PPO needs on one card, by flags: computed from shapes for a model that is not at hand, and measured on a card.
 
-Takes the README's PPO command (LoRA, all four roles on one base) for random weights of a given shape. Always prints the
+Takes the README's PPO command (LoRA, four roles on one base) with 8 answers an update for random weights of a shape. Prints the
 bytes of each part in GB (1e9 bytes), computed; what that leaves out is the CUDA context (0.3 to 0.5 GB) and what the
 allocator loses to fragments. With a GPU, or --measure, it also makes the weights, runs the command each way in a
 process of its own, and prints peak memory and the seconds of an update.

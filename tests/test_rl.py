@@ -645,6 +645,18 @@ def test_short_responses_give_no_nan(rl, chain, tmp_path, choose, responses):
     assert all(tensor.isfinite().all() for tensor in adapters(tmp_path / "final_checkpoint").values())
 
 
+def test_answers_are_written_as_many_at_a_time_as_their_cache_fits(rl, llama, monkeypatch):
+    """On a GPU half of the free memory is for it; the bytes of a text are those of the cache that the model fills."""
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    cache = model(torch.ones(1, 10, dtype=torch.long), use_cache=True).past_key_values
+    text = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
+    args = {"local_rollout_forward_batch_size": 64, "longest_text": 10, "bf16": False, "fp16": False}
+    for device, free, expected in (("cuda", 10, 5), ("cuda", 1, 1), ("cuda", 1000, 64), ("cpu", 10, 64)):
+        monkeypatch.setattr(rl, "free_memory", lambda free=free: free * text)
+        trainer = SimpleNamespace(args=SimpleNamespace(**args, device=torch.device(device)))
+        assert rl.PPOTrainer.texts_at_once(trainer, model.config) == expected
+
+
 def test_the_score_is_normalized_then_clipped_then_penalized(rl, chain, tmp_path, choose):
     """Mean and spread are those of 64 of the reference's own answers, measured once; the reported score is plain."""
     asked = choose()
