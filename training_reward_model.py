@@ -66,6 +66,9 @@ def drop_nulls(value):
     return {k: drop_nulls(part) for k, part in value.items() if part is not None} if isinstance(value, dict) else value
 
 
+THOUGHTS = ("reasoning_content", "thinking")  # keys of a turn beside its content, in templates that write them
+
+
 def read_messages(messages, last):
     """`messages` as turns of system (may be left out), user, assistant, ..., `last`; raises ValueError.
 
@@ -87,7 +90,7 @@ def read_messages(messages, last):
             raise ValueError(f"should have the role {expected} in turn {len(turns)}, not {str(turn)[:80]}")
         if not (calls or (isinstance(content, str) and content.strip())):
             raise ValueError(f"should have text in turn {len(turns)} ({role}), not {str(turn)[:80]}")
-        more = turn if calls or role == "tool" else {}
+        more = turn if calls or role == "tool" else {key: turn[key] for key in THOUGHTS if key in turn}
         turns.append({**more, "role": role, "content": content or ""})
     if not turns or turns[-1]["role"] != last or turns[-1].get("tool_calls"):
         raise ValueError(f"should end with the role {last}, not {str(messages[-1:])[:80]}")
@@ -117,7 +120,7 @@ class PromptFormat:
         longest_first = sorted(special, key=lambda token: (-len(token), token))  # in one order: it is hashed for caches
         self.special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         if name == "chat":
-            self._learn_template({*special, *map(str, added)})
+            self._learn_template({*special, *(str(token) for token in added if str(token).strip())})  # Gemma has "\n"
 
     def _learn_template(self, tokens):
         marks = {"system": "\ue002", "user": "\ue003", "assistant": "\ue004"}
@@ -160,7 +163,7 @@ class PromptFormat:
         """The text, its contents guarded, and where in it [start, end, start, end, ...] the assistant writes."""
         messages = []
         for turn in turns:
-            turn = {**turn, "content": self._guard(turn["content"])}
+            turn = {key: self._guard(part) if isinstance(part, str) else part for key, part in turn.items()}
             if "tool_calls" in turn:
                 turn["tool_calls"] = json.loads(self._guard(json.dumps(turn["tool_calls"], ensure_ascii=False)))
             alike = messages and turn.keys() == messages[-1].keys() == {"role", "content"}
@@ -169,7 +172,7 @@ class PromptFormat:
             messages.append(turn)
         if self.name == "qa":  # earlier turns join the question
             if any(turn.keys() != {"role", "content"} or turn["role"] == "tool" for turn in messages):
-                raise ValueError("tools need a chat template")
+                raise ValueError("tools and thoughts need a chat template")
             texts = [turn["content"] for turn in messages if turn["content"]]
             answer = "" if open_end else f" {texts.pop()}"
             prompt = "Question: " + "\n\n".join(texts) + "\n\nAnswer:"
@@ -246,6 +249,15 @@ def pick_format(requested, natural, recorded, tokenizer):
         raise ValueError("--prompt_format chat: this tokenizer has no chat template; use --prompt_format qa")
     name = requested if requested != "auto" else recorded or natural
     return PromptFormat(tokenizer, name if tokenizer.chat_template else "qa")
+
+
+def make_eos_end_turns(prompt_format):
+    """The format with a tokenizer whose EOS ends a turn, so that every reader of the checkpoint stops there."""
+    if prompt_format.name == "qa":
+        return prompt_format
+    tokenizer = prompt_format.tokenizer
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(prompt_format.end_id())
+    return PromptFormat(tokenizer, "chat")  # templates may write eos_token (Phi-3)
 
 
 # <<< text
@@ -377,6 +389,8 @@ def parse_flags(argv=None):
         "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
         "quantized weights cannot be trained themselves: add --use_lora": quantized and not args.use_lora,
         "--eval_steps and --eval_only need pairs: --eval_split or --eval_subset": evaluates and not args.eval_split,
+        "--eval_only trains nothing: leave --resume_from_checkpoint out": args.eval_only
+        and args.resume_from_checkpoint,
         "of FSDP and ZeRO-3 only FSDP2 works here, without LoRA; with it use --shard_base, DDP or ZeRO-2": cut,
         "--shard_base needs several processes: accelerate launch, or torchrun --nproc_per_node 8": shard and one,
         "--shard_base needs --use_lora; all weights are for FSDP2 (accelerate config)": shard and not args.use_lora,
@@ -426,11 +440,12 @@ READERS = {"csv": {"keep_default_na": False}, "json": {"chunksize": 1 << 30}, "p
 FREE_ON_RESUME = """output_dir overwrite_output_dir resume_from_checkpoint max_steps num_train_epochs logging_steps save_steps
     save_total_limit eval_split eval_subset eval_steps report_to push_to_hub dry_run shard_base""".split()
 SAME_ON_RESUME = """columns model_path dataset_name dataset_config subset train_split max_samples prompt_format max_length
-    per_device_train_batch_size gradient_accumulation_steps use_lora""".split()
+    per_device_train_batch_size gradient_accumulation_steps use_lora lora_r lora_alpha lora_target_modules""".split()
 SCRIPTS = 4  # stands in run.json: this version resumes checkpoints of this version
 WINDOWS = "(window|window_size|chunk_size|local_attention)$"  # what configs call the tokens that a layer sees
 HEAD = "base_model.model.score.weight"  # in the file of an adapter
-SCHEMAS = [("prompt", "chosen", "rejected"), ("question", "response_j", "response_k"), ("chosen", "rejected")]
+SCHEMAS = [("prompt", "chosen", "rejected"), ("question", "response_j", "response_k"), ("question", "chosen", "rejected"),
+           ("chosen", "rejected")]  # fmt: skip
 
 
 def read_json(path):
@@ -466,6 +481,8 @@ def locate_model(args):
     stage = run.get("parent_stage") if run.get("stage") == "merge" else run.get("stage")
     if not Path(base).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base):
         fail(f"--model_path {folder}: {base} is not there; it should be a model directory or a hub id")
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        fail(f"--model_path {folder} holds no weights in safetensors; those of a run are in its final_checkpoint")
     if args.eval_only and stage not in (None, "reward"):
         fail(f"--model_path {folder} is of the stage {stage!r}, not a reward model")
     if adapter and run.get("base_digest") not in (None, digest_base(base)):
@@ -513,6 +530,7 @@ def make_config(args):
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # a NaN is to be seen
         "push_to_hub": False,  # at the end, by publish()
+        "save_strategy": "steps",
     }
     for pair in args.set:
         name, equals, text = pair.partition("=")
@@ -541,8 +559,10 @@ def count_steps(checkpoint):
 def find_checkpoint(args):
     """The checkpoint to go on from, or None; a non-empty --output_dir is not overwritten by chance."""
     folder = Path(args.output_dir)
+    if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
+        fail(f"--output_dir {folder}: {file} is a file")
     if not args.resume_from_checkpoint:
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not args.overwrite_output_dir):
+        if any(folder.glob("*")) and not args.overwrite_output_dir:
             fail(f"--output_dir {folder} is not empty; see --resume_from_checkpoint and --overwrite_output_dir")
         return None
     newest = max(filter(count_steps, folder.glob("checkpoint-*")), key=count_steps, default=None)
@@ -573,8 +593,9 @@ def open_output_dir(args, checkpoint):
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     state = read_json(checkpoint / "trainer_state.json") if checkpoint else {"global_step": 0, "log_history": []}
-    if not args.resume_from_checkpoint:  # else it stays until publish() has a new one
+    if not args.resume_from_checkpoint:  # else they stay until there are new ones
         shutil.rmtree(folder / "final_checkpoint", ignore_errors=True)
+        (folder / "scores.jsonl").unlink(missing_ok=True)
     for path in folder.glob("checkpoint-*"):
         if not 0 < count_steps(path) <= state["global_step"]:
             shutil.rmtree(path)
@@ -602,7 +623,7 @@ def find_source(name, subset):
 def find_broken_line(files):
     """`FILE, line N: what is wrong there` of the first line in files of JSON Lines that is no JSON, or nothing."""
     for path in (Path(path) for path in files if path.endswith((".jsonl", ".ndjson"))):
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
             try:
                 json.loads(line or "{}")
             except ValueError as error:
@@ -657,7 +678,8 @@ def read_pair(row, schema):
         sides = [[{"role": "assistant", "content": text[len(start) :].strip()}] for text in texts]
     pair = []
     for name, messages in zip((chosen, rejected), sides):
-        if messages and isinstance(messages[0], dict) and messages[0].get("role") == "assistant":
+        first = messages[0] if messages and isinstance(messages[0], dict) else {}
+        if first.get("role", first.get("from")) in ("assistant", "gpt"):
             messages = prompt + messages  # else it is a whole conversation, and `prompt` repeats its question
         try:
             pair.append(read_messages(messages, last="assistant"))
@@ -665,7 +687,7 @@ def read_pair(row, schema):
             raise ValueError(f"{' + '.join([*question, name])} {str(error).partition(', not ')[0]}") from error
     if pair[0][:-1] != pair[1][:-1]:
         raise ValueError(f"{chosen} and {rejected} differ before the last turn")
-    if not isinstance(row.get("margin", 0), int | float):
+    if row.get("margin", 0) is None or not math.isfinite(row.get("margin", 0)):
         raise ValueError("margin is no number")
     return pair
 
@@ -688,9 +710,18 @@ def load_pairs(args, prompt_format, subset, side):
         there = ", ".join(data.column_names)
         fail(f"{where} has the columns {there}; one of these is needed: {needed}; --columns {hint} renames")
 
+    try:
+        if "margin" in data.column_names:  # of CSV it is a text
+            data = data.cast_column("margin", datasets.Value("float64"))
+    except ValueError as error:  # pyarrow's
+        fail(f"{where}: the column margin should have numbers: {error}")
+
     def encode_pair(row, number):
+        tools = row.get("tools")
         try:
-            chosen, rejected = (prompt_format.encode(messages)[0] + tail for messages in read_pair(row, schema))
+            tools = json.loads(tools) if isinstance(tools, str) else tools
+            pair = read_pair(row, schema)
+            chosen, rejected = (prompt_format.encode(messages, tools=tools)[0] + tail for messages in pair)
             reason = "of two equal texts" if chosen == rejected else ""
         except ValueError as error:
             chosen, rejected, reason = [], [], str(error)
@@ -698,8 +729,9 @@ def load_pairs(args, prompt_format, subset, side):
         if longest > max_length:
             reason = f"longer than --max_length {max_length}"
         size = len(chosen) + len(rejected) - len(os.path.commonprefix([chosen, rejected]))
-        pair = {"row": number, "chosen_ids": chosen, "rejected_ids": rejected, "size": size, "longest": longest}
-        return {**pair, "reason": reason, "digest": digest([chosen, rejected, row.get("margin")])}
+        ids = {"chosen_ids": chosen or [0], "rejected_ids": rejected or [0]}  # Arrow takes no type from empty lists
+        found = {"reason": reason, "digest": digest([chosen, rejected, row.get("margin")])}
+        return {"row": number, **ids, "size": size, "longest": longest, **found}
 
     others = [name for name in data.column_names if name != "margin"]
     workers = min(os.cpu_count() or 1, len(data) // 2000) or None  # where there is work for several
@@ -715,7 +747,7 @@ def load_pairs(args, prompt_format, subset, side):
     if misshapen > len(rows) / 10 or not kept:
         fail(f"{where}: {misshapen} of {len(rows)} rows are no pairs, {len(kept)} are left to use: {reasons}")
     print(f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; {len(kept)} of {len(rows)} pairs kept")
-    if unread := sorted({*others} - {*schema, "system"}):
+    if unread := sorted({*others} - {*schema, "system", "tools"}):
         print(f"  columns that are not read: {', '.join(unread)}")
     lengths = sorted(longest for longest in rows["longest"] if longest)
     if lengths[-1] > max_length:
@@ -820,15 +852,20 @@ def check_fit(args, config, model_config, adapter, tokens, rows):
         fail(f"{name} has no sequence classifier in transformers; training_rl.py rewards it by --reward_function")
     if getattr(model_config, "quantization_config", None) and not args.use_lora:
         fail(f"--model_path {args.model_path} is stored in 4 or 8 bit: add --use_lora")
-    code = {"trust_remote_code": args.trust_remote_code}
-    with torch.device("meta"):
-        model = transformers.AutoModelForSequenceClassification.from_config(model_config, **code)
-    modules = [name for name, _ in model.named_modules()]
-    for target in args.lora_target_modules or []:
-        there = any(f".{name}".endswith(f".{target}") or re.fullmatch(target, name) for name in modules)
-        if not there and args.lora_target_modules != ["all-linear"]:
-            names = sorted({name.rpartition(".")[2] for name in list_linear_layers(model)})
-            fail(f"--lora_target_modules {target}: there is no such layer; there are {', '.join(names)}")
+    how = {"attn_implementation": args.attn_implementation, "trust_remote_code": args.trust_remote_code}
+    targets = args.lora_target_modules or []
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForSequenceClassification.from_config(copy.deepcopy(model_config), **how)
+        modules = [name for name, _ in model.named_modules()]
+        known = {t for t in targets for name in modules if f".{name}".endswith(f".{t}") or re.fullmatch(t, name)}
+    except (ImportError, ValueError, re.error) as error:
+        fail(f"--attn_implementation {args.attn_implementation}, --lora_target_modules {' '.join(targets)}: {error}")
+    if targets != ["all-linear"] and {*targets} - known:
+        names = sorted({name.rpartition(".")[2] for name in list_linear_layers(model)})
+        fail(f"--lora_target_modules {min({*targets} - known)}: there is no such layer; there are {', '.join(names)}")
+    if not hasattr(model, "score"):
+        fail(f"{type(model).__name__} has no scalar head named score, as reward models have here")
     if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
         fail(f"--gradient_checkpointing: transformers has none for {type(model).__name__}")
     if args.shard_base:
@@ -861,15 +898,14 @@ def load_format(args, base, adapter, run):
     config = transformers.AutoConfig.from_pretrained(base, num_labels=1, trust_remote_code=args.trust_remote_code)
     place = adapter if adapter and (adapter / "tokenizer_config.json").is_file() else base
     tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
-    prompt_format = pick_format(args.prompt_format, "chat", run.get("prompt_format"), tokenizer)
+    found = pick_format(args.prompt_format, "chat", run.get("prompt_format"), tokenizer)
+    prompt_format = make_eos_end_turns(found)
     if "reward" in (run.get("stage"), run.get("parent_stage")) and prompt_format.tail_ids() and not run.get("score_at"):
         fail(f"--model_path {args.model_path} is of an earlier version, which read scores elsewhere: train it again")
-    if prompt_format.name == "chat":  # so that every reader of the checkpoint knows where a turn ends
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(prompt_format.end_id())
     ends = [*prompt_format.stop_ids(), *prompt_format.tail_ids()]
     if tokenizer.pad_token_id in (None, *ends):
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        tokenizer.pad_token_id = min(special - {*ends}, default=tokenizer.eos_token_id)
+        tokenizer.pad_token_id = min(special - {*ends, tokenizer.bos_token_id}, default=tokenizer.eos_token_id)
     return config, prompt_format
 
 
@@ -1076,6 +1112,7 @@ def train(args, config, checkpoint, model, rows, collate, prompt_format, run):
         weight.data = data.to(weight.device)
     if checkpoint and count_steps(checkpoint) >= config.max_steps:  # Trainer would take one more step
         trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state.global_step = count_steps(checkpoint)
         return trainer, {}
     with disable_input_dtype_casting(model):  # else LoRA keeps float32 copies of inputs
         metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
@@ -1097,7 +1134,7 @@ def publish(trainer, args, run, metrics):
         tokenizer.pad_token = trainer.accelerator.unwrap_model(trainer.model).config.pad_token_id = None
     trainer.model.save_pretrained(draft, state_dict=trainer.own)
     tokenizer.save_pretrained(draft)
-    write_json(draft / "run.json", {**run, "metrics": metrics})
+    write_json(draft / "run.json", {**run, "steps": trainer.state.global_step, "metrics": metrics})
     write_json(folder / "metrics.json", metrics)
     trainer.hub_model_id = name
     trainer.create_model_card(model_name=name)  # TRL puts it beside the checkpoints
@@ -1108,6 +1145,7 @@ def publish(trainer, args, run, metrics):
     card.unlink()
     try:
         if final.exists():
+            shutil.rmtree(old, ignore_errors=True)  # of a run that was killed while it removed it
             os.replace(final, old)
     except PermissionError:  # Windows
         fail(f"{final} is in use by another program; the new one lies beside it, in {draft}")
@@ -1239,7 +1277,8 @@ def main(argv=None):
     every_row = datasets.concatenate_datasets(list(rows.values()))
     check_fit(args, config, model_config, adapter, len(prompt_format.tokenizer), rows)
     done = count_steps(checkpoint) if checkpoint else 0
-    if done >= config.max_steps > 0 and Path(args.output_dir, "final_checkpoint").is_dir():
+    final = read_json(Path(args.output_dir, "final_checkpoint", "run.json"))
+    if done >= config.max_steps > 0 and final.get("steps") == done:
         more = "to train longer, raise --max_steps or --num_train_epochs"
         print(f"{args.output_dir} is finished, after {done} steps; {more}")
         return
@@ -1297,6 +1336,7 @@ def main(argv=None):
 if __name__ == "__main__":
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # of several processes the first one talks
+    sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
     try:
         main()
     except KeyboardInterrupt:

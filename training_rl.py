@@ -71,6 +71,9 @@ def drop_nulls(value):
     return {k: drop_nulls(part) for k, part in value.items() if part is not None} if isinstance(value, dict) else value
 
 
+THOUGHTS = ("reasoning_content", "thinking")  # keys of a turn beside its content, in templates that write them
+
+
 def read_messages(messages, last):
     """`messages` as turns of system (may be left out), user, assistant, ..., `last`; raises ValueError.
 
@@ -92,7 +95,7 @@ def read_messages(messages, last):
             raise ValueError(f"should have the role {expected} in turn {len(turns)}, not {str(turn)[:80]}")
         if not (calls or (isinstance(content, str) and content.strip())):
             raise ValueError(f"should have text in turn {len(turns)} ({role}), not {str(turn)[:80]}")
-        more = turn if calls or role == "tool" else {}
+        more = turn if calls or role == "tool" else {key: turn[key] for key in THOUGHTS if key in turn}
         turns.append({**more, "role": role, "content": content or ""})
     if not turns or turns[-1]["role"] != last or turns[-1].get("tool_calls"):
         raise ValueError(f"should end with the role {last}, not {str(messages[-1:])[:80]}")
@@ -122,7 +125,7 @@ class PromptFormat:
         longest_first = sorted(special, key=lambda token: (-len(token), token))  # in one order: it is hashed for caches
         self.special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         if name == "chat":
-            self._learn_template({*special, *map(str, added)})
+            self._learn_template({*special, *(str(token) for token in added if str(token).strip())})  # Gemma has "\n"
 
     def _learn_template(self, tokens):
         marks = {"system": "\ue002", "user": "\ue003", "assistant": "\ue004"}
@@ -165,7 +168,7 @@ class PromptFormat:
         """The text, its contents guarded, and where in it [start, end, start, end, ...] the assistant writes."""
         messages = []
         for turn in turns:
-            turn = {**turn, "content": self._guard(turn["content"])}
+            turn = {key: self._guard(part) if isinstance(part, str) else part for key, part in turn.items()}
             if "tool_calls" in turn:
                 turn["tool_calls"] = json.loads(self._guard(json.dumps(turn["tool_calls"], ensure_ascii=False)))
             alike = messages and turn.keys() == messages[-1].keys() == {"role", "content"}
@@ -174,7 +177,7 @@ class PromptFormat:
             messages.append(turn)
         if self.name == "qa":  # earlier turns join the question
             if any(turn.keys() != {"role", "content"} or turn["role"] == "tool" for turn in messages):
-                raise ValueError("tools need a chat template")
+                raise ValueError("tools and thoughts need a chat template")
             texts = [turn["content"] for turn in messages if turn["content"]]
             answer = "" if open_end else f" {texts.pop()}"
             prompt = "Question: " + "\n\n".join(texts) + "\n\nAnswer:"
@@ -251,6 +254,15 @@ def pick_format(requested, natural, recorded, tokenizer):
         raise ValueError("--prompt_format chat: this tokenizer has no chat template; use --prompt_format qa")
     name = requested if requested != "auto" else recorded or natural
     return PromptFormat(tokenizer, name if tokenizer.chat_template else "qa")
+
+
+def make_eos_end_turns(prompt_format):
+    """The format with a tokenizer whose EOS ends a turn, so that every reader of the checkpoint stops there."""
+    if prompt_format.name == "qa":
+        return prompt_format
+    tokenizer = prompt_format.tokenizer
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(prompt_format.end_id())
+    return PromptFormat(tokenizer, "chat")  # templates may write eos_token (Phi-3)
 
 
 # <<< text
@@ -450,7 +462,7 @@ FREE_ON_RESUME = """output_dir overwrite_output_dir resume_from_checkpoint total
     save_total_limit eval_split eval_subset eval_steps report_to push_to_hub dry_run shard_base""".split()
 SAME_ON_RESUME = """columns model_path reward_model_path reward_function dataset_name dataset_config subset split max_samples
     prompt_format max_prompt_length response_length per_device_train_batch_size gradient_accumulation_steps num_mini_batches
-    num_ppo_epochs use_lora""".split()
+    num_ppo_epochs use_lora lora_r lora_alpha lora_target_modules""".split()
 SCRIPTS = 4  # stands in run.json: this version resumes checkpoints of this version
 SHOWN = {  # of the metrics, in the log lines
     "reward": "objective/scores", "KL": "objective/kl", "length": "response/length", "stop_rate": "response/stop_rate",
@@ -514,6 +526,7 @@ def make_config(args, **own):
         "use_cpu": not torch.accelerator.is_available(),
         "logging_nan_inf_filter": False,  # a NaN is to be seen
         "push_to_hub": False,  # at the end, see publish
+        "save_strategy": "steps",
         **own,
     }
     for pair in args.set:
@@ -561,7 +574,7 @@ def find_source(name, subset):
 def find_broken_line(files):
     """`FILE, line N: what is wrong there` of the first line in files of JSON Lines that is no JSON, or nothing."""
     for path in (Path(path) for path in files if path.endswith((".jsonl", ".ndjson"))):
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
             try:
                 json.loads(line or "{}")
             except ValueError as error:
@@ -621,13 +634,14 @@ def load_prompts(args, subset, split, flag, prompt_format, reward_functions):
             tools = json.loads(tools) if isinstance(tools, str) else tools
             ids, problem = prompt_format.encode(messages, open_end=True, tools=tools)[0], ""
         except ValueError as error:
-            messages, ids, problem = [{"role": "user", "content": ""}], [], f"column {column} {error}".split(", not")[0]
-        text = messages[-1]["content"]
-        found = {"row": index, "problem": problem, "prompt_ids": ids, "messages": messages, "text": text}
+            messages, ids, problem = [{"content": ""}], [0], f"column {column} {error}".split(", not")[0]
+        text, chat = messages[-1]["content"], json.dumps(messages)  # Arrow would want one form of all messages
+        found = {"row": index, "problem": problem, "prompt_ids": ids, "messages": chat, "text": text}
         return {**found, **{f"column_{name}": row[name] for name in taken}}
 
     rows = data.map(encode, with_indices=True, remove_columns=data.column_names, desc="Tokenizing")
-    kept = rows.filter(lambda row: 0 < len(row["prompt_ids"]) <= args.max_prompt_length).remove_columns("problem")
+    longest = args.max_prompt_length
+    kept = rows.filter(lambda row: not row["problem"] and len(row["prompt_ids"]) <= longest).remove_columns("problem")
     problems = {}  # and the numbers of the rows that have each
     for number, problem in enumerate(rows["problem"]):
         problems.setdefault(problem, []).append(str(number))
@@ -647,7 +661,7 @@ def load_prompts(args, subset, split, flag, prompt_format, reward_functions):
     if unread := sorted({*others} - {*taken}):
         print(f"  columns that are not read: {', '.join(unread)}")
     if too_long:
-        lengths = sorted(len(ids) for ids in rows["prompt_ids"] if ids)
+        lengths = sorted(len(ids) for ids in rows["prompt_ids"])
         most, nearly_all = (lengths[math.ceil(part * len(lengths)) - 1] for part in (0.95, 0.99))
         print(f"  --max_prompt_length {most} keeps 95% of the prompts, {nearly_all} 99%")
     return kept, {"rows": len(kept), "too_long": too_long, "left_out": left_out}
@@ -681,7 +695,7 @@ class RewardFunction:
         there = [name.removeprefix("column_") for name in rows[0] if name.startswith("column_")]
         columns = {name: [row[f"column_{name}"] for row in rows] for name in self.find_columns(there)}
         if "messages" in [parameter.name for parameter in self.parameters]:
-            columns["messages"] = [row["messages"] for row in rows]
+            columns["messages"] = [json.loads(row["messages"]) for row in rows]
         try:
             scores = [float(score) for score in self.function([row["text"] for row in rows], responses, **columns)]
         except Exception as error:
@@ -729,8 +743,8 @@ def locate_model(args, flag):
     if stage and (stage == "reward") != scores:
         needed = "training_reward_model.py" if scores else "training_sft.py, of this script, or a base model"
         fail(f"{flag} comes from the stage {stage!r}; a model of {needed} is needed here")
-    if folder.is_dir() and not has_lora and not (folder / "config.json").is_file():
-        fail(f"{flag} holds no model; that of a finished run is in its final_checkpoint")
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        fail(f"{flag} holds no weights in safetensors; those of a run are in its final_checkpoint")
     lora = peft.PeftConfig.from_pretrained(path) if has_lora else None
     base = str(lora.base_model_name_or_path) if lora else path
     if not Path(base).is_dir() and (Path(base).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base)):
@@ -788,8 +802,6 @@ def load_format(args, source, requested, other=None):
         found = pick_format(requested, "chat", recorded, tokenizer)
     except (OSError, ValueError) as error:
         fail(f"{place}: {error}")
-    if found.name == "chat":  # so that every reader of the checkpoint stops where a turn ends
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(found.end_id())
     return found
 
 
@@ -1076,14 +1088,18 @@ def check_base(args, base, tokens, longest):
     quantized = getattr(config, "quantization_config", None)
     if quantized and not args.use_lora:
         fail(f"--model_path {args.model_path} is stored in 4 or 8 bit: add --use_lora")
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
-    modules = [name for name, _ in model.named_modules()]
-    for target in args.lora_target_modules or []:
-        there = any(f".{name}".endswith(f".{target}") or re.fullmatch(target, name) for name in modules)
-        if not there and args.lora_target_modules != ["all-linear"]:
-            names = sorted({name.rpartition(".")[2] for name in list_linear_layers(model)})
-            fail(f"--lora_target_modules {target}: there is no such layer; there are {', '.join(names)}")
+    how = {"attn_implementation": args.attn_implementation, "trust_remote_code": args.trust_remote_code}
+    targets = args.lora_target_modules or []
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), **how)
+        modules = [name for name, _ in model.named_modules()]
+        known = {t for t in targets for name in modules if f".{name}".endswith(f".{t}") or re.fullmatch(t, name)}
+    except (ImportError, ValueError, re.error) as error:
+        fail(f"--attn_implementation {args.attn_implementation}, --lora_target_modules {' '.join(targets)}: {error}")
+    if targets != ["all-linear"] and {*targets} - known:
+        names = sorted({name.rpartition(".")[2] for name in list_linear_layers(model)})
+        fail(f"--lora_target_modules {min({*targets} - known)}: there is no such layer; there are {', '.join(names)}")
     if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
         fail(f"--gradient_checkpointing: transformers has none for {type(model).__name__}")
     if args.shard_base:
@@ -1464,9 +1480,10 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                 longer = self.collate(batch.rows, whole, width, batch.mask is not None) if tail else batch
                 return role.read(self.hidden_states(network, longer)[longer.state_index[:, 0] + longer.lengths])
             for row, text, ended in zip(batch.rows, texts, batch.ended):
-                ids = self.reward_format.encode([*row["messages"], {"role": "assistant", "content": text}])[0]
+                messages = json.loads(row["messages"])
+                ids = self.reward_format.encode([*messages, {"role": "assistant", "content": text}])[0]
                 if not text:  # in `qa` that would be the question as an answer
-                    ids = [*self.reward_format.encode(row["messages"], open_end=True)[0], self.reward_format.end_id()]
+                    ids = [*self.reward_format.encode(messages, open_end=True)[0], self.reward_format.end_id()]
                 response = ids[1:] + tail if ended else ids[1:-1]
                 alone = self.collate([{"prompt_ids": ids[:1]}], [response], len(response))
                 scores.append(role.read(self.hidden_states(network, alone)[-1:]))
@@ -1697,12 +1714,12 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     def publish(self, name, metrics):
         """A directory of the run with policy and value model, which appears when it is complete."""
         final, draft, old = (Path(self.args.output_dir, f"{name}{ending}") for ending in ("", ".partial", ".old"))
-        for leftover in (draft, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
         self._save(draft)
         write_json(draft / "run.json", {**self.run, "metrics": metrics})
         try:
             if final.exists():
+                shutil.rmtree(old, ignore_errors=True)  # of a run that was killed while it removed it
                 os.replace(final, old)
         except PermissionError:  # Windows
             fail(f"{final} is in use by another program; the new one lies beside it, in {draft}")
@@ -1838,7 +1855,9 @@ def find_checkpoint(args):
     """The checkpoint to resume from, or None; an --output_dir in use is refused, and a checkpoint of something else."""
     folder, asked = Path(args.output_dir), args.resume_from_checkpoint
     newest = max(folder.glob("checkpoint-*"), key=finished_steps, default=folder / "checkpoint-0")
-    if not asked and (folder.is_file() or any(folder.glob("*")) and not args.overwrite_output_dir):
+    if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
+        fail(f"--output_dir {folder}: {file} is a file")
+    if not asked and any(folder.glob("*")) and not args.overwrite_output_dir:
         hint = "--resume_from_checkpoint goes on with that run, --overwrite_output_dir replaces it"
         fail(f"--output_dir {folder} is not empty: {hint}")
     if asked is True and not finished_steps(newest):
@@ -1959,7 +1978,7 @@ def run_stage(args):
         huggingface_hub.utils.validate_repo_id(Path(args.output_dir).resolve().name)
         huggingface_hub.whoami()
 
-    prompt_format = load_format(args, policy, args.prompt_format)
+    prompt_format = make_eos_end_turns(load_format(args, policy, args.prompt_format))
     reward_format, same_tokens = pick_reward_format(args, reward, prompt_format) if reward else (None, True)
     train_rows, counts = load_prompts(args, args.subset, args.split, "--split", prompt_format, reward_functions)
     eval_rows = train_rows.select(range(min(8, len(train_rows))))
@@ -1978,7 +1997,7 @@ def run_stage(args):
     config = make_config(args, max_steps=updates, longest_text=longest)
     done = finished_steps(checkpoint) if checkpoint else 0
     final = read_json(Path(args.output_dir, "final_checkpoint", "run.json")).get("metrics")
-    if done >= updates and final and not final.get("stopped"):
+    if done >= updates and final and final.get("step") == done and not final.get("stopped"):
         print(f"{args.output_dir} is finished, after {done} updates; to train longer, raise --total_episodes")
         return
     steps = args.num_ppo_epochs * args.num_mini_batches

@@ -64,6 +64,9 @@ def drop_nulls(value):
     return {k: drop_nulls(part) for k, part in value.items() if part is not None} if isinstance(value, dict) else value
 
 
+THOUGHTS = ("reasoning_content", "thinking")  # keys of a turn beside its content, in templates that write them
+
+
 def read_messages(messages, last):
     """`messages` as turns of system (may be left out), user, assistant, ..., `last`; raises ValueError.
 
@@ -85,7 +88,7 @@ def read_messages(messages, last):
             raise ValueError(f"should have the role {expected} in turn {len(turns)}, not {str(turn)[:80]}")
         if not (calls or (isinstance(content, str) and content.strip())):
             raise ValueError(f"should have text in turn {len(turns)} ({role}), not {str(turn)[:80]}")
-        more = turn if calls or role == "tool" else {}
+        more = turn if calls or role == "tool" else {key: turn[key] for key in THOUGHTS if key in turn}
         turns.append({**more, "role": role, "content": content or ""})
     if not turns or turns[-1]["role"] != last or turns[-1].get("tool_calls"):
         raise ValueError(f"should end with the role {last}, not {str(messages[-1:])[:80]}")
@@ -115,7 +118,7 @@ class PromptFormat:
         longest_first = sorted(special, key=lambda token: (-len(token), token))  # in one order: it is hashed for caches
         self.special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         if name == "chat":
-            self._learn_template({*special, *map(str, added)})
+            self._learn_template({*special, *(str(token) for token in added if str(token).strip())})  # Gemma has "\n"
 
     def _learn_template(self, tokens):
         marks = {"system": "\ue002", "user": "\ue003", "assistant": "\ue004"}
@@ -158,7 +161,7 @@ class PromptFormat:
         """The text, its contents guarded, and where in it [start, end, start, end, ...] the assistant writes."""
         messages = []
         for turn in turns:
-            turn = {**turn, "content": self._guard(turn["content"])}
+            turn = {key: self._guard(part) if isinstance(part, str) else part for key, part in turn.items()}
             if "tool_calls" in turn:
                 turn["tool_calls"] = json.loads(self._guard(json.dumps(turn["tool_calls"], ensure_ascii=False)))
             alike = messages and turn.keys() == messages[-1].keys() == {"role", "content"}
@@ -167,7 +170,7 @@ class PromptFormat:
             messages.append(turn)
         if self.name == "qa":  # earlier turns join the question
             if any(turn.keys() != {"role", "content"} or turn["role"] == "tool" for turn in messages):
-                raise ValueError("tools need a chat template")
+                raise ValueError("tools and thoughts need a chat template")
             texts = [turn["content"] for turn in messages if turn["content"]]
             answer = "" if open_end else f" {texts.pop()}"
             prompt = "Question: " + "\n\n".join(texts) + "\n\nAnswer:"
@@ -244,6 +247,15 @@ def pick_format(requested, natural, recorded, tokenizer):
         raise ValueError("--prompt_format chat: this tokenizer has no chat template; use --prompt_format qa")
     name = requested if requested != "auto" else recorded or natural
     return PromptFormat(tokenizer, name if tokenizer.chat_template else "qa")
+
+
+def make_eos_end_turns(prompt_format):
+    """The format with a tokenizer whose EOS ends a turn, so that every reader of the checkpoint stops there."""
+    if prompt_format.name == "qa":
+        return prompt_format
+    tokenizer = prompt_format.tokenizer
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(prompt_format.end_id())
+    return PromptFormat(tokenizer, "chat")  # templates may write eos_token (Phi-3)
 
 
 # <<< text
@@ -425,7 +437,7 @@ READERS = {"csv": {"keep_default_na": False}, "json": {"chunksize": 1 << 30}, "p
 FREE_ON_RESUME = """output_dir overwrite_output_dir resume_from_checkpoint max_steps num_train_epochs logging_steps save_steps
     save_total_limit eval_split eval_subset eval_steps report_to push_to_hub dry_run shard_base""".split()
 SAME_ON_RESUME = """columns model_path dataset_name dataset_config subset split max_samples prompt_format train_on_prompt max_length
-    packing batch_size gradient_accumulation_steps use_lora""".split()
+    packing batch_size gradient_accumulation_steps use_lora lora_r lora_alpha lora_target_modules""".split()
 SCRIPTS = 4  # stands in run.json: this version resumes checkpoints of this version
 
 
@@ -465,9 +477,11 @@ def locate_model(args):
     run, adapter = read_json(folder / "run.json"), read_json(folder / "adapter_config.json")
     if "reward" in (run.get("stage"), run.get("parent_stage")):
         fail(f"--model_path {path} is a reward model")
+    if not adapter and not (folder / "config.json").is_file():
+        fail(f"--model_path {path} holds neither config.json nor adapter_config.json")
+    if not any(folder.glob("*.safetensors")):
+        fail(f"--model_path {path} holds no weights in safetensors")
     if not adapter:
-        if not (folder / "config.json").is_file():
-            fail(f"--model_path {path} holds neither config.json nor adapter_config.json")
         return str(folder.resolve()), None, run
     base = adapter["base_model_name_or_path"]
     if not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") > 1 or base.startswith(".")):
@@ -517,12 +531,14 @@ def make_config(args):
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # a NaN is to be seen
         "push_to_hub": False,  # at the end, by publish()
+        "save_strategy": "steps",
     }
     fields = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
     values = {name: value for name, value in values.items() if name in fields}
+    taken = {*vars(args), "per_device_train_batch_size", "warmup_steps", "save_strategy"}
     for pair in args.set:
         name, equals, text = pair.partition("=")
-        if not equals or name not in fields or name in {*vars(args), "per_device_train_batch_size", "warmup_steps"}:
+        if not equals or name not in fields or name in taken:
             fail(f"--set {pair}: should be FIELD=VALUE, of a field of SFTConfig that has no flag of its own")
         try:
             values[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
@@ -549,7 +565,9 @@ def count_steps(checkpoint):
 def find_checkpoint(args):
     """(checkpoint to go on from or None, its trainer_state.json); what is in --output_dir is not replaced by chance."""
     folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    if not wanted and not args.overwrite_output_dir and (folder.is_file() or any(folder.glob("*"))):
+    if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
+        fail(f"--output_dir {folder}: {file} is a file")
+    if not wanted and not args.overwrite_output_dir and any(folder.glob("*")):
         fail(f"--output_dir {folder} is not empty; see --resume_from_checkpoint and --overwrite_output_dir")
     newest = max(folder.glob("checkpoint-*"), key=count_steps, default=folder)
     if not wanted or (wanted is True and not count_steps(newest)):
@@ -620,7 +638,7 @@ def find_source(name, subset):
 def find_broken_line(files):
     """`FILE, line N: what is wrong there` of the first line in files of JSON Lines that is no JSON, or nothing."""
     for path in (Path(path) for path in files if path.endswith((".jsonl", ".ndjson"))):
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
             try:
                 json.loads(line or "{}")
             except ValueError as error:
@@ -686,7 +704,8 @@ def encode_rows(rows, prompt_format, args, where):
         except ValueError as error:
             empty = [name for name in schema if not row[name] or not str(row[name]).strip()]
             reason = f"column {' + '.join(empty or schema)} {'is empty' if empty else error}".partition(", not ")[0]
-            return {"reason": reason, "digest": "", "length": 0, "input_ids": [], "labels": []}
+            # Arrow takes no type from empty lists
+            return {"reason": reason, "digest": "", "length": 0, "input_ids": [0], "labels": [-100]}
         labels = [token if trained or train_on_prompt else -100 for token, trained in zip(ids, mask)]
         labels = [-100, *labels[1:max_length]]  # the first token follows nothing
         return {
@@ -748,14 +767,18 @@ def show_rows(rows, tokenizer):
 def check_model(args, config):
     """Refuse what the model does not have, before its weights are read; say so where they and the optimizer state alone
     exceed the memory that is free."""
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
-    modules = [name for name, _ in model.named_modules()]
-    for target in args.lora_target_modules or []:
-        there = any(f".{name}".endswith(f".{target}") or re.fullmatch(target, name) for name in modules)
-        if not there and args.lora_target_modules != ["all-linear"]:
-            names = sorted({name.rpartition(".")[2] for name in list_linear_layers(model)})
-            fail(f"--lora_target_modules {target}: there is no such layer; there are {', '.join(names)}")
+    how = {"attn_implementation": args.attn_implementation, "trust_remote_code": args.trust_remote_code}
+    targets = args.lora_target_modules or []
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), **how)
+        modules = [name for name, _ in model.named_modules()]
+        known = {t for t in targets for name in modules if f".{name}".endswith(f".{t}") or re.fullmatch(t, name)}
+    except (ImportError, ValueError, re.error) as error:
+        fail(f"--attn_implementation {args.attn_implementation}, --lora_target_modules {' '.join(targets)}: {error}")
+    if targets != ["all-linear"] and {*targets} - known:
+        names = sorted({name.rpartition(".")[2] for name in list_linear_layers(model)})
+        fail(f"--lora_target_modules {min({*targets} - known)}: there is no such layer; there are {', '.join(names)}")
     if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
         fail(f"--gradient_checkpointing: transformers has none for {type(model).__name__}")
     layers = {re.sub(r"\.\d+$", ".*", name) for name in modules}
@@ -1041,10 +1064,11 @@ def publish(trainer, args, run, metrics):
     card = (folder / "README.md").read_text(encoding="utf-8")
     (folder / "README.md").unlink()
     (draft / "README.md").write_text(f"{card}\n## Figures\n\n| | |\n| --- | --- |\n{figures}", encoding="utf-8")
-    write_json(draft / "run.json", {**run, "metrics": metrics})
+    write_json(draft / "run.json", {**run, "steps": trainer.state.global_step, "metrics": metrics})
     write_json(folder / "metrics.json", metrics)
     try:
         if final.exists():
+            shutil.rmtree(old, ignore_errors=True)  # of a run that was killed while it removed it
             os.replace(final, old)
     except PermissionError:  # Windows
         fail(f"{final} is in use by another program; the new one lies beside it, in {draft}")
@@ -1085,11 +1109,10 @@ def main(argv=None):
         tokenizer = load_tokenizer(adapter if adapter and (adapter / "tokenizer_config.json").is_file() else base, args)
         lists = [name for name in sum(SCHEMAS, ()) if isinstance(data[0].get(name), list)]
         natural = "chat" if lists else "qa"
-        prompt_format = pick_format(args.prompt_format, natural, parent.get("prompt_format"), tokenizer)
+        found = pick_format(args.prompt_format, natural, parent.get("prompt_format"), tokenizer)
+        prompt_format = make_eos_end_turns(found)
     except (OSError, ValueError) as error:  # of the hub and its cache, too
         fail(f"--model_path {args.model_path}: {error}")
-    if prompt_format.name == "chat":  # so that every reader of the checkpoint stops where a turn ends
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(prompt_format.end_id())
     rows, counts = encode_rows(data, prompt_format, args, where)
     if prompt_format.name == "qa" and tokenizer.chat_template and args.prompt_format == "auto" and not parent:
         print("the text is Question: ... Answer: ...; --prompt_format chat trains the model's own chat template")
@@ -1122,7 +1145,8 @@ def main(argv=None):
         run = describe_run(args, base, adapter, prompt_format, counts)
         trainer, callback = make_trainer(config, model, rows, eval_rows, tokenizer, run)
         steps = trainer.set_initial_training_values(config, trainer.get_train_dataloader())[-1]
-        if state["global_step"] >= steps and Path(args.output_dir, "final_checkpoint").is_dir():
+        published = read_json(Path(args.output_dir, "final_checkpoint", "run.json")).get("steps")
+        if state["global_step"] >= steps and published == state["global_step"]:
             more = "to train longer, raise --max_steps or --num_train_epochs"
             print(f"{args.output_dir} is finished, after {steps} steps; {more}")
             return
@@ -1146,6 +1170,7 @@ def main(argv=None):
 if __name__ == "__main__":
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # of several processes the first one talks
+    sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
     try:
         main()
     except KeyboardInterrupt:

@@ -44,7 +44,8 @@ def make_tokenizer(name):
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token=eos, pad_token=eos)
     special = {*SPECIAL.findall(template), "<|system|>", "<|user|>", "<|assistant|>"}
     fast.add_tokens([AddedToken(token, special=True, normalized=False) for token in sorted(special)])
-    fast.add_tokens([AddedToken(token, special=False, normalized=False) for token in ("<think>", "</think>")])
+    plain = ["<think>", "</think>"] + ["\n", "\n\n"] * name.startswith("gemma")  # added tokens that are not special
+    fast.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
     fast.chat_template = template
     return fast
 
@@ -73,7 +74,7 @@ def trained_texts(prompt_format, chat):
 def examine(name, sft):
     """One line of the table."""
     try:
-        prompt_format = sft.PromptFormat(make_tokenizer(name), "chat")
+        prompt_format = sft.make_eos_end_turns(sft.PromptFormat(make_tokenizer(name), "chat"))
         chat = make_chat(3)
         prompt = prompt_format.encode(chat[:-1], open_end=True)[0]
         assert prompt_format.encode(chat)[0][: len(prompt)] == prompt

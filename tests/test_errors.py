@@ -101,12 +101,15 @@ FLAGS = [
     (["--model_path", "nobody/nothing-here"], "nobody/nothing-here"),
     (["--model_path", "{file}"], "--model_path.*weights.bin"),
     (["--model_path", "{empty}"], "--model_path.*empty"),
+    (["--model_path", "{bare}"], "--model_path.*bare.*(no weights|safetensors)"),
     (["--model_path", "{lost}"], "/gone/base"),
     (["--model_path", "{policy}", "--lora_r", "8"], "--lora_r"),
     (["--model_path", "{policy}", "--lora_alpha", "3"], "--lora_alpha"),
     (["--model_path", "{policy}", "--lora_target_modules", "q_proj"], "--lora_target_modules"),
     (["--prompt_format", "chat", "--model_path", "{plain}"], "--prompt_format"),
-    (["--output_dir", "{file}"], "--output_dir"),
+    (["--output_dir", "{file}"], "--output_dir.*is a file"),
+    (["--output_dir", "{file}/out"], "--output_dir.*weights.bin is a file"),
+    (["--set", "save_strategy=epoch"], "save_strategy"),
     (["--output_dir", "{used}"], "--output_dir.*--overwrite_output_dir"),
     *((flags, flags[0]) for flags in (
         ["--streaming"], ["--eval_fraction", "0.5"], ["--use_margin"], ["--skip_nonfinite", "1"], ["--force"],
@@ -126,6 +129,8 @@ def places(models, plain_llama, tmp_path):
         (found[name] / "precious.txt").write_text("x", encoding="utf-8")
     for name in ("train", "test"):
         write_rows(found["both"] / f"{name}.jsonl", ROWS)
+    found["bare"] = tmp_path / "bare"
+    shutil.copytree(models["base"], found["bare"], ignore=shutil.ignore_patterns("*.safetensors"))
     shutil.copytree(models["policy"], found["lost"])
     config = json.loads((found["lost"] / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = "/gone/base"

@@ -54,6 +54,8 @@ def test_what_the_model_does_not_have(refuse, tmp_path, stage):  # noqa: F811
     """A wrong LoRA target lists those that exist, also where others of the names are right, which PEFT would pass over."""
     there = "q_porj.* down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     refuse(stage, there, "--use_lora", "--lora_target_modules", "q_proj", "q_porj")
+    refuse(stage, r"--lora_target_modules \*_proj: nothing to repeat", "--use_lora", "--lora_target_modules", "*_proj")
+    refuse(stage, "--attn_implementation zigzag", "--attn_implementation", "zigzag")
     config = JetMoeConfig(hidden_size=16, num_hidden_layers=1, num_key_value_heads=1, kv_channels=8, vocab_size=300)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path / "model")
@@ -162,19 +164,29 @@ def test_a_reward_function_that_raises_is_named_with_its_line(rl, models, tmp_pa
 
 @pytest.mark.parametrize("stage", TRAINING)
 def test_a_final_checkpoint_in_use_keeps_the_new_one_beside_it(request, models, tmp_path, monkeypatch, stage):  # noqa: F811
-    """On Windows a directory that another program has open cannot be replaced."""
+    """On Windows a directory that another program has open cannot be replaced. The next run does so, and is not told that
+    all is finished; what a killed run left of a still older one is not in its way."""
     script, replace = request.getfixturevalue(stage), os.replace
     run(script, *command(stage, models, tmp_path, "--use_lora"))
     before = snapshot(tmp_path / "out" / "final_checkpoint")
+    write_rows(tmp_path / "out" / "final_checkpoint.old" / "left", ROWS)
 
     def in_use(source, target):
         if Path(source).name == "final_checkpoint":
             raise PermissionError(13, "in use", str(source))
         replace(source, target)
 
-    monkeypatch.setattr(script.os, "replace", in_use)
     more = ["--total_episodes", 6] if stage == "rl" else ["--max_steps", 6]
-    _, err = run(script, *command(stage, models, tmp_path, "--use_lora", "--resume_from_checkpoint", *more), code=2)
+    argv = command(stage, models, tmp_path, "--use_lora", "--resume_from_checkpoint", *more)
+    with monkeypatch.context() as patch:
+        patch.setattr(script.os, "replace", in_use)
+        _, err = run(script, *argv, code=2)
     assert re.search(r"error: .*final_checkpoint is in use by another program.*final_checkpoint.partial", err)
     assert snapshot(tmp_path / "out" / "final_checkpoint") == before
     assert (tmp_path / "out" / "final_checkpoint.partial" / "adapter_model.safetensors").is_file()
+    out, _ = run(script, *argv)
+    assert "finished" not in out and len(list((tmp_path / "out").glob("final_checkpoint*"))) == 1
+    name = "adapter_model.safetensors"
+    final, last = (tmp_path / "out" / place / name for place in ("final_checkpoint", "checkpoint-6"))
+    assert final.read_bytes() == last.read_bytes()
+    assert "finished" in run(script, *argv)[0]

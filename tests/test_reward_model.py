@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import trl
 from conftest import SHARED, make_model, make_tokenizer, run, write_rows
+from datasets import Dataset
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline, set_seed
@@ -298,6 +300,46 @@ def test_a_margin_in_the_data_enters_the_loss(reward, llama, tmp_path):
     out, _ = run(reward, *flags(llama, data, tmp_path / "out"), "--max_steps", 1, "--logging_steps", 1, "--learning_rate", 0)  # fmt: skip
     assert "the column margin is used" in out
     assert lines_of(tmp_path / "out" / "metrics.jsonl")[0]["loss"] == pytest.approx(math.log(1 + math.exp(3)), abs=0.05)
+
+
+def test_margins_of_every_kind_are_numbers(reward, llama, tmp_path):
+    """Those of a CSV, which is text; whole ones to train on and broken ones to evaluate on. What is no number is refused,
+    NaN left out."""
+    graded = [{**row, "margin": i} for i, row in enumerate(PAIRS)]
+    table = tmp_path / "table.csv"
+    Dataset.from_list(graded).to_csv(table)
+    out, _ = run(reward, *flags(llama, table, tmp_path / "out"), "--dry_run")
+    assert "30 of 30 pairs kept" in out and "the column margin is used" in out
+    write_rows(tmp_path / "whole" / "train.jsonl", graded)
+    broken = [{**row, "margin": 0.5} for row in PAIRS[:-1]] + [{**PAIRS[-1], "margin": float("nan")}]
+    write_rows(tmp_path / "broken" / "test.jsonl", broken)
+    places = ["--subset", tmp_path / "whole", "--eval_subset", tmp_path / "broken", "--eval_split", "test"]
+    out, _ = run(reward, *flags(llama, "json", tmp_path / "out"), *places, "--dry_run")
+    assert "29 of 30 pairs kept" in out and "1 margin is no number (rows 29)" in out
+    data = write_rows(tmp_path / "words.jsonl", [{**row, "margin": "much"} for row in PAIRS])
+    _, error = run(reward, *flags(llama, data, tmp_path / "out"), "--dry_run", code=2)
+    assert "the column margin should have numbers" in error
+
+
+def test_the_question_of_a_chosen_and_a_rejected_text(reward, llama, tmp_path):
+    """Under its other name, too: what two answers begin with is no question where there is one."""
+    rows = [{"question": f"Why {i}?", "chosen": "It is so.", "rejected": "It is not."} for i in range(4)]
+    out, _ = run(reward, *flags(llama, write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "out"), "--dry_run")
+    assert "schema question + chosen + rejected" in out and "Why 0?" in out
+
+
+def test_tools_beside_chats_are_read(reward, llama, tmp_path):
+    """As in SFT and PPO: the template describes them."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    template = Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja"
+    tokenizer.chat_template = template.read_text(encoding="utf-8")
+    shutil.copytree(llama, tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}]
+    rows = [{"prompt": f"Why {i}?", "chosen": "So.", "rejected": "No.", "tools": json.dumps(tools)} for i in range(4)]
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    out, _ = run(reward, *flags(tmp_path / "model", data, tmp_path / "out"), "--dry_run")
+    assert "look_up" in out and "not read" not in out
 
 
 # What is saved

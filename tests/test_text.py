@@ -370,8 +370,16 @@ def encode_and_check(chat_format, chat):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_template_trains_on_the_answers_and_what_ends_them(block, name):
+    """With the tokenizer as it comes, and as the scripts save it: with an EOS that ends turns, which some templates write."""
     chat_format = block.PromptFormat(templates.make_tokenizer(name), "chat")
     before, end, earlier = expected(name)
+    check_answers(chat_format, before, end, earlier)
+    chat_format = block.make_eos_end_turns(chat_format)
+    assert end.endswith(chat_format.tokenizer.eos_token) and chat_format.tokenizer.eos_token_id == chat_format.end_id()
+    check_answers(chat_format, before, end, earlier)
+
+
+def check_answers(chat_format, before, end, earlier):
     for pairs in (ODD[:1], ODD[1:2], ODD[2:4], ODD[4:], ODD):
         for system in ([], [{"role": "system", "content": "Be brief.\n\n</s>"}]):
             chat = system + [turn for question, answer in pairs for turn in (user(question), assistant(answer))]
@@ -390,7 +398,7 @@ def test_every_template_trains_on_the_answers_and_what_ends_them(block, name):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_ids_are_those_of_the_tokenizers_own_reading(block, name):
     """Cutting a chat into pieces changes nothing where no token lies across a cut."""
-    chat_format = block.PromptFormat(templates.make_tokenizer(name), "chat")
+    chat_format = block.make_eos_end_turns(block.PromptFormat(templates.make_tokenizer(name), "chat"))
     chat = [user("The fox"), assistant("The lazy dog."), user("The dog, the fox?"), assistant("The quick fox.")]
     ids = chat_format.encode(chat)[0]
     text = chat_format.tokenizer.apply_chat_template(chat, tokenize=False)
@@ -424,6 +432,20 @@ def test_thoughts_in_the_data_are_trained_on_as_thoughts(block, name, special):
     assert [token for token, trained in zip(ids, mask) if trained].count(thought) == len(texts)
     if name in ("qwen3", "qwen3_5_think"):  # these drop the thoughts of earlier turns: context, not trained on
         assert len(texts) == 1 and "Easy" not in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(("name", "key"), [("qwen3", "reasoning_content"), ("nemotron_3_nano", "reasoning_content"), ("gptoss", "thinking")])  # fmt: skip
+def test_thoughts_beside_the_content_are_trained_on_where_the_template_writes_them(block, name, key):
+    chat_format = block.PromptFormat(templates.make_tokenizer(name), "chat")
+    chat = block.read_messages([user("2+2?"), {**assistant("4."), key: "Sum it."}], last="assistant")
+    (text,) = templates.trained_texts(chat_format, chat)
+    assert "Sum it." in text and text.index("4.") > text.index("Sum it.")
+    assert (
+        chat_format.encode(chat)[0]
+        == chat_format.tokenizer.apply_chat_template(chat, return_dict=False)[: len(chat_format.encode(chat)[0])]
+    )
+    with pytest.raises(ValueError, match="thoughts need a chat template"):
+        block.PromptFormat(chat_format.tokenizer, "qa").encode(chat)
 
 
 def test_a_template_that_drops_thoughts_of_the_last_answer_is_refused(block):

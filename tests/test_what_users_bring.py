@@ -113,6 +113,24 @@ def test_tools_are_context(sft, tmp_path):
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == tokenizer.decode(ids).count("<|im_end|>") - 1
 
 
+@pytest.mark.parametrize("stage", TRAINING)
+def test_many_rows_of_another_form_come_first(request, models, tmp_path, stage):  # noqa: F811
+    """A data set is written by the thousand, and takes its types from the first of them: here rows that are left out, and
+    for PPO chats that have no tool calls yet."""
+    rows = [{"prompt": "", "chosen": "a", "rejected": "b"}] * 1100
+    rows += [{"prompt": f"Why {i}?", "chosen": "So.", "rejected": "No."} for i in range(10_000)]
+    argv = command(stage, models, tmp_path, "--dry_run", rows=rows)
+    out, err = run(request.getfixturevalue(stage), *argv)
+    assert re.search(r"\b10000 (rows|of 11100 pairs|prompts)", out) and "1100" in out + err
+    if stage == "rl":
+        plain = [{"prompt": [turn("user", f"Why {i}?")]} for i in range(1100)]
+        thoughtful = [
+            {"prompt": [turn("user", "1?"), turn("assistant", "1.") | {"thinking": "so"}, turn("user", "2?")]}
+        ]
+        argv = command(stage, models, tmp_path / "chats", "--dry_run", rows=plain + thoughtful)
+        assert "1101 prompts" in run(request.getfixturevalue(stage), *argv)[0]
+
+
 RULES = """
 seen = []
 
@@ -156,7 +174,8 @@ def test_rewards_that_know_the_answer(rl, refuse, models, tmp_path):  # noqa: F8
     assert (line["reward/exact"], line["reward/rated"]) == (1.0, 2.0)
     assert line["objective/scores"] == pytest.approx(length + 3 * 1.0 - 0.5 * 2.0)
     rated = rl.RewardFunction(f"{rules}:rated")
-    batch = [{"text": "Why?", "messages": [turn("user", "Why?")], "column_answer": "a", "column_grade": 3}]
+    chat = json.dumps([turn("user", "Why?")])
+    batch = [{"text": "Why?", "messages": chat, "column_answer": "a", "column_grade": 3}]
     assert rated(batch, ["So."]) == [2.0]
     prompts, messages, level, columns = rated.function.__globals__["seen"][-1]
     assert (prompts, messages, level) == (["Why?"], [[turn("user", "Why?")]], None)
