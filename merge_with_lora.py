@@ -132,10 +132,9 @@ def find_models(args):
     name = args.base_model_path or config.base_model_name_or_path
     require(name, f"{adapter / 'adapter_config.json'} names no base model; pass it as --base_model_path")
     base = find_folder(name, "the base model (--base_model_path)", None if args.base_model_path else config.revision)
-    for pattern in ("config.json", "model.safetensors*"):
-        require(list(base.glob(pattern)), f"the base model (--base_model_path) {base} holds no {pattern}")
-    recorded = read_json(adapter / "run.json").get("base_digest")
-    require(recorded in (None, digest_base(base)), f"the weights of {base} are not those {adapter} was trained on")
+    require(any(base.glob("model*.safetensors")), f"--base_model_path {base} holds no model.safetensors")
+    recorded = read_json(adapter / "run.json").get("base_digest") or digest_base(base)
+    require(recorded == digest_base(base), f"the weights of {base} are not those {adapter} was trained on")
     return adapter, config, base
 
 
@@ -152,12 +151,13 @@ def publish(folder):
     """Yield a directory to fill. Its files come to be in `folder` when all of them are complete."""
     draft = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
     try:
+        draft.mkdir(parents=True)
         yield draft
         if folder.is_dir():  # of a merged model that gives way; other files are somebody's
-            for path in [folder / "config.json", *folder.glob("model.safetensors*"), *folder.glob("model-*-of-*")]:
-                path.unlink(missing_ok=True)
+            for path in folder.iterdir():
+                if re.match(r"(generation_)?config\.json|model\.safe|model-.*-of-|chat_template\.", path.name):
+                    path.unlink()
             for path in sorted(draft.iterdir(), key=lambda path: path.name == "config.json"):  # nothing loads before
                 os.replace(path, folder / path.name)
         else:

@@ -30,8 +30,8 @@ MODEL = Path("runs/SmolLM2-135M-Instruct")
 LAYERS = r".*\.(1[5-9]|2\d)\..*_proj"  # 15 to 29 of the embedded model's 30: enough for a preference about form
 PROMPTS = 96  # of data/evaluation, answered before and after PPO
 BF16_TEST = (
-    "import torch; c = torch.cpu.get_capabilities(); print(torch.cuda.is_bf16_supported() if torch.cuda.is_available() "
-    "else any(c.get(k) for k in ('avx512_bf16', 'amx_bf16', 'arm_bf16')))"
+    "import torch; c = getattr(torch.cpu, 'get_capabilities', dict)(); print(torch.cuda.is_bf16_supported() "
+    "if torch.cuda.is_available() else any(c.get(k) for k in ('avx512_bf16', 'amx_bf16', 'arm_bf16')))"
 )
 
 TABLE = {"reward": "mean reward", "rule_score": "follow the rule in data/README.md", "length": "words an answer"}
@@ -174,7 +174,7 @@ def run_chain(model_path, output_dir, seed):
     for name, command in stages(model_path, output_dir, seed, precision).items():
         data = [file for word in command if word.startswith("data/") for file in sorted(Path(word).glob("*.jsonl"))]
         key = digest(key, json.dumps(command), Path(command[0]), *data)  # with the key of the stage before
-        if records.get(name, {}).get("key") == key:
+        if records.get(name, {}).get("key") == key and any(output_dir.glob(f"{name}*")):
             print(f"\n{name}: done before, with the same command, script and data")
             continue
         write(record_file, {**records, name: {}})  # what was there is being replaced

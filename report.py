@@ -212,7 +212,7 @@ def show_command(run):
     words = ["python", f"{SCRIPTS[run.stage]}.py"]
     for name, value in run.arguments.items():
         is_unset = value is None or value is False or value == []
-        if not is_unset and name != "episodes_per_update":  # which follows from others
+        if not is_unset and name not in ("episodes_per_update", "processes"):  # which are no flags
             values = value if isinstance(value, list) else [value]
             words += [f"--{name}", *[str(word) for word in values if word is not True]]
     quoted = ['"' + word.replace('"', r"\"") + '"' for word in words]  # as a shell and cmd.exe both read it

@@ -314,7 +314,7 @@ def build_parser():
     add("--per_device_train_batch_size", type=number(int, 1), default=1, help="pairs per device and step")
     add("--max_length", type=number(int, 2), default=1024, help="longest text in tokens; longer pairs are left out")
     add("--max_steps", type=number(int, 1), help="optimizer steps; goes before --num_train_epochs")
-    add("--num_train_epochs", type=number(float, 0), default=1.0, help="passes over the data")
+    add("--num_train_epochs", type=number(float, 1e-9), default=1.0, help="passes over the data")
     add("--center_rewards_coefficient", type=number(float, 0), help="weight of (sum of the two scores)^2, e.g. 0.01")
     add("--eval_only", action="store_true", help="no training: the report on a reward model, and scores.jsonl")
     add("--output_dir", required=True, help="directory for checkpoints and metrics; empty, unless the run resumes")
@@ -364,16 +364,17 @@ def parse_flags(argv=None):
     """The flags, checked as far as that needs no library."""
     args = build_parser().parse_args(argv)
     args.use_lora |= Path(args.model_path, "adapter_config.json").is_file()
+    args.processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if args.use_lora else 1e-5
     if args.eval_subset and not args.eval_split:
         args.eval_split = "test"
-    trl = importlib.metadata.version("trl")
+    trl = next((found.version for found in importlib.metadata.distributions(name="trl")), "none")
     quantized = args.load_in_4bit or args.load_in_8bit
     evaluates = args.eval_steps or args.eval_only
     cut = os.environ.get("ACCELERATE_USE_FSDP") and (args.use_lora or os.environ.get("FSDP_VERSION") != "2")
     cut = cut or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    shard, one = args.shard_base, os.environ.get("WORLD_SIZE", "1") == "1"
+    shard, one = args.shard_base, args.processes == 1
     unlike = quantized or args.fp16 or os.environ.get("ACCELERATE_USE_DEEPSPEED")
     needed = {"torch": (2, 8), "transformers": (5, 23)}  # the first to train adapters on a shared base
     old = [name for name in needed if (*map(int, importlib.metadata.version(name).split(".")[:2]),) < needed[name]]
@@ -440,7 +441,8 @@ READERS = {"csv": {"keep_default_na": False}, "json": {"chunksize": 1 << 30}, "p
 FREE_ON_RESUME = """output_dir overwrite_output_dir resume_from_checkpoint max_steps num_train_epochs logging_steps save_steps
     save_total_limit eval_split eval_subset eval_steps report_to push_to_hub dry_run shard_base""".split()
 SAME_ON_RESUME = """columns model_path dataset_name dataset_config subset train_split max_samples prompt_format max_length
-    per_device_train_batch_size gradient_accumulation_steps use_lora lora_r lora_alpha lora_target_modules""".split()
+    per_device_train_batch_size gradient_accumulation_steps use_lora lora_r lora_alpha lora_target_modules
+    weight_decay processes""".split()
 SCRIPTS = 4  # stands in run.json: this version resumes checkpoints of this version
 WINDOWS = "(window|window_size|chunk_size|local_attention)$"  # what configs call the tokens that a layer sees
 HEAD = "base_model.model.score.weight"  # in the file of an adapter
@@ -561,6 +563,8 @@ def find_checkpoint(args):
     folder = Path(args.output_dir)
     if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
         fail(f"--output_dir {folder}: {file} is a file")
+    if args.overwrite_output_dir and folder.resolve() in Path(args.model_path).resolve().parents:
+        fail(f"--model_path {args.model_path} lies in --output_dir, which --overwrite_output_dir empties; take another")
     if not args.resume_from_checkpoint:
         if any(folder.glob("*")) and not args.overwrite_output_dir:
             fail(f"--output_dir {folder} is not empty; see --resume_from_checkpoint and --overwrite_output_dir")
@@ -576,14 +580,17 @@ def find_checkpoint(args):
     if not count_steps(checkpoint) or run.get("stage") != "reward" or run["versions"].get("scripts") != SCRIPTS:
         fail(f"--resume_from_checkpoint: {checkpoint} is no complete checkpoint of this version of this script")
     was, now = run["arguments"], json.loads(json.dumps(vars(args), default=str))
-    changed = [name for name in now if name not in FREE_ON_RESUME and now[name] != was.get(name)]
+    changed = [name for name in now if name not in FREE_ON_RESUME and now[name] != was.get(name, now[name])]
     words = ", ".join(f"--{name} {now[name]} (was {was.get(name)})" for name in changed)
     if set(changed) & set(SAME_ON_RESUME):
         fail(f"--resume_from_checkpoint {checkpoint}: {words}: that would be neither run; resume with the same flags")
     if changed:
         print(f"resuming with other flags than before: {words}")
-    if newest and count_steps(newest) > count_steps(checkpoint) and not args.overwrite_output_dir:
-        fail(f"--resume_from_checkpoint {checkpoint}: {newest} is later; --overwrite_output_dir drops it")
+    elsewhere = checkpoint.resolve().parent != folder.resolve() and any(folder.glob("*"))
+    later = newest and count_steps(newest) > count_steps(checkpoint)
+    if (elsewhere or later) and not args.overwrite_output_dir:
+        what = "another run" if elsewhere else f"a later checkpoint, {newest.name}"
+        fail(f"--resume_from_checkpoint {checkpoint}: {folder} holds {what}; --overwrite_output_dir drops it")
     print(f"going on from {checkpoint}")
     return checkpoint
 
@@ -597,7 +604,7 @@ def open_output_dir(args, checkpoint):
         shutil.rmtree(folder / "final_checkpoint", ignore_errors=True)
         (folder / "scores.jsonl").unlink(missing_ok=True)
     for path in folder.glob("checkpoint-*"):
-        if not 0 < count_steps(path) <= state["global_step"]:
+        if path.name[11:].isdigit() and not 0 < count_steps(path) <= state["global_step"]:
             shutil.rmtree(path)
     lines = [json.dumps({"step": entry["step"], **entry}) + "\n" for entry in state["log_history"]]
     (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -719,7 +726,7 @@ def load_pairs(args, prompt_format, subset, side):
     def encode_pair(row, number):
         tools = row.get("tools")
         try:
-            tools = json.loads(tools) if isinstance(tools, str) else tools
+            tools = json.loads(tools or "null") if isinstance(tools, str) else drop_nulls(tools)
             pair = read_pair(row, schema)
             chosen, rejected = (prompt_format.encode(messages, tools=tools)[0] + tail for messages in pair)
             reason = "of two equal texts" if chosen == rejected else ""
@@ -858,7 +865,8 @@ def check_fit(args, config, model_config, adapter, tokens, rows):
         with torch.device("meta"):
             model = transformers.AutoModelForSequenceClassification.from_config(copy.deepcopy(model_config), **how)
         modules = [name for name, _ in model.named_modules()]
-        known = {t for t in targets for name in modules if f".{name}".endswith(f".{t}") or re.fullmatch(t, name)}
+        known = {t for t in targets for name in modules if f".{name}".endswith(f".{t}")}
+        known |= {t for t in targets if len(targets) == 1 and any(re.fullmatch(t, name) for name in modules)}
     except (ImportError, ValueError, re.error) as error:
         fail(f"--attn_implementation {args.attn_implementation}, --lora_target_modules {' '.join(targets)}: {error}")
     if targets != ["all-linear"] and {*targets} - known:
@@ -982,7 +990,7 @@ def add_lora(args, model, adapter, new_head):
     targets = list_linear_layers(model) if targets == ["all-linear"] else targets
     lora = peft.LoraConfig(
         r=args.lora_r or 16, lora_alpha=32 if args.lora_alpha is None else args.lora_alpha, task_type="SEQ_CLS",
-        target_modules=targets if len(targets) > 1 or targets[0].isidentifier() else targets[0],
+        target_modules=targets if len(targets) > 1 or re.fullmatch(r"[\w.]+", targets[0]) else targets[0],
         lora_dropout=args.lora_dropout or 0.0,
     )  # fmt: skip
     if adapter:
@@ -1086,6 +1094,12 @@ def describe_run(args, base, adapter, parent, prompt_format, counts):
     }  # fmt: skip
 
 
+def load_checkpoint(model, checkpoint):
+    """Take back all weights. transformers saves some under other names (experts, GPT-NeoX's head); Trainer's own way, with
+    load_state_dict, passes over those."""
+    model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=torch.float32).state_dict())
+
+
 def train(args, config, checkpoint, model, rows, collate, prompt_format, run):
     """(the RewardTrainer after its last step, its metrics); warns where training does not fit into memory."""
     trained = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
@@ -1105,6 +1119,8 @@ def train(args, config, checkpoint, model, rows, collate, prompt_format, run):
     config.save_only_model = alone  # the optimizer of adapters is whole
     own = {name: weight for name, weight in model.named_parameters() if weight.requires_grad and args.shard_base}
     trainer.own = own or None  # PEFT would gather the base to find them
+    if not args.use_lora and not trainer.is_fsdp_enabled:
+        trainer._load_from_checkpoint = functools.partial(load_checkpoint, model)
     trainer._save = functools.partial(trainer._save, state_dict=trainer.own)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(callback)

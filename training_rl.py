@@ -387,7 +387,7 @@ def is_missing(path):
 def parse_flags(argv=None):
     """The flags, checked as far as that needs no library; `episodes_per_update` (of each process) follows from two."""
     args = build_parser().parse_args(argv)
-    trl = importlib.metadata.version("trl")
+    trl = next((found.version for found in importlib.metadata.distributions(name="trl")), "none")
     args.use_lora |= Path(args.model_path, "adapter_config.json").is_file()
     if args.learning_rate is None:
         args.learning_rate = 5e-5 if args.use_lora else 3e-6
@@ -397,7 +397,8 @@ def parse_flags(argv=None):
     uneven = mini_batch % 1 or mini_batch % min(args.per_device_train_batch_size, mini_batch)
     quantized = args.load_in_4bit or args.load_in_8bit
     sharded = os.environ.keys() & {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"}
-    shard, one = args.shard_base, os.environ.get("WORLD_SIZE", "1") == "1"
+    args.processes = int(os.environ.get("WORLD_SIZE", 1))
+    shard, one = args.shard_base, args.processes == 1
     needed = {"torch": (2, 8), "transformers": (5, 23)}  # the first to train adapters on a shared base
     old = [name for name in needed if (*map(int, importlib.metadata.version(name).split(".")[:2]),) < needed[name]]
     launched = [pair for pair in args.set if re.match("fsdp|deepspeed|accelerator_config|parallelism_config", pair)]
@@ -410,6 +411,7 @@ def parse_flags(argv=None):
         f"--dataset_name {args.dataset_name} does not exist": is_missing(args.dataset_name),
         f"{' '.join(lora)} without --use_lora: all weights would be trained": lora and not args.use_lora,
         "PPO runs under DDP (accelerate launch) or --shard_base, not under FSDP or DeepSpeed": sharded or launched,
+        "--target_kl multiplies --kl_coef, which has to be above 0": args.target_kl and not args.kl_coef,
         "--bf16 and --fp16 exclude each other": args.bf16 and args.fp16,
         "--load_in_4bit and --load_in_8bit exclude each other": args.load_in_4bit and args.load_in_8bit,
         "--load_in_4bit and --load_in_8bit need --use_lora: adapters are trained": quantized and not args.use_lora,
@@ -462,7 +464,7 @@ FREE_ON_RESUME = """output_dir overwrite_output_dir resume_from_checkpoint total
     save_total_limit eval_split eval_subset eval_steps report_to push_to_hub dry_run shard_base""".split()
 SAME_ON_RESUME = """columns model_path reward_model_path reward_function dataset_name dataset_config subset split max_samples
     prompt_format max_prompt_length response_length per_device_train_batch_size gradient_accumulation_steps num_mini_batches
-    num_ppo_epochs use_lora lora_r lora_alpha lora_target_modules""".split()
+    num_ppo_epochs use_lora lora_r lora_alpha lora_target_modules normalize_reward weight_decay processes""".split()
 SCRIPTS = 4  # stands in run.json: this version resumes checkpoints of this version
 SHOWN = {  # of the metrics, in the log lines
     "reward": "objective/scores", "KL": "objective/kl", "length": "response/length", "stop_rate": "response/stop_rate",
@@ -631,7 +633,7 @@ def load_prompts(args, subset, split, flag, prompt_format, reward_functions):
         system = [] if isinstance(row[column], list) else [{"role": "system", "content": row.get("system")}]
         try:
             messages, tools = read_messages(system + to_messages(row[column], "user"), last="user"), row.get("tools")
-            tools = json.loads(tools) if isinstance(tools, str) else tools
+            tools = json.loads(tools or "null") if isinstance(tools, str) else drop_nulls(tools)
             ids, problem = prompt_format.encode(messages, open_end=True, tools=tools)[0], ""
         except ValueError as error:
             messages, ids, problem = [{"content": ""}], [0], f"column {column} {error}".split(", not")[0]
@@ -675,10 +677,11 @@ class RewardFunction:
         path, _, name = spec.rpartition(":")
         self.name, _, weight = name.partition("=")
         self.spec = f"--reward_function {spec}"
-        if not Path(path).is_file() or not re.fullmatch(r"(-?[\d.]+)?", weight):
-            fail(f"{self.spec} should read FILE.py:NAME or FILE.py:NAME=WEIGHT, with a file that exists")
-        self.weight = float(weight or 1)
-        self.function = runpy.run_path(path).get(self.name)
+        sys.path.append(str(Path(path).parent))  # for what the file imports
+        try:
+            self.weight, self.function = float(weight or 1), runpy.run_path(path).get(self.name)
+        except Exception as error:  # whatever the file raises
+            fail(f"{self.spec} should read FILE.py:NAME or FILE.py:NAME=WEIGHT: {type(error).__name__} {error}")
         if not callable(self.function):
             fail(f"{self.spec}: {path} has no function {self.name}")
         self.parameters = list(inspect.signature(self.function).parameters.values())[2:]
@@ -795,6 +798,7 @@ def load_format(args, source, requested, other=None):
     place = source.adapter if own else source.base
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(source.base, trust_remote_code=args.trust_remote_code)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token  # lengths, not ids, say what is padding
         same_tokens = other is not None and tokenizer.get_vocab() == other.tokenizer.get_vocab()
@@ -802,6 +806,10 @@ def load_format(args, source, requested, other=None):
         found = pick_format(requested, "chat", recorded, tokenizer)
     except (OSError, ValueError) as error:
         fail(f"{place}: {error}")
+    is_scorer = "SequenceClassification" in str(config.architectures)  # else its head would start at random
+    if not source.adapter and (is_scorer != bool(other) or (other and config.num_labels != 1)):
+        needed = "a classifier with one label" if other else "a language model"
+        fail(f"{place} is {' '.join(config.architectures or ['of no architecture'])}; {needed} is needed")
     return found
 
 
@@ -841,7 +849,9 @@ def load_model(kind, base, args, trainable=False):
         base,
         dtype=torch.float32 if trainable else compute_dtype(args),
         attn_implementation=args.attn_implementation,
-        quantization_config=quantization if args.load_in_4bit or args.load_in_8bit else None,
+        **(
+            {"quantization_config": quantization} if args.load_in_4bit or args.load_in_8bit else {}
+        ),  # None would hide its own
         device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() and not shares else None,
         distributed_config=shares,
         trust_remote_code=args.trust_remote_code,
@@ -942,13 +952,13 @@ class Role:
 
     def load(self, directory):
         """Take back what was saved."""
-        for file in directory.glob("model*.safetensors"):
-            self.model.load_state_dict(load_file(file), strict=False)
-        if self.adapter:
-            weights = load_file(directory / "adapter_model.safetensors")
-            if self.head:
-                self.head.weight.data.copy_(weights.pop(SCORE))
-            peft.set_peft_model_state_dict(self.model, weights, adapter_name=self.adapter)
+        if not self.adapter:  # by transformers, which saves some weights under other names (experts, GPT-NeoX's head)
+            self.model.load_state_dict(type(self.model).from_pretrained(directory, dtype=torch.float32).state_dict())
+            return
+        weights = load_file(directory / "adapter_model.safetensors")
+        if self.head:
+            self.head.weight.data.copy_(weights.pop(SCORE))
+        peft.set_peft_model_state_dict(self.model, weights, adapter_name=self.adapter)
 
 
 class Roles(torch.nn.Module):
@@ -986,7 +996,7 @@ def new_lora(args, model, task_type):
     """The config of a new adapter for a model of transformers; without --lora_target_modules on all linear layers."""
     targets = args.lora_target_modules or ["all-linear"]
     targets = list_linear_layers(model) if targets == ["all-linear"] else targets
-    if len(targets) == 1 and not targets[0].isidentifier():
+    if len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
         targets = targets[0]  # a regular expression
     alpha = 32 if args.lora_alpha is None else args.lora_alpha
     sizes = {"r": args.lora_r or 16, "lora_alpha": alpha, "lora_dropout": args.lora_dropout or 0.0}
@@ -1094,7 +1104,8 @@ def check_base(args, base, tokens, longest):
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), **how)
         modules = [name for name, _ in model.named_modules()]
-        known = {t for t in targets for name in modules if f".{name}".endswith(f".{t}") or re.fullmatch(t, name)}
+        known = {t for t in targets for name in modules if f".{name}".endswith(f".{t}")}
+        known |= {t for t in targets if len(targets) == 1 and any(re.fullmatch(t, name) for name in modules)}
     except (ImportError, ValueError, re.error) as error:
         fail(f"--attn_implementation {args.attn_implementation}, --lora_target_modules {' '.join(targets)}: {error}")
     if targets != ["all-linear"] and {*targets} - known:
@@ -1374,6 +1385,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         shared = len(os.path.commonprefix([row["prompt_ids"] for row in rows]))
         own = [len(row["prompt_ids"]) - shared + len(response) for row, response in zip(rows, responses)]
         order = sorted(range(len(rows)), key=lambda i: -own[i])
+        if self.args.num_mini_batches > 1:  # of all lengths, since the advantages are whitened over all
+            order = torch.randperm(len(rows)).tolist()
         if self.args.num_mini_batches > 1 or not self.share_rows:
             return [order[k : k + size] for k in range(0, len(order), size)]
         limit = min(size * self.args.longest_text, self.roles.config.get_text_config().hidden_size)
@@ -1481,7 +1494,11 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                 return role.read(self.hidden_states(network, longer)[longer.state_index[:, 0] + longer.lengths])
             for row, text, ended in zip(batch.rows, texts, batch.ended):
                 messages = json.loads(row["messages"])
-                ids = self.reward_format.encode([*messages, {"role": "assistant", "content": text}])[0]
+                try:
+                    ids = self.reward_format.encode([*messages, {"role": "assistant", "content": text}])[0]
+                except ValueError:  # its template leaves thoughts out
+                    text = text.rpartition("</think>")[2]
+                    ids = self.reward_format.encode([*messages, {"role": "assistant", "content": text}])[0]
                 if not text:  # in `qa` that would be the question as an answer
                     ids = [*self.reward_format.encode(messages, open_end=True)[0], self.reward_format.end_id()]
                 response = ids[1:] + tail if ended else ids[1:-1]
@@ -1514,7 +1531,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         path, (first, *_) = Path(self.args.output_dir, "samples.jsonl"), samples
         before = map(json.loads, path.open(encoding="utf-8")) if path.is_file() else []
         kept = [line for line in before if line["step"] < first["step"] or ("answer" in line) != ("answer" in first)]
-        write_lines(path, kept + samples)
+        with contextlib.suppress(PermissionError):  # on Windows, while a report reads it
+            write_lines(path, kept + samples)
 
     # ---- rewards and advantages ----
 
@@ -1705,11 +1723,11 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         """best_checkpoint/: the policy whose evaluation score less the price of its KL is the highest so far."""
         figures = [line for line in [*self.state.log_history, self.latest] if "objective/kl" in line]
         price = self.ppo_state["kl_coef"] * figures[-1]["objective/kl"] if figures else 0.0
+        price *= self.ppo_state["reward_std"]  # in the score's own unit
         metrics["eval_quality"] = metrics["eval_policy_score"] - price
-        if self.state.best_metric is None or metrics["eval_quality"] > self.state.best_metric:
-            self.state.best_metric, self.state.best_global_step = metrics["eval_quality"], self.state.global_step
-            if self.is_world_process_zero():
-                self.publish("best_checkpoint", metrics)
+        kept = read_json(Path(self.args.output_dir, "best_checkpoint", "run.json")).get("metrics", {})
+        if self.is_world_process_zero() and metrics["eval_quality"] > kept.get("eval_quality", -math.inf):
+            self.publish("best_checkpoint", metrics | {"step": self.state.global_step})
 
     def publish(self, name, metrics):
         """A directory of the run with policy and value model, which appears when it is complete."""
@@ -1756,7 +1774,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         checkpoint = Path(resume_from_checkpoint)
         self.roles.policy.load(checkpoint)
         self.roles.value.load(checkpoint / "value")
-        self.ppo_state = read_json(checkpoint / "ppo_state.json")
+        own = {} if self.args.target_kl else {"kl_coef": self.args.kl_coef}  # the flag's, where nothing adapts it
+        self.ppo_state = read_json(checkpoint / "ppo_state.json") | own
 
 
 class RunCallback(ProgressCallback):
@@ -1857,6 +1876,10 @@ def find_checkpoint(args):
     newest = max(folder.glob("checkpoint-*"), key=finished_steps, default=folder / "checkpoint-0")
     if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
         fail(f"--output_dir {folder}: {file} is a file")
+    for flag in ("model_path", "reward_model_path"):
+        path = getattr(args, flag)
+        if args.overwrite_output_dir and path and folder.resolve() in Path(path).resolve().parents:
+            fail(f"--{flag} {path} lies in --output_dir, which --overwrite_output_dir empties; take another")
     if not asked and any(folder.glob("*")) and not args.overwrite_output_dir:
         hint = "--resume_from_checkpoint goes on with that run, --overwrite_output_dir replaces it"
         fail(f"--output_dir {folder} is not empty: {hint}")
@@ -1873,14 +1896,16 @@ def find_checkpoint(args):
     if run.get("stage") != "rl" or run.get("versions", {}).get("scripts") != SCRIPTS:
         fail(f"--resume_from_checkpoint {checkpoint} is of the stage {run.get('stage')!r}, or of an earlier version")
     was, now = run["arguments"], json.loads(json.dumps(vars(args), default=str))
-    changed = [name for name in now if name not in FREE_ON_RESUME and now[name] != was.get(name)]
+    changed = [name for name in now if name not in FREE_ON_RESUME and now[name] != was.get(name, now[name])]
     words = ", ".join(f"--{name} {now[name]} (was {was.get(name)})" for name in changed)
     if set(changed) & set(SAME_ON_RESUME):
         fail(f"--resume_from_checkpoint {checkpoint}: {words}: that would be neither run; resume with the same flags")
     if changed:
         print(f"resuming with other flags than before: {words}")
-    if finished_steps(newest) > finished_steps(checkpoint) and not args.overwrite_output_dir:
-        fail(f"--resume_from_checkpoint {checkpoint}: {newest} is later; --overwrite_output_dir drops it")
+    elsewhere = checkpoint.resolve().parent != folder.resolve() and any(folder.glob("*"))
+    if (elsewhere or finished_steps(newest) > finished_steps(checkpoint)) and not args.overwrite_output_dir:
+        what = "another run" if elsewhere else f"a later checkpoint, {newest.name}"
+        fail(f"--resume_from_checkpoint {checkpoint}: {folder} holds {what}; --overwrite_output_dir drops it")
     print(f"going on from {checkpoint}")
     return checkpoint
 
@@ -1891,13 +1916,14 @@ def open_output_dir(args, checkpoint):
     state = read_json(checkpoint / "trainer_state.json") if checkpoint else {"global_step": 0, "log_history": []}
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("checkpoint-*"):
-        if not 0 < finished_steps(path) <= state["global_step"]:
+        if path.name[11:].isdigit() and not 0 < finished_steps(path) <= state["global_step"]:
             shutil.rmtree(path)
     if not checkpoint:
         (folder / "samples.jsonl").unlink(missing_ok=True)
-    if not args.resume_from_checkpoint:  # else they stay until there are new ones
-        for name in ("final_checkpoint", "best_checkpoint"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+    if not args.resume_from_checkpoint:  # else it stays until there is a new one
+        shutil.rmtree(folder / "final_checkpoint", ignore_errors=True)
+    if read_json(folder / "best_checkpoint" / "run.json").get("metrics", {}).get("step", 1) > state["global_step"]:
+        shutil.rmtree(folder / "best_checkpoint", ignore_errors=True)  # of steps that are dropped
     write_lines(folder / "metrics.jsonl", [{"step": line["step"], **line} for line in state["log_history"]])
 
 
@@ -1953,10 +1979,9 @@ def publish(trainer, args, metrics):
     final = trainer.publish("final_checkpoint", metrics)
     write_json(output_dir / "metrics.json", metrics)
     size = sum(path.stat().st_size for path in final.glob("*.safetensors"))
-    best = trainer.state.best_global_step
-    if trainer.state.best_metric is not None:
-        quality = trainer.state.best_metric
-        print(f"{output_dir / 'best_checkpoint'} is of update {best}: score less price of the KL {quality:.3g}")
+    if best := read_json(output_dir / "best_checkpoint" / "run.json").get("metrics"):
+        quality = f"score less price of the KL {best['eval_quality']:.3g}"
+        print(f"{output_dir / 'best_checkpoint'} is of update {best['step']}: {quality}")
     print(f"saved {final} ({'adapter' if args.use_lora else 'all weights, float32'}, {size / 1e9:.3g} GB)")
     if args.push_to_hub:
         repo = huggingface_hub.create_repo(output_dir.resolve().name, exist_ok=True).repo_id
@@ -1987,7 +2012,7 @@ def run_stage(args):
         eval_rows, counts["eval"] = load_prompts(args, subset, split, "--eval_split", prompt_format, reward_functions)
     longest = max(len(ids) for rows in (train_rows, eval_rows) for ids in rows["prompt_ids"]) + args.response_length
     check_base(args, policy.base, len(prompt_format.tokenizer), longest)
-    episodes = args.episodes_per_update * int(os.environ.get("WORLD_SIZE", 1))
+    episodes = args.episodes_per_update * args.processes
     if episodes > len(train_rows):
         what = "--per_device_train_batch_size x --gradient_accumulation_steps x processes"
         fail(f"an update takes {episodes} episodes ({what}), but there are only {len(train_rows)} prompts")

@@ -322,7 +322,7 @@ def build_parser():
     add("--batch_size", type=number(int, 1), default=1, help="rows per device and step")
     add("--gradient_accumulation_steps", type=number(int, 1), default=1, help="micro-batches per batch")
     add("--max_steps", type=number(int, 1), help="optimizer steps; goes before --num_train_epochs")
-    add("--num_train_epochs", type=number(float, 0), default=1.0, help="passes over the data")
+    add("--num_train_epochs", type=number(float, 1e-9), default=1.0, help="passes over the data")
     add("--learning_rate", type=number(float, 0), help="peak learning rate (2e-4 with LoRA, 2e-5 without)")
     add("--lr_scheduler_type", default="linear", help="linear, cosine, constant, constant_with_warmup, ...")
     add("--warmup_ratio", type=number(float, 0, 1), default=0.0, help="fraction of the steps spent on warm-up")
@@ -363,14 +363,15 @@ def parse_flags(argv=None):
     """The flags, checked as far as that needs no library."""
     args = build_parser().parse_args(argv)
     args.use_lora |= Path(args.model_path, "adapter_config.json").is_file()
+    args.processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.learning_rate is None:
         args.learning_rate = 2e-4 if args.use_lora else 2e-5
-    trl = importlib.metadata.version("trl")
+    trl = next((found.version for found in importlib.metadata.distributions(name="trl")), "none")
     quantized = args.load_in_4bit or args.load_in_8bit
     evaluated = args.eval_split or args.eval_subset
     sharded = os.environ.get("ACCELERATE_USE_FSDP") and (args.use_lora or os.environ.get("FSDP_VERSION") != "2")
     sharded = sharded or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    shard, one = args.shard_base, os.environ.get("WORLD_SIZE", "1") == "1"
+    shard, one = args.shard_base, args.processes == 1
     unlike = quantized or args.fp16 or os.environ.get("ACCELERATE_USE_DEEPSPEED")
     needed = {"torch": (2, 8), "transformers": (5, 23)}  # the first to train adapters on a shared base
     old = [name for name in needed if (*map(int, importlib.metadata.version(name).split(".")[:2]),) < needed[name]]
@@ -437,7 +438,8 @@ READERS = {"csv": {"keep_default_na": False}, "json": {"chunksize": 1 << 30}, "p
 FREE_ON_RESUME = """output_dir overwrite_output_dir resume_from_checkpoint max_steps num_train_epochs logging_steps save_steps
     save_total_limit eval_split eval_subset eval_steps report_to push_to_hub dry_run shard_base""".split()
 SAME_ON_RESUME = """columns model_path dataset_name dataset_config subset split max_samples prompt_format train_on_prompt max_length
-    packing batch_size gradient_accumulation_steps use_lora lora_r lora_alpha lora_target_modules""".split()
+    packing batch_size gradient_accumulation_steps use_lora lora_r lora_alpha lora_target_modules
+    weight_decay processes""".split()
 SCRIPTS = 4  # stands in run.json: this version resumes checkpoints of this version
 
 
@@ -475,7 +477,9 @@ def locate_model(args):
             fail(f"--model_path {path} does not exist; it should be a model directory or a hub id")
         return path, None, {}
     run, adapter = read_json(folder / "run.json"), read_json(folder / "adapter_config.json")
-    if "reward" in (run.get("stage"), run.get("parent_stage")):
+    classifier = "SequenceClassification" in str(read_json(folder / "config.json").get("architectures"))
+    classifier = classifier or adapter.get("task_type") == "SEQ_CLS"
+    if "reward" in (run.get("stage"), run.get("parent_stage")) or classifier:
         fail(f"--model_path {path} is a reward model")
     if not adapter and not (folder / "config.json").is_file():
         fail(f"--model_path {path} holds neither config.json nor adapter_config.json")
@@ -483,12 +487,13 @@ def locate_model(args):
         fail(f"--model_path {path} holds no weights in safetensors")
     if not adapter:
         return str(folder.resolve()), None, run
-    base = adapter["base_model_name_or_path"]
+    base = adapter["base_model_name_or_path"] or "(none is named)"
     if not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") > 1 or base.startswith(".")):
         fail(f"--model_path {path} is an adapter for the base model {base}, which is not there")
     if run.get("base_digest") not in (None, digest_base(base)):
         fail(f"--model_path {path}: the base model {base} is not the one that this adapter was trained on")
-    if adapter["peft_type"] != "LORA" or adapter.get("alora_invocation_tokens"):
+    odd = {"alora_invocation_tokens", "trainable_token_indices"} & {name for name, value in adapter.items() if value}
+    if adapter["peft_type"] != "LORA" or odd:
         fail(f"--model_path {path} is no plain LoRA adapter; only those can be trained on")
     for name in ("r", "lora_alpha", "lora_dropout", "target_modules"):
         flag = name if name.startswith("lora") else f"lora_{name}"
@@ -567,6 +572,8 @@ def find_checkpoint(args):
     folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
         fail(f"--output_dir {folder}: {file} is a file")
+    if args.overwrite_output_dir and folder.resolve() in Path(args.model_path).resolve().parents:
+        fail(f"--model_path {args.model_path} lies in --output_dir, which --overwrite_output_dir empties; take another")
     if not wanted and not args.overwrite_output_dir and any(folder.glob("*")):
         fail(f"--output_dir {folder} is not empty; see --resume_from_checkpoint and --overwrite_output_dir")
     newest = max(folder.glob("checkpoint-*"), key=count_steps, default=folder)
@@ -583,14 +590,16 @@ def find_checkpoint(args):
     if run.get("stage") != "sft" or run.get("versions", {}).get("scripts") != SCRIPTS:
         fail(f"--resume_from_checkpoint: {checkpoint} is of another stage, or of an earlier version of this script")
     was, now = run["arguments"], json.loads(json.dumps(vars(args), default=str))
-    changed = [name for name in now if name not in FREE_ON_RESUME and now[name] != was.get(name)]
+    changed = [name for name in now if name not in FREE_ON_RESUME and now[name] != was.get(name, now[name])]
     words = ", ".join(f"--{name} {now[name]} (was {was.get(name)})" for name in changed)
     if set(changed) & set(SAME_ON_RESUME):
         fail(f"--resume_from_checkpoint {checkpoint}: {words}: that would be neither run; resume with the same flags")
     if changed:
         print(f"resuming with other flags than before: {words}")
-    if count_steps(newest) > state["global_step"] and not args.overwrite_output_dir:
-        fail(f"--resume_from_checkpoint {checkpoint}: {newest} is later; --overwrite_output_dir drops it")
+    elsewhere = checkpoint.resolve().parent != folder.resolve() and any(folder.glob("*"))
+    if (elsewhere or count_steps(newest) > state["global_step"]) and not args.overwrite_output_dir:
+        what = "another run" if elsewhere else f"a later checkpoint, {newest.name}"
+        fail(f"--resume_from_checkpoint {checkpoint}: {folder} holds {what}; --overwrite_output_dir drops it")
     print(f"going on from {checkpoint}")
     return checkpoint, state
 
@@ -601,7 +610,7 @@ def open_output_dir(args, state):
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("checkpoint-*"):
-        if not 0 < count_steps(path) <= state["global_step"]:
+        if path.name[11:].isdigit() and not 0 < count_steps(path) <= state["global_step"]:
             shutil.rmtree(path)
     if args.overwrite_output_dir and not args.resume_from_checkpoint:
         shutil.rmtree(folder / "final_checkpoint", ignore_errors=True)
@@ -694,12 +703,13 @@ def encode_rows(rows, prompt_format, args, where):
 
     def encode_row(row):
         tools, system = row.get("tools"), [{"role": "system", "content": row.get("system")}]
-        messages = row[schema[0]]
-        if len(schema) == 2:
-            question, answer = to_messages(row[schema[0]], "user"), to_messages(row[schema[1]], "assistant")
-            messages = question + answer if isinstance(row[schema[0]], list) else system + question + answer
+        messages = to_messages(row[schema[-1]], "assistant") if len(schema) == 2 else row[schema[0]]
+        first = messages[0] if isinstance(messages, list) and messages and isinstance(messages[0], dict) else {}
+        if len(schema) == 2 and first.get("role", first.get("from")) in ("assistant", "gpt"):
+            messages = to_messages(row[schema[0]], "user") + messages  # else a whole conversation, with its question
         try:
-            tools = json.loads(tools) if isinstance(tools, str) else tools
+            messages = system + messages if isinstance(messages, list) else messages
+            tools = json.loads(tools or "null") if isinstance(tools, str) else drop_nulls(tools)
             ids, mask = prompt_format.encode(read_messages(messages, last="assistant"), tools=tools)
         except ValueError as error:
             empty = [name for name in schema if not row[name] or not str(row[name]).strip()]
@@ -773,7 +783,8 @@ def check_model(args, config):
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), **how)
         modules = [name for name, _ in model.named_modules()]
-        known = {t for t in targets for name in modules if f".{name}".endswith(f".{t}") or re.fullmatch(t, name)}
+        known = {t for t in targets for name in modules if f".{name}".endswith(f".{t}")}
+        known |= {t for t in targets if len(targets) == 1 and any(re.fullmatch(t, name) for name in modules)}
     except (ImportError, ValueError, re.error) as error:
         fail(f"--attn_implementation {args.attn_implementation}, --lora_target_modules {' '.join(targets)}: {error}")
     if targets != ["all-linear"] and {*targets} - known:
@@ -824,7 +835,9 @@ def load_model(args, base, adapter, embeddings):
         base,
         dtype=compute if args.use_lora else torch.float32,
         attn_implementation=args.attn_implementation,
-        quantization_config=quantization if args.load_in_4bit or args.load_in_8bit else None,
+        **(
+            {"quantization_config": quantization} if args.load_in_4bit or args.load_in_8bit else {}
+        ),  # None would hide its own
         device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() and not shares else None,
         distributed_config=shares,
         trust_remote_code=args.trust_remote_code,
@@ -832,8 +845,11 @@ def load_model(args, base, adapter, embeddings):
     )
     if embeddings > model.get_input_embeddings().weight.shape[0] or count_embeddings(adapter):
         model.resize_token_embeddings(embeddings)
-    if not model.generation_config.do_sample:  # what only sampling reads is not saved beside it (Llama 2 has it)
-        model.generation_config.update(temperature=None, top_p=None, top_k=None)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # it could not be saved (Llama 2 has a temperature without sampling)
+        ids = {name: value for name, value in vars(model.generation_config).items() if name.endswith("_token_id")}
+        model.generation_config = transformers.GenerationConfig(**ids)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes: no gradients after a pass in eval mode
             module.support_avx512bf16_for_cpu = False
@@ -848,7 +864,7 @@ def load_model(args, base, adapter, embeddings):
         r=args.lora_r or 16,
         lora_alpha=32 if args.lora_alpha is None else args.lora_alpha,
         lora_dropout=args.lora_dropout or 0.0,
-        target_modules=targets[0] if len(targets) == 1 and not targets[0].isidentifier() else targets,
+        target_modules=targets[0] if len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]) else targets,
         task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(model, lora)
@@ -1010,6 +1026,12 @@ def describe_run(args, base, adapter, prompt_format, counts):
     }
 
 
+def load_checkpoint(model, checkpoint):
+    """Take back all weights. transformers saves some under other names (experts, GPT-NeoX's head); Trainer's own way, with
+    load_state_dict, passes over those."""
+    model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=torch.float32).state_dict())
+
+
 def make_trainer(config, model, rows, eval_rows, tokenizer, run):
     """(SFTTrainer, its RunCallback)."""
     causal_model = model.get_base_model() if isinstance(model, peft.PeftModel) else model
@@ -1021,11 +1043,13 @@ def make_trainer(config, model, rows, eval_rows, tokenizer, run):
         fail("--packing and flash attention: in this model examples that share a row see each other; leave them out")
     config.padding_free = flash and torch.cuda.is_available()
     set_router_loss(config, causal_model)
-    trained = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
+    trained = [(weight, weight.data.float()) for weight in model.parameters() if weight.requires_grad]
     saved_config = copy.deepcopy(causal_model.config)
     alone, config.save_only_model = config.save_only_model, shard or config.save_only_model  # Trainer insists on it
     trainer = SFTTrainer(model, config, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer)
     config.save_only_model = alone  # the optimizer of adapters is whole
+    if causal_model is model and not trainer.is_fsdp_enabled:
+        trainer._load_from_checkpoint = functools.partial(load_checkpoint, model)
     own = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     trainer._save = functools.partial(trainer._save, state_dict=own) if shard else trainer._save  # PEFT gathers a base
     causal_model.config = saved_config  # TRL switches the router's loss on in the one that runs
@@ -1107,7 +1131,8 @@ def main(argv=None):
     try:
         model_config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
         tokenizer = load_tokenizer(adapter if adapter and (adapter / "tokenizer_config.json").is_file() else base, args)
-        lists = [name for name in sum(SCHEMAS, ()) if isinstance(data[0].get(name), list)]
+        there = [data[name] for name in sum(SCHEMAS, ()) if name in data.column_names]
+        lists = [values for values in there if isinstance(next(filter(None, values), None), list)]
         natural = "chat" if lists else "qa"
         found = pick_format(args.prompt_format, natural, parent.get("prompt_format"), tokenizer)
         prompt_format = make_eos_end_turns(found)
