@@ -1497,7 +1497,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                 try:
                     ids = self.reward_format.encode([*messages, {"role": "assistant", "content": text}])[0]
                 except ValueError:  # its template leaves thoughts out
-                    text = text.rpartition("</think>")[2]
+                    text = text.rpartition("</think>")[2].strip()
                     ids = self.reward_format.encode([*messages, {"role": "assistant", "content": text}])[0]
                 if not text:  # in `qa` that would be the question as an answer
                     ids = [*self.reward_format.encode(messages, open_end=True)[0], self.reward_format.end_id()]

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, SHARED, make_adapter, make_model, run, write_rows
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 SCRIPTS = "training_sft|training_reward_model|training_rl|merge_with_lora"
 SEED = SHARED.parent / "seed_readme.md"
@@ -211,3 +211,43 @@ def test_a_base_that_is_stored_in_4_bit_needs_lora(request, llama, tmp_path, sta
     flags = ["--model_path", base, "--dataset_name", rows, "--output_dir", tmp_path / "out"]
     flags += ["--reward_function", f"{tmp_path / 'rules.py'}:none"] if stage == "rl" else []
     assert "is stored in 4 or 8 bit: add --use_lora" in run(request.getfixturevalue(stage), *flags, code=2)[1]
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "rl"])
+def test_a_base_that_is_stored_in_4_bit_is_trained_on_as_it_is(request, tmp_path, stage):
+    """Its config says how its weights are to be read; at a learning rate of 0 the model computes what the base does."""
+    pytest.importorskip("bitsandbytes")
+    plain, base = make_model(tmp_path / "plain", hidden_size=64, intermediate_size=128), tmp_path / "base"
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    stored = AutoModelForCausalLM.from_pretrained(plain, quantization_config=config)
+    stored.save_pretrained(base)
+    AutoTokenizer.from_pretrained(plain).save_pretrained(base)
+    rows = write_rows(
+        tmp_path / "train.jsonl", [{"prompt": f"Why {i}?", "chosen": "a", "rejected": "b"} for i in range(4)]
+    )
+    rules = tmp_path / "rules.py"
+    rules.write_text("def none(prompts, responses):\n    return [0.0] * len(responses)\n", encoding="utf-8")
+    flags = ["--model_path", base, "--dataset_name", rows, "--output_dir", tmp_path / "out", "--use_lora"]
+    flags += ["--reward_function", f"{rules}:none"] if stage == "rl" else ["--max_steps", 1]
+    script, seen = request.getfixturevalue(stage), []
+    kind = "SequenceClassification" if stage == "reward" else "CausalLM"
+    auto = getattr(script.transformers, f"AutoModelFor{kind}")
+    original = auto.from_pretrained
+
+    def load(*args, **kwargs):
+        found = original(*args, **kwargs)
+        seen.append(found[0] if isinstance(found, tuple) else found)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auto, "from_pretrained", load)
+        run(script, *flags)
+    name = "layers.0.mlp.up_proj"
+    layer = seen[0].get_decoder().get_submodule(name)
+    layer = getattr(layer, "base_layer", layer)
+    assert type(layer).__name__ == "Linear4bit"
+    inputs = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    wanted = stored.get_decoder().get_submodule(name)(inputs)
+    assert torch.allclose(
+        layer(inputs.to(wanted.dtype)).float(), wanted.float(), rtol=0.05, atol=0.05 * wanted.abs().max().item()
+    )

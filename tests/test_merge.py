@@ -406,7 +406,7 @@ PROBLEMS = {
     "pickle": "holds no model.safetensors",
     "quantized": "is quantized; see --base_model_path",
     "unknown": "llamma",
-    "base is an adapter": "holds no config.json",
+    "base is an adapter": "config.json",
     "no base": "names no base model; pass it as --base_model_path",
     "base gone": "\\(--base_model_path\\).*no/such/model does not exist",
     "task": "holds a TOKEN_CLS adapter",
@@ -463,6 +463,14 @@ def test_the_output_directory_is_not_overwritten_by_chance(merge, llama, tmp_pat
     assert {"notes.txt", "model.safetensors"} <= names and not any("-of-" in name for name in names)
     load(tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "run"]
+
+
+def test_nothing_of_an_earlier_merge_speaks_for_the_new_one(merge, llama, plain_llama, tmp_path):
+    """The chat template of a model that had one, over one that has none."""
+    for base in (llama, plain_llama):
+        adapter = make_adapter(tmp_path / base.rpartition("/")[2], base)
+        merge_into(merge, adapter, tmp_path / "merged", "--overwrite_output_dir")
+        assert (AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template is None) == (base == plain_llama)
 
 
 KILLER = """

@@ -150,6 +150,7 @@ def test_a_second_run_does_again_what_has_changed(folder, monkeypatch):
         if command[1] in fails:
             raise SystemExit(2)
         done.append(command[1])
+        Path("out", outputs[scripts.index(command[1])]).mkdir(parents=True, exist_ok=True)
 
     def chain(seed):
         done.clear()
@@ -169,8 +170,11 @@ def test_a_second_run_does_again_what_has_changed(folder, monkeypatch):
         "quickstart.py",
         "report.py",
     ]
+    outputs = ["sft", "reward", "ppo", "merged", "evaluation.json", "report.html"]
     assert chain(1) == scripts
     assert chain(1) == []
+    shutil.rmtree("out/ppo")
+    assert chain(1) == scripts[2:3]  # with the same result
     change("data/rl/prompts.jsonl")
     assert chain(1) == scripts[2:]
     change("training_sft.py")

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import trl
 from conftest import make_adapter, make_model, make_tokenizer, run, write_rows
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
@@ -657,6 +658,37 @@ def test_answers_are_written_as_many_at_a_time_as_their_cache_fits(rl, llama, mo
         assert rl.PPOTrainer.texts_at_once(trainer, model.config) == expected
 
 
+def test_mini_batches_are_of_all_lengths(rl):
+    """Cut by length, one would have all of the long answers, whose advantages are of one sign."""
+    rows, responses = [{"prompt_ids": [5]}] * 8, [[7] * (1 + 7 * (i % 2)) for i in range(8)]
+    args = SimpleNamespace(per_device_train_batch_size=4, num_mini_batches=2, longest_text=99, shard_base=False)
+    trainer = SimpleNamespace(args=args, share_rows=True)
+    torch.manual_seed(0)
+    mixed = 0
+    for _ in range(20):
+        groups = rl.PPOTrainer.make_groups(trainer, rows, responses)
+        assert sorted(sum(groups, [])) == list(range(8)) and [len(group) for group in groups] == [4, 4]
+        mixed += len({len(responses[i]) for i in groups[0]}) == 2
+    assert mixed > 12  # 68 of 70 ways
+
+
+def test_an_answer_that_the_reward_models_template_cannot_write_is_scored_without_its_thoughts(rl, tmp_path):
+    template = Path(trl.__file__).parent / "chat_templates" / "deepseek_r1_distill.jinja"
+    tokenizer = make_tokenizer(True)
+    tokenizer.chat_template = template.read_text(encoding="utf-8")
+    reward_format = rl.PromptFormat(tokenizer, "chat")
+    read = []
+    role = SimpleNamespace(active=lambda: contextlib.nullcontext(None), read=lambda states: torch.zeros(1))
+    trainer = SimpleNamespace(roles=SimpleNamespace(reward=role), reward_format=reward_format)
+    trainer.collate = lambda rows, responses, width: read.append(rows[0]["prompt_ids"] + responses[0])
+    trainer.hidden_states = lambda network, batch: torch.zeros(1, 2)
+    rows = [{"messages": json.dumps([{"role": "user", "content": "2+2?"}])}] * 2
+    batch = SimpleNamespace(rows=rows, ended=[True, True])
+    rl.PPOTrainer.model_scores(trainer, batch, ["<think>\nHm.\n</think>\n\n4.", "4."])
+    with_thoughts, without = map(tokenizer.decode, read)
+    assert "Hm." not in with_thoughts and with_thoughts.split() == without.split()
+
+
 def test_the_score_is_normalized_then_clipped_then_penalized(rl, chain, tmp_path, choose):
     """Mean and spread are those of 64 of the reference's own answers, measured once; the reported score is plain."""
     asked = choose()
@@ -1051,6 +1083,8 @@ BAD_INPUT = {
     "no colon": (None, "--reward_function RULES", "should read FILE.py:NAME"),
     "too few numbers": (None, "--reward_function RULES:too_few", "returned 0 numbers for"),
     "reward model is an SFT adapter": ("sft", "", "is not a reward model's adapter"),
+    "reward model without a head": ("base", "", "LlamaForCausalLM; a classifier with one label is needed"),
+    "policy is a classifier": ("rm", "--model_path {full_rm}", "Classification; a language model is needed"),
     "policy is a reward model": ("rm", "--model_path {rm}", "changes more than LoRA weights"),
     "a column is missing": ("rm", "--subset TEXTS", "has the columns text; one of these is needed: prompt; question"),
 }  # fmt: skip
@@ -1061,7 +1095,11 @@ def test_bad_input_is_one_line(rl, chain, tmp_path, monkeypatch, case):
     """An error that says what would be right, before any weight is loaded, and nothing is written."""
     reward, flags, expected = BAD_INPUT[case]
     write_rows(tmp_path / "texts" / "a.jsonl", [{"text": "What?"}] * 8)
-    flags = flags.replace("TEXTS", str(tmp_path / "texts")).replace("{rm}", chain["rm"])
+    flags = (
+        flags.replace("TEXTS", str(tmp_path / "texts"))
+        .replace("{rm}", chain["rm"])
+        .replace("{full_rm}", chain["full_rm"])
+    )
     monkeypatch.setattr(rl, "load_model", None)
     _, errors = run(rl, *command(chain, tmp_path / "out", flags, reward=reward), code=2)
     (line,) = [line for line in errors.splitlines() if line.startswith("error:")]

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, make_model, make_tokenizer, run, write_rows
+from conftest import ROOT, SHARED, make_adapter, make_model, make_tokenizer, run, write_rows
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BloomConfig,
     BloomForCausalLM,
@@ -527,14 +528,27 @@ def test_files_as_they_are(sft, tmp_path, plain_llama, name):
     assert [row.partition("Answer: ")[2].removesuffix("<|endoftext|>") for row in rows] == answers
 
 
-def test_a_generation_config_that_sets_what_only_sampling_reads(train, tmp_path, plain_llama):
-    """Llama 2 as shipped: transformers refuses to save it after training."""
+@pytest.mark.parametrize(
+    "more", [{"temperature": 0.9, "top_p": 0.6}, {"min_p": 0.1}, {"early_stopping": True}], ids=str
+)
+def test_a_generation_config_that_cannot_be_saved(train, tmp_path, plain_llama, more):
+    """Llama 2 as shipped, with a temperature without sampling: transformers refuses to save it after training."""
     base = Path(shutil.copytree(plain_llama, tmp_path / "base"))
     config = json.loads((base / "generation_config.json").read_text(encoding="utf-8"))
-    config |= {"do_sample": False, "temperature": 0.9, "top_p": 0.6}
+    config |= {"do_sample": False, **more}
     (base / "generation_config.json").write_text(json.dumps(config), encoding="utf-8")
     train(PAIRS, base)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "final_checkpoint").generation_config.top_p != 0.6
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "final_checkpoint").generation_config
+    assert not any(getattr(saved, name) == value for name, value in more.items())
+    assert config["eos_token_id"] in saved.eos_token_id
+
+
+def test_a_classifier_is_no_policy(train, tmp_path, plain_llama):
+    """Whoever made it: its language model's head would be random, or its adapter a classifier's for ever."""
+    make_adapter(plain_llama, tmp_path / "adapter", "SEQ_CLS")
+    AutoModelForSequenceClassification.from_pretrained(plain_llama, num_labels=1).save_pretrained(tmp_path / "full")
+    for name in ("adapter", "full"):
+        assert "is a reward model" in train(PAIRS, tmp_path / name, code=2)[1]
 
 
 def test_tokens_without_embeddings(train, tmp_path, plain_llama):
@@ -560,7 +574,10 @@ def test_an_adapter_with_embeddings_of_its_own_size_is_continued(train, tmp_path
         r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM"
     )
     get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
-    train(PAIRS, tmp_path / "adapter")
+    train(PAIRS, tmp_path / "adapter", "--bf16")
+    saved = weights(tmp_path / "out" / "final_checkpoint")
+    trained = [weight for name, weight in saved.items() if re.search(r"lora_|(embed_tokens|lm_head)\.weight$", name)]
+    assert len(trained) == 6 and all(weight.dtype == torch.float32 for weight in trained)
     shapes = {name: weight.shape[0] for name, weight in weights(tmp_path / "out" / "final_checkpoint").items()}
     assert [size for name, size in shapes.items() if "embed_tokens" in name or "lm_head" in name] == [rows] * 6
 

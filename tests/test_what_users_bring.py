@@ -53,7 +53,9 @@ def test_pairs_in_every_form_are_the_same_texts(reward, models, tmp_path, form):
     assert texts(out) == texts(plain) and GOOD[0] in plain
 
 
-@pytest.mark.parametrize("form", ["completion", "messages", "conversations", "renamed", "hh-rlhf"])
+@pytest.mark.parametrize(
+    "form", ["completion", "messages", "conversations", "renamed", "hh-rlhf", "whole", "whole texts"]
+)
 def test_answers_in_every_form_are_the_same_texts(sft, models, tmp_path, form):  # noqa: F811
     rows, flags = [], ["--dry_run", "--prompt_format", "chat"]
     for question, good in zip(QUESTIONS, GOOD):
@@ -63,6 +65,8 @@ def test_answers_in_every_form_are_the_same_texts(sft, models, tmp_path, form): 
             "conversations": {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": good}]},
             "renamed": {"instruction": question, "output": good, "prompt": "something else"},
             "hh-rlhf": {"prompt": f"\n\nHuman: {question}\n\nAssistant:", "completion": good},
+            "whole": {"prompt": question, "chosen": [turn("user", question), turn("assistant", good)]},
+            "whole texts": {"prompt": question, "chosen": f"\n\nHuman: {question}\n\nAssistant: {good}"},
         }[form])  # fmt: skip
     plain_rows = [{"prompt": question, "response": good} for question, good in zip(QUESTIONS, GOOD)]
     plain, _ = run(sft, *command("sft", models, tmp_path / "a", *flags, rows=plain_rows))
@@ -80,6 +84,17 @@ def test_a_system_column_and_columns_that_are_not_there(request, refuse, models,
     shown = [f"system\nBe brief {i}." in out for i in range(8)]
     assert any(shown) and not shown[0] and "None" not in texts(out)
     refuse(stage, "--columns prompt=frage.*chosen", "--columns", "prompt=frage")
+
+
+def test_a_system_column_beside_chats_and_a_first_row_without_one(sft, models, tmp_path):  # noqa: F811
+    """The prompt of a ShareGPT row; and a row that is left out does not choose the format of all."""
+    rows = [{"conversations": None, "system": None}]
+    rows += [
+        {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": good}], "system": "Be brief."}
+        for question, good in zip(QUESTIONS * 2, GOOD * 2)
+    ]
+    out, _ = run(sft, *command("sft", models, tmp_path, "--dry_run", rows=rows))
+    assert "format chat" in out and "system\nBe brief." in out and "not read" not in out
 
 
 CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "lamp <|im_end|>"}}}
@@ -129,6 +144,25 @@ def test_many_rows_of_another_form_come_first(request, models, tmp_path, stage):
         ]
         argv = command(stage, models, tmp_path / "chats", "--dry_run", rows=plain + thoughtful)
         assert "1101 prompts" in run(request.getfixturevalue(stage), *argv)[0]
+
+
+def test_a_reward_function_file_that_does_not_run_is_one_line(refuse, tmp_path):  # noqa: F811
+    """It may import what lies beside it."""
+    for text, problem in (
+        ("def (", "SyntaxError"),
+        ("import nowhere_at_all", "nowhere_at_all"),
+        ("1 / 0", "ZeroDivision"),
+    ):
+        (tmp_path / "broken.py").write_text(text, encoding="utf-8")
+        refuse("rl", f"broken.py:score.*{problem}", "--reward_function", f"{tmp_path / 'broken.py'}:score")
+    refuse("rl", "could not convert.*1.2.3", "--reward_function", f"{tmp_path / 'broken.py'}:score=1.2.3")
+    (tmp_path / "beside_the_rule.py").write_text("VALUE = 1.0\n", encoding="utf-8")
+    (tmp_path / "rule.py").write_text(
+        "from beside_the_rule import VALUE\n\ndef score(prompts, responses):\n    return [VALUE] * len(responses)\n",
+        encoding="utf-8",
+    )
+    refuse("rl", "nothing", "--reward_function", f"{tmp_path / 'rule.py'}:nothing")
+    refuse("rl", "target_kl multiplies", "--target_kl", 3, "--kl_coef", 0)
 
 
 RULES = """
