@@ -544,6 +544,8 @@ def make_config(args):
             values[name] = text
     try:
         config = RewardConfig(**values)
+        optimizer = torch.optim.SGD([torch.ones(1)])  # some schedules need --set lr_scheduler_kwargs=...
+        transformers.get_scheduler(config.lr_scheduler_type, optimizer, 1, 9, config.lr_scheduler_kwargs)
     except (ValueError, TypeError) as error:
         fail(f"RewardConfig: {error}")
     config._n_gpu = min(config.n_gpu, 1)  # one process drives one GPU (no DataParallel); several: accelerate launch

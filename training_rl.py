@@ -548,7 +548,10 @@ def make_config(args, **own):
     for name in {*args.report_to} - {"none", "all", *transformers.integrations.get_available_reporting_integrations()}:
         fail(f"--report_to {name}: not installed; pip install {name}")
     try:
-        return PPOSettings(**values)
+        config = PPOSettings(**values)
+        optimizer = torch.optim.SGD([torch.ones(1)])  # some schedules need --set lr_scheduler_kwargs=...
+        transformers.get_scheduler(config.lr_scheduler_type, optimizer, 1, 9, config.lr_scheduler_kwargs)
+        return config
     except (ValueError, TypeError) as error:
         fail(f"PPOConfig: {error}")
 
@@ -1091,9 +1094,10 @@ def load_roles(args, source, reward_source, same_tokens):
     return Roles(policy, reference, reward, value)
 
 
-def check_base(args, base, tokens, longest):
+def check_base(args, base, scorer, tokens, longest):
     """Refuse a base model that cannot be trained or shared out as it is asked for, or that knows fewer `tokens` than the
-    tokenizer, or fewer positions than the `longest` text has; its weights are not read."""
+    tokenizer; or if it, or the `scorer`, which reads the same tokens if there is one, has fewer positions than the
+    `longest` text. No weights are read."""
     config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
     quantized = getattr(config, "quantization_config", None)
     if quantized and not args.use_lora:
@@ -1121,10 +1125,12 @@ def check_base(args, base, tokens, longest):
     if tokens > embeddings:
         fail(f"--model_path {args.model_path}: {tokens} tokens, but embeddings for {embeddings}: "
              "training_sft.py without --use_lora adds and trains them")  # fmt: skip
-    positions = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
-    if longest > positions:
-        fail(f"a prompt with its answer may have {longest} tokens, the model has {positions} positions: lower "
-             f"--max_prompt_length {args.max_prompt_length} or --response_length {args.response_length}")  # fmt: skip
+    for place in filter(None, (base, scorer)):
+        config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=args.trust_remote_code)
+        positions = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
+        if longest > positions:
+            fail(f"a prompt with its answer may have {longest} tokens, {place} has {positions} positions: lower "
+                 f"--max_prompt_length {args.max_prompt_length} or --response_length {args.response_length}")  # fmt: skip
 
 
 def free_memory():
@@ -2011,7 +2017,8 @@ def run_stage(args):
         subset, split = args.eval_subset or args.subset, args.eval_split or "test"
         eval_rows, counts["eval"] = load_prompts(args, subset, split, "--eval_split", prompt_format, reward_functions)
     longest = max(len(ids) for rows in (train_rows, eval_rows) for ids in rows["prompt_ids"]) + args.response_length
-    check_base(args, policy.base, len(prompt_format.tokenizer), longest)
+    scorer = reward.base if reward and same_tokens else None
+    check_base(args, policy.base, scorer, len(prompt_format.tokenizer), longest)
     episodes = args.episodes_per_update * args.processes
     if episodes > len(train_rows):
         what = "--per_device_train_batch_size x --gradient_accumulation_steps x processes"

@@ -551,6 +551,8 @@ def make_config(args):
             values[name] = text
     try:
         config = SFTConfig(**values)
+        optimizer = torch.optim.SGD([torch.ones(1)])  # some schedules need --set lr_scheduler_kwargs=...
+        transformers.get_scheduler(config.lr_scheduler_type, optimizer, 1, 9, config.lr_scheduler_kwargs)
     except (ValueError, TypeError) as error:
         fail(f"SFTConfig: {error}")
     if config.use_liger_kernel and not is_liger_kernel_available():

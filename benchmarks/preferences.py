@@ -11,6 +11,7 @@ is there. Best of N by the reward model, judged by the judge, says what there is
         --run no_clip --cliprange_value 1e9
     python benchmarks/preferences.py --model_path runs/SmolLM2-135M-Instruct --output_dir runs/preferences --seed 0 \
         --run stock --stages stock examine
+    python benchmarks/preferences.py --stages draw    # one file and one picture of all results
 
 Flags that it does not know are PPO's; --run names the PPO run that has them.
 """
@@ -227,6 +228,27 @@ class Examiner:
         return {key: [answer[key] for answer in answers] for key in ("reward", "judge", "kl", "length", "ended")}
 
 
+def draw(folder):
+    """preferences.json and preferences.png of all runs whose results are in `folder`."""
+    from matplotlib.figure import Figure
+
+    runs = {path.stem.partition("-")[2]: path for path in sorted(folder.glob("preferences-*-*.json"))}
+    runs = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in runs.items()}
+    (folder / "preferences.json").write_text(json.dumps(runs, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    titles = {"reward": "Score", "kl": "KL, nats an answer", "length": "Tokens an answer", "explained_variance": "Explained variance"}  # fmt: skip
+    figure = Figure(figsize=(12, 2.8), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(1, len(titles)), titles.items()):
+        for run, result in runs.items():
+            values = result["curves"][name]
+            axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=run.replace("-", ", seed "))
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel("update of 64 answers", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", linewidth=0.4)
+    figure.axes[0].legend(fontsize=8, frameon=False)
+    figure.savefig(folder / "preferences.png", dpi=110)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--model_path", default="runs/SmolLM2-135M-Instruct", help="base model of all stages")
@@ -243,13 +265,15 @@ def main():
     parser.add_argument("--prompts", type=int, default=72, help="held-out questions, answered before and after")
     parser.add_argument("--bf16", action="store_true", help="all stages in bfloat16")
     stages = ["sft", "reward", "judge", "ppo", "examine"]
-    choices = [*stages, "stock"]
+    choices = [*stages, "stock", "draw"]
     parser.add_argument(
         "--stages", nargs="+", choices=choices, default=stages, help="what to do; on a card side by side"
     )
     parser.add_argument("--samples", type=int, default=4, help="answers to each held-out question")
     parser.add_argument("--best_of", type=int, default=0, help="also judge the best of N by the reward model (0: no)")
     args, more = parser.parse_known_args()
+    if args.stages == ["draw"]:
+        return draw(ROOT / "benchmarks" / "results")
     folder = Path(args.output_dir)
     if not (folder / "data" / "held_out.jsonl").is_file():  # written last
         prepare_data(args, folder / "data")

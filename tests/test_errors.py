@@ -81,6 +81,7 @@ FLAGS = [
     (["--load_in_8bit"], "--use_lora"),
     (["--use_lora", "--load_in_4bit", "--load_in_8bit"], "--load_in_4bit.*--load_in_8bit"),
     (["--lr_scheduler_type", "zigzag"], "zigzag"),
+    (["--lr_scheduler_type", "cosine_with_min_lr"], "min_lr.*lr_scheduler_kwargs"),
     (["--warmup_ratio", "1.5"], "--warmup_ratio.*1.5"),
     (["--seed", "-1"], "--seed.*-1"),
     (["--save_steps", "many"], "--save_steps.*many"),
