@@ -155,9 +155,9 @@ def publish(folder):
         draft.mkdir(parents=True)
         yield draft
         if folder.is_dir():  # of a merged model that gives way; other files are somebody's
-            for path in folder.iterdir():
-                if re.match(r"(generation_)?config\.json|model\.safe|model-.*-of-|chat_template\.", path.name):
-                    path.unlink()
+            ours = ["config.json", "generation_config.json", "chat_template.*", "model.safetensors*", "model-*-of-*"]
+            for path in [path for pattern in ours for path in folder.glob(pattern)]:
+                path.unlink()
             for path in sorted(draft.iterdir(), key=lambda path: path.name == "config.json"):  # nothing loads before
                 os.replace(path, folder / path.name)
         else:

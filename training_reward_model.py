@@ -90,7 +90,7 @@ def read_messages(messages, last):
             raise ValueError(f"should have the role {expected} in turn {len(turns)}, not {str(turn)[:80]}")
         if not (calls or (isinstance(content, str) and content.strip())):
             raise ValueError(f"should have text in turn {len(turns)} ({role}), not {str(turn)[:80]}")
-        more = turn if calls or role == "tool" else {key: turn[key] for key in THOUGHTS if key in turn}
+        more = turn if calls or role == "tool" else {key: turn[key] for key in THOUGHTS if turn.get(key)}
         turns.append({**more, "role": role, "content": content or ""})
     if not turns or turns[-1]["role"] != last or turns[-1].get("tool_calls"):
         raise ValueError(f"should end with the role {last}, not {str(messages[-1:])[:80]}")
@@ -163,7 +163,8 @@ class PromptFormat:
         """The text, its contents guarded, and where in it [start, end, start, end, ...] the assistant writes."""
         messages = []
         for turn in turns:
-            turn = {key: self._guard(part) if isinstance(part, str) else part for key, part in turn.items()}
+            texts = {key: part for key, part in turn.items() if isinstance(part, str) and key != "role"}
+            turn = {**turn, **{key: self._guard(text) for key, text in texts.items()}}
             if "tool_calls" in turn:
                 turn["tool_calls"] = json.loads(self._guard(json.dumps(turn["tool_calls"], ensure_ascii=False)))
             alike = messages and turn.keys() == messages[-1].keys() == {"role", "content"}
@@ -171,8 +172,8 @@ class PromptFormat:
                 turn["content"] = f"{messages.pop()['content']}\n\n{turn['content']}"
             messages.append(turn)
         if self.name == "qa":  # earlier turns join the question
-            if any(turn.keys() != {"role", "content"} or turn["role"] == "tool" for turn in messages):
-                raise ValueError("tools and thoughts need a chat template")
+            if any("tool_calls" in turn or turn["role"] == "tool" for turn in messages):
+                raise ValueError("tools need a chat template")
             texts = [turn["content"] for turn in messages if turn["content"]]
             answer = "" if open_end else f" {texts.pop()}"
             prompt = "Question: " + "\n\n".join(texts) + "\n\nAnswer:"
@@ -480,6 +481,8 @@ def locate_model(args):
     run = read_json(folder / "run.json")
     adapter = read_json(folder / "adapter_config.json")
     base = adapter.get("base_model_name_or_path", args.model_path)
+    if not base:
+        fail(f"--model_path {folder}: its adapter_config.json names no base model")
     stage = run.get("parent_stage") if run.get("stage") == "merge" else run.get("stage")
     if not Path(base).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base):
         fail(f"--model_path {folder}: {base} is not there; it should be a model directory or a hub id")
@@ -504,7 +507,9 @@ def locate_model(args):
 def make_config(args):
     """RewardConfig from the flags that have its fields' names, and --set; refuses what this machine does not have."""
     missing = {*args.report_to} - {"none", "all", *transformers.integrations.get_available_reporting_integrations()}
+    old = args.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
     problems = {
+        "--bf16: this GPU cannot compute in bfloat16; use --fp16": old,
         "--fp16 needs a GPU; on a CPU use --bf16, or neither": args.fp16 and not torch.cuda.is_available(),
         "--push_to_hub needs a login: hf auth login": args.push_to_hub and not get_token(),
         f"--report_to: not installed: {', '.join(missing)}": missing,
@@ -544,9 +549,10 @@ def make_config(args):
             values[name] = text
     try:
         config = RewardConfig(**values)
-        optimizer = torch.optim.SGD([torch.ones(1)])  # some schedules need --set lr_scheduler_kwargs=...
+        optimizer = torch.optim.SGD([torch.ones(1)], config.learning_rate)
+        # some schedules need --set lr_scheduler_kwargs=...
         transformers.get_scheduler(config.lr_scheduler_type, optimizer, 1, 9, config.lr_scheduler_kwargs)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ZeroDivisionError) as error:
         fail(f"RewardConfig: {error}")
     config._n_gpu = min(config.n_gpu, 1)  # one process drives one GPU (no DataParallel); several: accelerate launch
     return config
@@ -565,7 +571,8 @@ def find_checkpoint(args):
     folder = Path(args.output_dir)
     if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
         fail(f"--output_dir {folder}: {file} is a file")
-    if args.overwrite_output_dir and folder.resolve() in Path(args.model_path).resolve().parents:
+    model = Path(args.model_path).resolve()
+    if args.overwrite_output_dir and {*folder.resolve().glob("*checkpoint*")} & {model, *model.parents}:
         fail(f"--model_path {args.model_path} lies in --output_dir, which --overwrite_output_dir empties; take another")
     if not args.resume_from_checkpoint:
         if any(folder.glob("*")) and not args.overwrite_output_dir:
@@ -588,7 +595,8 @@ def find_checkpoint(args):
         fail(f"--resume_from_checkpoint {checkpoint}: {words}: that would be neither run; resume with the same flags")
     if changed:
         print(f"resuming with other flags than before: {words}")
-    elsewhere = checkpoint.resolve().parent != folder.resolve() and any(folder.glob("*"))
+    places = (checkpoint.parent.resolve(), checkpoint.resolve().parent)  # a link may lead elsewhere
+    elsewhere = folder.resolve() not in places and any(folder.glob("*checkpoint*"))
     later = newest and count_steps(newest) > count_steps(checkpoint)
     if (elsewhere or later) and not args.overwrite_output_dir:
         what = "another run" if elsewhere else f"a later checkpoint, {newest.name}"
@@ -722,7 +730,7 @@ def load_pairs(args, prompt_format, subset, side):
     try:
         if "margin" in data.column_names:  # of CSV it is a text
             data = data.cast_column("margin", datasets.Value("float64"))
-    except ValueError as error:  # pyarrow's
+    except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's
         fail(f"{where}: the column margin should have numbers: {error}")
 
     def encode_pair(row, number):
@@ -744,6 +752,7 @@ def load_pairs(args, prompt_format, subset, side):
 
     others = [name for name in data.column_names if name != "margin"]
     workers = min(os.cpu_count() or 1, len(data) // 2000) or None  # where there is work for several
+    workers = None if os.name == "nt" else workers  # there each would import torch, which takes a gigabyte
     rows = data.map(encode_pair, with_indices=True, remove_columns=others, num_proc=workers, desc="Tokenizing")
     found, seen = {"": []}, set()  # {reason to leave them out: numbers of the rows}
     for i, (reason, pair) in enumerate(zip(rows["reason"], rows["digest"])):
@@ -836,6 +845,8 @@ def can_share(model, rows, args):
 
     The mask of such a row stands in for all of the model's own, so no layer may have a narrower one, or carry a state
     from one end to the next. Tried on the pair with the longest text."""
+    if model.config._attn_implementation not in ("sdpa", "eager"):  # flash attention would take it for a 2-D one
+        return False
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ())
     if model._is_stateful or layers - {"full_attention", "sliding_attention", "chunked_attention"}:
@@ -847,6 +858,8 @@ def can_share(model, rows, args):
     pair = rows.select_columns(["chosen_ids", "rejected_ids"])[longest]
     try:
         shared = run_batch(model, collate_shared([pair]), args).hidden_states
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # it takes no such mask
         return False
     alone = run_batch(model, DataCollatorForPreference(0)([pair]), args).hidden_states
@@ -868,9 +881,11 @@ def check_fit(args, config, model_config, adapter, tokens, rows):
             model = transformers.AutoModelForSequenceClassification.from_config(copy.deepcopy(model_config), **how)
         modules = [name for name, _ in model.named_modules()]
         known = {t for t in targets for name in modules if f".{name}".endswith(f".{t}")}
-        known |= {t for t in targets if len(targets) == 1 and any(re.fullmatch(t, name) for name in modules)}
+        pattern = targets[0] if len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]) else "(?!)"
+        known |= {pattern for name in modules if re.fullmatch(pattern, name)}
     except (ImportError, ValueError, re.error) as error:
-        fail(f"--attn_implementation {args.attn_implementation}, --lora_target_modules {' '.join(targets)}: {error}")
+        flags = f"--attn_implementation {args.attn_implementation}, --lora_target_modules {' '.join(targets)}"
+        fail(f"--model_path {args.model_path}, {flags}: {str(error)[:300]}")
     if targets != ["all-linear"] and {*targets} - known:
         names = sorted({name.rpartition(".")[2] for name in list_linear_layers(model)})
         fail(f"--lora_target_modules {min({*targets} - known)}: there is no such layer; there are {', '.join(names)}")
@@ -1343,7 +1358,7 @@ def main(argv=None):
         trainer.accelerator.wait_for_everyone()
     except Exception as error:  # safetensors and torch.save have types of their own for a full disk
         print(file=sys.stderr)  # ends the line of the progress bar
-        if re.search("out of memory|allocate memory", str(error)):
+        if re.search("out of memory|ALLOC_FAILED|allocate memory", str(error)):
             helps = "--use_lora, --load_in_4bit, --gradient_checkpointing, --bf16"
             fail(f"no memory left; what helps, the most first: {helps}")
         if re.search("No space left|os error 28|PytorchStreamWriter failed", str(error)):
@@ -1354,7 +1369,8 @@ def main(argv=None):
 if __name__ == "__main__":
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # of several processes the first one talks
-    sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
     try:
         main()
     except KeyboardInterrupt:

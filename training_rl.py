@@ -95,7 +95,7 @@ def read_messages(messages, last):
             raise ValueError(f"should have the role {expected} in turn {len(turns)}, not {str(turn)[:80]}")
         if not (calls or (isinstance(content, str) and content.strip())):
             raise ValueError(f"should have text in turn {len(turns)} ({role}), not {str(turn)[:80]}")
-        more = turn if calls or role == "tool" else {key: turn[key] for key in THOUGHTS if key in turn}
+        more = turn if calls or role == "tool" else {key: turn[key] for key in THOUGHTS if turn.get(key)}
         turns.append({**more, "role": role, "content": content or ""})
     if not turns or turns[-1]["role"] != last or turns[-1].get("tool_calls"):
         raise ValueError(f"should end with the role {last}, not {str(messages[-1:])[:80]}")
@@ -168,7 +168,8 @@ class PromptFormat:
         """The text, its contents guarded, and where in it [start, end, start, end, ...] the assistant writes."""
         messages = []
         for turn in turns:
-            turn = {key: self._guard(part) if isinstance(part, str) else part for key, part in turn.items()}
+            texts = {key: part for key, part in turn.items() if isinstance(part, str) and key != "role"}
+            turn = {**turn, **{key: self._guard(text) for key, text in texts.items()}}
             if "tool_calls" in turn:
                 turn["tool_calls"] = json.loads(self._guard(json.dumps(turn["tool_calls"], ensure_ascii=False)))
             alike = messages and turn.keys() == messages[-1].keys() == {"role", "content"}
@@ -176,8 +177,8 @@ class PromptFormat:
                 turn["content"] = f"{messages.pop()['content']}\n\n{turn['content']}"
             messages.append(turn)
         if self.name == "qa":  # earlier turns join the question
-            if any(turn.keys() != {"role", "content"} or turn["role"] == "tool" for turn in messages):
-                raise ValueError("tools and thoughts need a chat template")
+            if any("tool_calls" in turn or turn["role"] == "tool" for turn in messages):
+                raise ValueError("tools need a chat template")
             texts = [turn["content"] for turn in messages if turn["content"]]
             answer = "" if open_end else f" {texts.pop()}"
             prompt = "Question: " + "\n\n".join(texts) + "\n\nAnswer:"
@@ -463,7 +464,7 @@ READERS = {"csv": {"keep_default_na": False}, "json": {"chunksize": 1 << 30}, "p
 FREE_ON_RESUME = """output_dir overwrite_output_dir resume_from_checkpoint total_episodes logging_steps save_steps
     save_total_limit eval_split eval_subset eval_steps report_to push_to_hub dry_run shard_base""".split()
 SAME_ON_RESUME = """columns model_path reward_model_path reward_function dataset_name dataset_config subset split max_samples
-    prompt_format max_prompt_length response_length per_device_train_batch_size gradient_accumulation_steps num_mini_batches
+    prompt_format max_prompt_length response_length episodes_per_update num_mini_batches
     num_ppo_epochs use_lora lora_r lora_alpha lora_target_modules normalize_reward weight_decay processes""".split()
 SCRIPTS = 4  # stands in run.json: this version resumes checkpoints of this version
 SHOWN = {  # of the metrics, in the log lines
@@ -549,10 +550,11 @@ def make_config(args, **own):
         fail(f"--report_to {name}: not installed; pip install {name}")
     try:
         config = PPOSettings(**values)
-        optimizer = torch.optim.SGD([torch.ones(1)])  # some schedules need --set lr_scheduler_kwargs=...
+        optimizer = torch.optim.SGD([torch.ones(1)], config.learning_rate)
+        # some schedules need --set lr_scheduler_kwargs=...
         transformers.get_scheduler(config.lr_scheduler_type, optimizer, 1, 9, config.lr_scheduler_kwargs)
         return config
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ZeroDivisionError) as error:
         fail(f"PPOConfig: {error}")
 
 
@@ -682,11 +684,14 @@ class RewardFunction:
         self.spec = f"--reward_function {spec}"
         sys.path.append(str(Path(path).parent))  # for what the file imports
         try:
-            self.weight, self.function = float(weight or 1), runpy.run_path(path).get(self.name)
+            self.weight, self.function = (
+                float(weight or 1),
+                runpy.run_path(Path(path).resolve(strict=True)).get(self.name),
+            )
         except Exception as error:  # whatever the file raises
             fail(f"{self.spec} should read FILE.py:NAME or FILE.py:NAME=WEIGHT: {type(error).__name__} {error}")
-        if not callable(self.function):
-            fail(f"{self.spec}: {path} has no function {self.name}")
+        if not callable(self.function) or not math.isfinite(self.weight):
+            fail(f"{self.spec}: {path} has no function {self.name}, or the weight is no number")
         self.parameters = list(inspect.signature(self.function).parameters.values())[2:]
 
     def find_columns(self, there, where=""):
@@ -752,6 +757,8 @@ def locate_model(args, flag):
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         fail(f"{flag} holds no weights in safetensors; those of a run are in its final_checkpoint")
     lora = peft.PeftConfig.from_pretrained(path) if has_lora else None
+    if lora and not lora.base_model_name_or_path:
+        fail(f"{flag}: its adapter_config.json names no base model")
     base = str(lora.base_model_name_or_path) if lora else path
     if not Path(base).is_dir() and (Path(base).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base)):
         fail(f"{flag}: {base!r} does not exist; it should be a model directory or a hub id")
@@ -810,9 +817,9 @@ def load_format(args, source, requested, other=None):
     except (OSError, ValueError) as error:
         fail(f"{place}: {error}")
     is_scorer = "SequenceClassification" in str(config.architectures)  # else its head would start at random
-    if not source.adapter and (is_scorer != bool(other) or (other and config.num_labels != 1)):
+    if not source.adapter and config.architectures and (is_scorer != bool(other) or (other and config.num_labels != 1)):
         needed = "a classifier with one label" if other else "a language model"
-        fail(f"{place} is {' '.join(config.architectures or ['of no architecture'])}; {needed} is needed")
+        fail(f"{place} is {' '.join(config.architectures)}; {needed} is needed")
     return found
 
 
@@ -1109,9 +1116,11 @@ def check_base(args, base, scorer, tokens, longest):
             model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), **how)
         modules = [name for name, _ in model.named_modules()]
         known = {t for t in targets for name in modules if f".{name}".endswith(f".{t}")}
-        known |= {t for t in targets if len(targets) == 1 and any(re.fullmatch(t, name) for name in modules)}
+        pattern = targets[0] if len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]) else "(?!)"
+        known |= {pattern for name in modules if re.fullmatch(pattern, name)}
     except (ImportError, ValueError, re.error) as error:
-        fail(f"--attn_implementation {args.attn_implementation}, --lora_target_modules {' '.join(targets)}: {error}")
+        flags = f"--attn_implementation {args.attn_implementation}, --lora_target_modules {' '.join(targets)}"
+        fail(f"--model_path {args.model_path}, {flags}: {str(error)[:300]}")
     if targets != ["all-linear"] and {*targets} - known:
         names = sorted({name.rpartition(".")[2] for name in list_linear_layers(model)})
         fail(f"--lora_target_modules {min({*targets} - known)}: there is no such layer; there are {', '.join(names)}")
@@ -1336,16 +1345,22 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             layer.reshard()
 
     def texts_at_once(self, config):
-        """How many answers are written at a time: local_rollout_forward_batch_size (64), on a GPU no more than half of the
-        free memory has a cache for."""
+        """How many answers are written at a time: local_rollout_forward_batch_size (64), on a GPU no more than seven tenths
+        of the free memory hold."""
         most = self.args.local_rollout_forward_batch_size
         if self.args.device.type == "cpu":  # there runs repeat bit for bit
             return most
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        token = 2 * config.num_hidden_layers * heads * width * compute_dtype(self.args).itemsize  # bytes
-        fitting = int(free_memory() / 2 // (token * self.args.longest_text))
-        return min(gather_object([max(1, min(most, fitting))]))
+        try:
+            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        except (AttributeError, RuntimeError):  # its layers differ (Gemma 4)
+            width = config.hidden_size
+        cached = 2 * config.num_hidden_layers * width * self.args.longest_text  # keys and values
+        # the prompts go through the first layer at once: of each token base, adapter and their sum, in and out
+        passing = 5 * getattr(config, "intermediate_size", 4 * config.hidden_size)
+        passing *= self.args.longest_text - self.args.response_length
+        text = (cached + passing) * compute_dtype(self.args).itemsize  # bytes
+        return min(gather_object([max(1, min(most, int(0.7 * free_memory() // text)))]))
 
     def generate(self, role, rows, sample=True):
         """Responses to the rows' prompts: lists of at most response_length ids that end with the first stop id."""
@@ -1398,7 +1413,9 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         limit = min(size * self.args.longest_text, self.roles.config.get_text_config().hidden_size)
         groups = [order[:1]]
         for i in order[1:]:
-            if shared + sum(own[k] for k in [*groups[-1], i]) > limit:
+            more = [*groups[-1], i]
+            written = sum(len(responses[k]) for k in more)  # which takes logits
+            if shared + sum(own[k] for k in more) > limit or written > size * self.args.response_length:
                 groups.append([])
             groups[-1].append(i)
         passes = max(gather_object([len(groups)])) if self.args.shard_base else len(groups)
@@ -1731,8 +1748,10 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         price = self.ppo_state["kl_coef"] * figures[-1]["objective/kl"] if figures else 0.0
         price *= self.ppo_state["reward_std"]  # in the score's own unit
         metrics["eval_quality"] = metrics["eval_policy_score"] - price
+        if not self.is_world_process_zero():
+            return
         kept = read_json(Path(self.args.output_dir, "best_checkpoint", "run.json")).get("metrics", {})
-        if self.is_world_process_zero() and metrics["eval_quality"] > kept.get("eval_quality", -math.inf):
+        if "step" not in kept or metrics["eval_quality"] > kept["eval_quality"]:  # without: of an earlier version
             self.publish("best_checkpoint", metrics | {"step": self.state.global_step})
 
     def publish(self, name, metrics):
@@ -1780,8 +1799,9 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         checkpoint = Path(resume_from_checkpoint)
         self.roles.policy.load(checkpoint)
         self.roles.value.load(checkpoint / "value")
-        own = {} if self.args.target_kl else {"kl_coef": self.args.kl_coef}  # the flag's, where nothing adapts it
-        self.ppo_state = read_json(checkpoint / "ppo_state.json") | own
+        self.ppo_state = read_json(checkpoint / "ppo_state.json")
+        if not self.args.target_kl or not self.ppo_state["kl_coef"]:  # the flag's, where nothing adapts it
+            self.ppo_state["kl_coef"] = self.args.kl_coef
 
 
 class RunCallback(ProgressCallback):
@@ -1883,8 +1903,8 @@ def find_checkpoint(args):
     if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
         fail(f"--output_dir {folder}: {file} is a file")
     for flag in ("model_path", "reward_model_path"):
-        path = getattr(args, flag)
-        if args.overwrite_output_dir and path and folder.resolve() in Path(path).resolve().parents:
+        path = Path(getattr(args, flag) or "/").resolve()
+        if args.overwrite_output_dir and {*folder.resolve().glob("*checkpoint*")} & {path, *path.parents}:
             fail(f"--{flag} {path} lies in --output_dir, which --overwrite_output_dir empties; take another")
     if not asked and any(folder.glob("*")) and not args.overwrite_output_dir:
         hint = "--resume_from_checkpoint goes on with that run, --overwrite_output_dir replaces it"
@@ -1908,7 +1928,8 @@ def find_checkpoint(args):
         fail(f"--resume_from_checkpoint {checkpoint}: {words}: that would be neither run; resume with the same flags")
     if changed:
         print(f"resuming with other flags than before: {words}")
-    elsewhere = checkpoint.resolve().parent != folder.resolve() and any(folder.glob("*"))
+    places = (checkpoint.parent.resolve(), checkpoint.resolve().parent)  # a link may lead elsewhere
+    elsewhere = folder.resolve() not in places and any(folder.glob("*checkpoint*"))
     if (elsewhere or finished_steps(newest) > finished_steps(checkpoint)) and not args.overwrite_output_dir:
         what = "another run" if elsewhere else f"a later checkpoint, {newest.name}"
         fail(f"--resume_from_checkpoint {checkpoint}: {folder} holds {what}; --overwrite_output_dir drops it")
@@ -1985,7 +2006,8 @@ def publish(trainer, args, metrics):
     final = trainer.publish("final_checkpoint", metrics)
     write_json(output_dir / "metrics.json", metrics)
     size = sum(path.stat().st_size for path in final.glob("*.safetensors"))
-    if best := read_json(output_dir / "best_checkpoint" / "run.json").get("metrics"):
+    best = read_json(output_dir / "best_checkpoint" / "run.json").get("metrics", {})
+    if "step" in best:
         quality = f"score less price of the KL {best['eval_quality']:.3g}"
         print(f"{output_dir / 'best_checkpoint'} is of update {best['step']}: {quality}")
     print(f"saved {final} ({'adapter' if args.use_lora else 'all weights, float32'}, {size / 1e9:.3g} GB)")

@@ -88,7 +88,7 @@ def read_messages(messages, last):
             raise ValueError(f"should have the role {expected} in turn {len(turns)}, not {str(turn)[:80]}")
         if not (calls or (isinstance(content, str) and content.strip())):
             raise ValueError(f"should have text in turn {len(turns)} ({role}), not {str(turn)[:80]}")
-        more = turn if calls or role == "tool" else {key: turn[key] for key in THOUGHTS if key in turn}
+        more = turn if calls or role == "tool" else {key: turn[key] for key in THOUGHTS if turn.get(key)}
         turns.append({**more, "role": role, "content": content or ""})
     if not turns or turns[-1]["role"] != last or turns[-1].get("tool_calls"):
         raise ValueError(f"should end with the role {last}, not {str(messages[-1:])[:80]}")
@@ -161,7 +161,8 @@ class PromptFormat:
         """The text, its contents guarded, and where in it [start, end, start, end, ...] the assistant writes."""
         messages = []
         for turn in turns:
-            turn = {key: self._guard(part) if isinstance(part, str) else part for key, part in turn.items()}
+            texts = {key: part for key, part in turn.items() if isinstance(part, str) and key != "role"}
+            turn = {**turn, **{key: self._guard(text) for key, text in texts.items()}}
             if "tool_calls" in turn:
                 turn["tool_calls"] = json.loads(self._guard(json.dumps(turn["tool_calls"], ensure_ascii=False)))
             alike = messages and turn.keys() == messages[-1].keys() == {"role", "content"}
@@ -169,8 +170,8 @@ class PromptFormat:
                 turn["content"] = f"{messages.pop()['content']}\n\n{turn['content']}"
             messages.append(turn)
         if self.name == "qa":  # earlier turns join the question
-            if any(turn.keys() != {"role", "content"} or turn["role"] == "tool" for turn in messages):
-                raise ValueError("tools and thoughts need a chat template")
+            if any("tool_calls" in turn or turn["role"] == "tool" for turn in messages):
+                raise ValueError("tools need a chat template")
             texts = [turn["content"] for turn in messages if turn["content"]]
             answer = "" if open_end else f" {texts.pop()}"
             prompt = "Question: " + "\n\n".join(texts) + "\n\nAnswer:"
@@ -487,7 +488,9 @@ def locate_model(args):
         fail(f"--model_path {path} holds no weights in safetensors")
     if not adapter:
         return str(folder.resolve()), None, run
-    base = adapter["base_model_name_or_path"] or "(none is named)"
+    base = adapter["base_model_name_or_path"]
+    if not base:
+        fail(f"--model_path {path}: its adapter_config.json names no base model")
     if not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") > 1 or base.startswith(".")):
         fail(f"--model_path {path} is an adapter for the base model {base}, which is not there")
     if run.get("base_digest") not in (None, digest_base(base)):
@@ -508,7 +511,9 @@ def locate_model(args):
 def make_config(args):
     """SFTConfig from the flags that have its fields' names, and --set; refuses what this machine does not have."""
     missing = set(args.report_to) - {"none", "all", *get_available_reporting_integrations()}
+    old = args.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
     problems = {
+        "--bf16: this GPU cannot compute in bfloat16; use --fp16": old,
         "--fp16 needs a GPU; on a CPU use --bf16, or neither": args.fp16 and not torch.cuda.is_available(),
         f"--report_to: not installed: {', '.join(missing)}": missing,
         "--push_to_hub needs a login: hf auth login": args.push_to_hub and not get_token(),
@@ -551,9 +556,10 @@ def make_config(args):
             values[name] = text
     try:
         config = SFTConfig(**values)
-        optimizer = torch.optim.SGD([torch.ones(1)])  # some schedules need --set lr_scheduler_kwargs=...
+        optimizer = torch.optim.SGD([torch.ones(1)], config.learning_rate)
+        # some schedules need --set lr_scheduler_kwargs=...
         transformers.get_scheduler(config.lr_scheduler_type, optimizer, 1, 9, config.lr_scheduler_kwargs)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ZeroDivisionError) as error:
         fail(f"SFTConfig: {error}")
     if config.use_liger_kernel and not is_liger_kernel_available():
         fail("--set use_liger_kernel=true needs liger-kernel: pip install liger-kernel")
@@ -574,7 +580,8 @@ def find_checkpoint(args):
     folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
         fail(f"--output_dir {folder}: {file} is a file")
-    if args.overwrite_output_dir and folder.resolve() in Path(args.model_path).resolve().parents:
+    model = Path(args.model_path).resolve()
+    if args.overwrite_output_dir and {*folder.resolve().glob("*checkpoint*")} & {model, *model.parents}:
         fail(f"--model_path {args.model_path} lies in --output_dir, which --overwrite_output_dir empties; take another")
     if not wanted and not args.overwrite_output_dir and any(folder.glob("*")):
         fail(f"--output_dir {folder} is not empty; see --resume_from_checkpoint and --overwrite_output_dir")
@@ -598,7 +605,8 @@ def find_checkpoint(args):
         fail(f"--resume_from_checkpoint {checkpoint}: {words}: that would be neither run; resume with the same flags")
     if changed:
         print(f"resuming with other flags than before: {words}")
-    elsewhere = checkpoint.resolve().parent != folder.resolve() and any(folder.glob("*"))
+    places = (checkpoint.parent.resolve(), checkpoint.resolve().parent)  # a link may lead elsewhere
+    elsewhere = folder.resolve() not in places and any(folder.glob("*checkpoint*"))
     if (elsewhere or count_steps(newest) > state["global_step"]) and not args.overwrite_output_dir:
         what = "another run" if elsewhere else f"a later checkpoint, {newest.name}"
         fail(f"--resume_from_checkpoint {checkpoint}: {folder} holds {what}; --overwrite_output_dir drops it")
@@ -710,7 +718,9 @@ def encode_rows(rows, prompt_format, args, where):
         if len(schema) == 2 and first.get("role", first.get("from")) in ("assistant", "gpt"):
             messages = to_messages(row[schema[0]], "user") + messages  # else a whole conversation, with its question
         try:
-            messages = system + messages if isinstance(messages, list) else messages
+            plain = isinstance(row.get("system"), str) and first.get("role", first.get("from")) != "system"
+            if plain and (schema == ("conversations",) or not isinstance(row[schema[0]], list)):
+                messages = system + messages
             tools = json.loads(tools or "null") if isinstance(tools, str) else drop_nulls(tools)
             ids, mask = prompt_format.encode(read_messages(messages, last="assistant"), tools=tools)
         except ValueError as error:
@@ -729,6 +739,7 @@ def encode_rows(rows, prompt_format, args, where):
         }
 
     workers = min(os.cpu_count() or 1, len(rows) // 2000) or None  # where there is work for several
+    workers = None if os.name == "nt" else workers  # there each would import torch, which takes a gigabyte
     with PartialState().local_main_process_first():  # the others of a machine read what it has cached
         encoded = rows.map(encode_row, remove_columns=rows.column_names, num_proc=workers, desc="Tokenizing")
     by_reason, seen = {}, set()  # {why they are left out: numbers of the rows}, "" for those that are kept
@@ -786,9 +797,11 @@ def check_model(args, config):
             model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), **how)
         modules = [name for name, _ in model.named_modules()]
         known = {t for t in targets for name in modules if f".{name}".endswith(f".{t}")}
-        known |= {t for t in targets if len(targets) == 1 and any(re.fullmatch(t, name) for name in modules)}
+        pattern = targets[0] if len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]) else "(?!)"
+        known |= {pattern for name in modules if re.fullmatch(pattern, name)}
     except (ImportError, ValueError, re.error) as error:
-        fail(f"--attn_implementation {args.attn_implementation}, --lora_target_modules {' '.join(targets)}: {error}")
+        flags = f"--attn_implementation {args.attn_implementation}, --lora_target_modules {' '.join(targets)}"
+        fail(f"--model_path {args.model_path}, {flags}: {str(error)[:300]}")
     if targets != ["all-linear"] and {*targets} - known:
         names = sorted({name.rpartition(".")[2] for name in list_linear_layers(model)})
         fail(f"--lora_target_modules {min({*targets} - known)}: there is no such layer; there are {', '.join(names)}")
@@ -894,14 +907,16 @@ def set_router_loss(config, model):
 
 
 @torch.no_grad()
-def keeps_apart(model):
+def keeps_apart(model, config):
     """Whether examples in one row do not see each other; recurrence, ALiBi and OPT do not mind restarting positions."""
     if model._is_stateful or "position_ids" not in inspect.signature(type(model).forward).parameters:
         return False
     ids, positions = torch.arange(3, 11, device=model.device)[None], torch.arange(8, device=model.device)[None] % 4
-    both = model.eval()(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 4:].float()
-    alone = model(input_ids=ids[:, 4:], use_cache=False).logits[0].float()
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+    half = config.bf16 or config.fp16  # flash attention takes nothing else
+    with torch.autocast(model.device.type, torch.float16 if config.fp16 else torch.bfloat16, half):
+        both = model.eval()(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 4:].float()
+        alone = model(input_ids=ids[:, 4:], use_cache=False).logits[0].float()
+    tolerance = 0.05 if half else 1e-3
     return bool((both - alone).abs().max() <= tolerance * alone.abs().max())
 
 
@@ -1041,7 +1056,7 @@ def make_trainer(config, model, rows, eval_rows, tokenizer, run):
     if shard:  # PEFT calls its forward(), past the hooks that gather weights
         model.base_model.forward = causal_model.__call__
     flash = "flash" in causal_model.config._attn_implementation
-    if (config.packing or flash) and not keeps_apart(causal_model):
+    if (config.packing or flash) and not keeps_apart(causal_model, config):
         fail("--packing and flash attention: in this model examples that share a row see each other; leave them out")
     config.padding_free = flash and torch.cuda.is_available()
     set_router_loss(config, causal_model)
@@ -1114,7 +1129,7 @@ def explaining(args):
         yield
     except Exception as error:  # safetensors and torch.save have types of their own for a full disk
         print(file=sys.stderr)  # ends the line of the progress bar
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if re.search("out of memory|ALLOC_FAILED|allocate memory", str(error)):
             helps = ["use_lora", "gradient_checkpointing", "bf16", "load_in_4bit"]
             flags = " ".join(f"--{name}" for name in helps if not getattr(args, name))
             fail(f"no memory left; what helps, the most first: {flags} --batch_size 1, a smaller --max_length")
@@ -1197,7 +1212,8 @@ def main(argv=None):
 if __name__ == "__main__":
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # of several processes the first one talks
-    sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
     try:
         main()
     except KeyboardInterrupt:

@@ -39,7 +39,7 @@ def shorten(commands, folder):
     """{script: arguments} of the first command of each script, with a tiny model, the sample, and fewer steps."""
     smaller = {
         **dict.fromkeys(MODELS, make_model(folder / "model", max_position_embeddings=2048)),
-        "HuggingFaceH4/ultrafeedback_binarized": str(SAMPLE), "1000": "2", "1024": "8", "128": "8",
+        "HuggingFaceH4/ultrafeedback_binarized": str(SAMPLE), "1000": "2", "4096": "8", "64": "8", "128": "8",
     }  # fmt: skip
     found = {}
     for script, arguments in commands:

@@ -647,15 +647,21 @@ def test_short_responses_give_no_nan(rl, chain, tmp_path, choose, responses):
 
 
 def test_answers_are_written_as_many_at_a_time_as_their_cache_fits(rl, llama, monkeypatch):
-    """On a GPU half of the free memory is for it; the bytes of a text are those of the cache that the model fills."""
+    """On a GPU, in seven tenths of the free memory; the bytes of a text are those of the cache that the model fills, and
+    of what its prompt takes on its way through a layer. Layers may differ (Gemma 4)."""
     model = AutoModelForCausalLM.from_pretrained(llama)
     cache = model(torch.ones(1, 10, dtype=torch.long), use_cache=True).past_key_values
     text = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
     args = {"local_rollout_forward_batch_size": 64, "longest_text": 10, "bf16": False, "fp16": False}
-    for device, free, expected in (("cuda", 10, 5), ("cuda", 1, 1), ("cuda", 1000, 64), ("cpu", 10, 64)):
+    for device, prompt, free, expected in (
+        ("cuda", 0, 10.1, 7), ("cuda", 0, 1, 1), ("cuda", 0, 1000, 64), ("cpu", 0, 10, 64), ("cuda", 4, 10.1, 2)
+    ):  # fmt: skip
         monkeypatch.setattr(rl, "free_memory", lambda free=free: free * text)
-        trainer = SimpleNamespace(args=SimpleNamespace(**args, device=torch.device(device)))
+        trainer = SimpleNamespace(
+            args=SimpleNamespace(**args, response_length=10 - prompt, device=torch.device(device))
+        )
         assert rl.PPOTrainer.texts_at_once(trainer, model.config) == expected
+        assert 1 <= rl.PPOTrainer.texts_at_once(trainer, CONFIG_MAPPING["gemma4_text"]()) <= 64
 
 
 def test_mini_batches_are_of_all_lengths(rl):

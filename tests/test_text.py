@@ -444,8 +444,8 @@ def test_thoughts_beside_the_content_are_trained_on_where_the_template_writes_th
         chat_format.encode(chat)[0]
         == chat_format.tokenizer.apply_chat_template(chat, return_dict=False)[: len(chat_format.encode(chat)[0])]
     )
-    with pytest.raises(ValueError, match="thoughts need a chat template"):
-        block.PromptFormat(chat_format.tokenizer, "qa").encode(chat)
+    plain = block.PromptFormat(chat_format.tokenizer, "qa")  # which has no place for them
+    assert plain.encode(chat) == plain.encode([user("2+2?"), assistant("4.")])
 
 
 def test_a_template_that_drops_thoughts_of_the_last_answer_is_refused(block):
