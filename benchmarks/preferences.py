@@ -142,8 +142,8 @@ def train_stock(args, folder, more):
     prompt_format, known = training_rl.PromptFormat(tokenizer, "qa"), len(tokenizer)
     texts = [row["prompt"] for row in read_lines(out / "data" / "prompts" / "train.jsonl")]
     prompts = [prompt_format.encode([{"role": "user", "content": text}], open_end=True)[0] for text in texts]
-    same = ("total_episodes", "response_length", "temperature", "num_ppo_epochs", "kl_coef", "learning_rate", "seed",
-            "per_device_train_batch_size", "gradient_accumulation_steps", "bf16")  # fmt: skip
+    same = ("total_episodes", "response_length", "temperature", "num_ppo_epochs", "num_mini_batches", "kl_coef", "seed",
+            "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16")  # fmt: skip
     settings = {name: getattr(ours, name) for name in same}
     prompts = [ids for ids in prompts if len(ids) <= ours.max_prompt_length]
     trainer = build_stock(

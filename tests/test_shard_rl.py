@@ -108,7 +108,7 @@ for name, mode, flags, copied in json.loads(Path("jobs.json").read_text()):
 FIXED = f"{SGD} --learning_rate 0.1 --total_episodes 12 --whiten_rewards --save_steps 1 --save_total_limit 9"
 FIXED += " --per_device_train_batch_size 2 --gradient_accumulation_steps"
 SAMPLED = "--total_episodes 12 --per_device_train_batch_size 2 --save_steps 2 --eval_steps 2 --normalize_reward"
-WIDE = f"{SGD} --learning_rate 0.1 --total_episodes 16 --per_device_train_batch_size 2 --gradient_accumulation_steps 4"
+WIDE = f"{SGD} --learning_rate 0.1 --total_episodes 48 --per_device_train_batch_size 2 --gradient_accumulation_steps 4"
 TIED = "--use_lora --gradient_checkpointing --reward_function RULES:tokens --total_episodes 8"
 JOBS = {  # name: chain, driver's modes, flags
     "ddp": ("exact", "chosen", f"{FIXED} 1"),
