@@ -752,7 +752,7 @@ def load_pairs(args, prompt_format, subset, side):
 
     others = [name for name in data.column_names if name != "margin"]
     workers = min(os.cpu_count() or 1, len(data) // 2000) or None  # where there is work for several
-    workers = None if os.name == "nt" else workers  # there each would import torch, which takes a gigabyte
+    workers = None if os.name == "nt" else workers  # there each would import torch again
     rows = data.map(encode_pair, with_indices=True, remove_columns=others, num_proc=workers, desc="Tokenizing")
     found, seen = {"": []}, set()  # {reason to leave them out: numbers of the rows}
     for i, (reason, pair) in enumerate(zip(rows["reason"], rows["digest"])):

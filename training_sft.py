@@ -739,7 +739,7 @@ def encode_rows(rows, prompt_format, args, where):
         }
 
     workers = min(os.cpu_count() or 1, len(rows) // 2000) or None  # where there is work for several
-    workers = None if os.name == "nt" else workers  # there each would import torch, which takes a gigabyte
+    workers = None if os.name == "nt" else workers  # there each would import torch again
     with PartialState().local_main_process_first():  # the others of a machine read what it has cached
         encoded = rows.map(encode_row, remove_columns=rows.column_names, num_proc=workers, desc="Tokenizing")
     by_reason, seen = {}, set()  # {why they are left out: numbers of the rows}, "" for those that are kept
