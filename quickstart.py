@@ -192,6 +192,8 @@ def show(seconds, output_dir):
     found = read(output_dir / "evaluation.json")
     summary = {"sft": sft, "reward": reward, "ppo": ppo, "evaluation": found, "seconds": seconds}
     write(output_dir / "summary.json", summary)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
     print(f"\nFive of the {PROMPTS} questions that no stage was trained on")
     for sample in found["samples"]:
         print(f"\n  {sample['prompt']}\n    before PPO: {sample['before']}\n    after PPO:  {sample['after']}")

@@ -581,11 +581,11 @@ def find_source(name, subset):
 def find_broken_line(files):
     """`FILE, line N: what is wrong there` of the first line in files of JSON Lines that is no JSON, or nothing."""
     for path in (Path(path) for path in files if path.endswith((".jsonl", ".ndjson"))):
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
             try:
-                json.loads(line or "{}")
+                json.loads(line.strip() or b"{}")
             except ValueError as error:
-                return f"{path}, line {number}: {error.msg}"
+                return f"{path}, line {number}: {getattr(error, 'msg', error)}"
     return ""
 
 
@@ -607,6 +607,7 @@ def load_split(args, subset, split, flag):
         if name not in names:
             fail(f"{flag} {split}: {where} has the splits {', '.join(names)}")
         data = datasets.load_dataset(source, args.dataset_config, split=name + bracket + part, **options)
+        data.data.validate(full=True)  # Arrow takes a file that is not UTF-8
     except Exception as error:  # datasets raises dozens of types
         broken = find_broken_line(sum(files.values(), [])) if source == "json" else ""
         text = broken or f"{type(error).__name__} {error} {error.__cause__ or ''}"
@@ -1552,7 +1553,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     def write_samples(self, samples):
         """Add lines of one kind, answers or episodes, to samples.jsonl; a resumed run comes by its own again."""
         path, (first, *_) = Path(self.args.output_dir, "samples.jsonl"), samples
-        before = map(json.loads, path.open(encoding="utf-8")) if path.is_file() else []
+        before = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []  # Windows replaces no open file
+        before = map(json.loads, filter(None, before))
         kept = [line for line in before if line["step"] < first["step"] or ("answer" in line) != ("answer" in first)]
         with contextlib.suppress(PermissionError):  # on Windows, while a report reads it
             write_lines(path, kept + samples)
@@ -1760,13 +1762,21 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         shutil.rmtree(draft, ignore_errors=True)
         self._save(draft)
         write_json(draft / "run.json", {**self.run, "metrics": metrics})
-        try:
-            if final.exists():
-                shutil.rmtree(old, ignore_errors=True)  # of a run that was killed while it removed it
-                os.replace(final, old)
-        except PermissionError:  # Windows
-            fail(f"{final} is in use by another program; the new one lies beside it, in {draft}")
-        os.replace(draft, final)
+        for _ in range(20):
+            try:
+                if final.exists():
+                    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed while it removed it
+                    os.replace(final, old)
+                os.replace(draft, final)
+                break
+            except PermissionError:  # Windows, where also a virus scanner may be reading what was just written
+                time.sleep(0.5)
+        else:
+            text = f"{final} is in use by another program; the new one lies beside it, in {draft}"
+            if name == "final_checkpoint":
+                fail(text)
+            tqdm.write(f"warning: {text}", file=sys.stderr)
+            return final
         shutil.rmtree(old, ignore_errors=True)
         return final
 
@@ -1818,7 +1828,13 @@ class RunCallback(ProgressCallback):
     def interrupt(self, signum, frame):
         self.interrupted = True
         signal.signal(signum, signal.default_int_handler)  # the second one leaves at once
-        print("\nstopping after this update and saving a checkpoint; once more to leave at once", file=sys.stderr)
+        time.sleep(0.2)  # seconds, in which the same Ctrl-C ends `| tee`
+        words = "stopping after this update and saving a checkpoint; once more to leave at once"
+        for stream, text in ((sys.stdout, ""), (sys.stderr, words)):
+            try:
+                print(text, file=stream, flush=True)
+            except OSError:  # nobody reads it: writing on would end the run
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         super().on_train_begin(args, state, control)
@@ -2096,7 +2112,7 @@ def main(argv=None):
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # of several processes the first one talks
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a pipe on Windows knows few characters
     try:
         run_stage(args)
     except torch.OutOfMemoryError as error:

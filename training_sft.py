@@ -657,11 +657,11 @@ def find_source(name, subset):
 def find_broken_line(files):
     """`FILE, line N: what is wrong there` of the first line in files of JSON Lines that is no JSON, or nothing."""
     for path in (Path(path) for path in files if path.endswith((".jsonl", ".ndjson"))):
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
             try:
-                json.loads(line or "{}")
+                json.loads(line.strip() or b"{}")
             except ValueError as error:
-                return f"{path}, line {number}: {error.msg}"
+                return f"{path}, line {number}: {getattr(error, 'msg', error)}"
     return ""
 
 
@@ -683,6 +683,7 @@ def load_split(args, subset, split, flag):
         if name not in names:
             fail(f"{flag} {split}: {where} has the splits {', '.join(names)}")
         rows = datasets.load_dataset(source, args.dataset_config, split=name + bracket + part, **options)
+        rows.data.validate(full=True)  # Arrow takes a file that is not UTF-8
     except Exception as error:  # datasets raises dozens of types
         broken = find_broken_line(sum(files.values(), [])) if source == "json" else ""
         text = broken or f"{type(error).__name__} {error} {error.__cause__ or ''}"
@@ -964,7 +965,13 @@ class RunCallback(ProgressCallback):
     def interrupt(self, signum, frame):
         self.interrupted = True
         signal.signal(signum, signal.default_int_handler)  # the second one leaves at once
-        print("\nstopping after this step and saving a checkpoint; once more to leave at once", file=sys.stderr)
+        time.sleep(0.2)  # seconds, in which the same Ctrl-C ends `| tee`
+        words = "stopping after this step and saving a checkpoint; once more to leave at once"
+        for stream, text in ((sys.stdout, ""), (sys.stderr, words)):
+            try:
+                print(text, file=stream, flush=True)
+            except OSError:  # nobody reads it: writing on would end the run
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
     def on_train_end(self, args, state, control, **kwargs):
         super().on_train_end(args, state, control)
@@ -1107,13 +1114,17 @@ def publish(trainer, args, run, metrics):
     (draft / "README.md").write_text(f"{card}\n## Figures\n\n| | |\n| --- | --- |\n{figures}", encoding="utf-8")
     write_json(draft / "run.json", {**run, "steps": trainer.state.global_step, "metrics": metrics})
     write_json(folder / "metrics.json", metrics)
-    try:
-        if final.exists():
-            shutil.rmtree(old, ignore_errors=True)  # of a run that was killed while it removed it
-            os.replace(final, old)
-    except PermissionError:  # Windows
+    for _ in range(20):
+        try:
+            if final.exists():
+                shutil.rmtree(old, ignore_errors=True)  # of a run that was killed while it removed it
+                os.replace(final, old)
+            os.replace(draft, final)
+            break
+        except PermissionError:  # Windows, where also a virus scanner may be reading what was just written
+            time.sleep(0.5)
+    else:
         fail(f"{final} is in use by another program; the new one lies beside it, in {draft}")
-    os.replace(draft, final)
     shutil.rmtree(old, ignore_errors=True)
     size = sum(path.stat().st_size for path in final.glob("*.safetensors"))
     print(f"saved {final} ({'adapter' if args.use_lora else 'all weights, float32'}, {size / 1e9:.3g} GB)")
@@ -1213,7 +1224,7 @@ if __name__ == "__main__":
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # of several processes the first one talks
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a pipe on Windows knows few characters
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a pipe on Windows knows few characters
     try:
         main()
     except KeyboardInterrupt:

@@ -3,10 +3,14 @@
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import make_adapter, make_tokenizer, run, write_rows
+from conftest import ROOT, make_adapter, make_tokenizer, run, write_rows
 from test_errors import ROWS, SCRIPTS, TRAINING, command, models, refuse, snapshot, start  # noqa: F401 - fixtures
 from transformers import AutoModelForCausalLM, JetMoeConfig
 
@@ -180,6 +184,7 @@ def test_a_final_checkpoint_in_use_keeps_the_new_one_beside_it(request, models, 
     argv = command(stage, models, tmp_path, "--use_lora", "--resume_from_checkpoint", *more)
     with monkeypatch.context() as patch:
         patch.setattr(script.os, "replace", in_use)
+        patch.setattr(script.time, "sleep", lambda seconds: None)
         _, err = run(script, *argv, code=2)
     assert re.search(r"error: .*final_checkpoint is in use by another program.*final_checkpoint.partial", err)
     assert snapshot(tmp_path / "out" / "final_checkpoint") == before
@@ -190,3 +195,93 @@ def test_a_final_checkpoint_in_use_keeps_the_new_one_beside_it(request, models, 
     final, last = (tmp_path / "out" / place / name for place in ("final_checkpoint", "checkpoint-6"))
     assert final.read_bytes() == last.read_bytes()
     assert "finished" in run(script, *argv)[0]
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_a_virus_scanner_that_reads_what_was_just_written_is_waited_for(
+    request,
+    models,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    stage,
+):
+    """On Windows a directory cannot be renamed while a file in it is open."""
+    script, replace, waits = request.getfixturevalue(stage), os.replace, []
+
+    def scanned(source, target):
+        if Path(source).name == "final_checkpoint.partial" and len(waits) < 3:
+            raise PermissionError(13, "in use", str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(script.os, "replace", scanned)
+    monkeypatch.setattr(script.time, "sleep", waits.append)
+    run(script, *command(stage, models, tmp_path, "--use_lora"))
+    assert len(waits) == 3 and [path.name for path in (tmp_path / "out").glob("final*")] == ["final_checkpoint"]
+
+
+def test_a_best_checkpoint_in_use_does_not_end_the_run(rl, models, tmp_path, monkeypatch):  # noqa: F811
+    replace = os.replace
+
+    def in_use(source, target):
+        if Path(source).name == "best_checkpoint":
+            raise PermissionError(13, "in use", str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(rl.PPOTrainer, "keep_best", lambda self, metrics: self.publish("best_checkpoint", metrics))
+    monkeypatch.setattr(rl.os, "replace", in_use)
+    monkeypatch.setattr(rl.time, "sleep", lambda seconds: None)
+    _, err = run(rl, *command("rl", models, tmp_path, "--use_lora", "--eval_steps", 2))
+    assert re.search("warning: .*best_checkpoint is in use .*best_checkpoint.partial", err)
+    assert (tmp_path / "out" / "final_checkpoint" / "run.json").is_file()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="asks Linux what is open")
+@pytest.mark.parametrize("stage", TRAINING)
+def test_nothing_is_replaced_while_this_process_has_it_open(request, models, tmp_path, monkeypatch, stage):  # noqa: F811
+    """Windows refuses that; of samples.jsonl it would let the first lines be all."""
+    script, replace = request.getfixturevalue(stage), os.replace
+
+    def refused(source, target):
+        held = {os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()}
+        held |= {line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if " /" in line}
+        for path in map(os.path.realpath, (source, target)):
+            if any(f"{file}/".startswith(f"{path}/") for file in held):
+                raise PermissionError(13, "in use", path)
+        replace(source, target)
+
+    monkeypatch.setattr(script.os, "replace", refused)
+    run(script, *command(stage, models, tmp_path, "--use_lora"))
+    assert (tmp_path / "out" / "final_checkpoint").is_dir()
+    if stage == "rl":
+        lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+        assert {line["step"] for line in lines if "answer" in line} == {1, 2, 3, 4}
+        assert {line["step"] for line in lines if "answer" not in line} == {4}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("stage", TRAINING)
+def test_ctrl_c_saves_also_where_it_ends_the_reader_of_the_output(models, tmp_path, stage):  # noqa: F811
+    """`python training_sft.py ... 2>&1 | tee log`: the same Ctrl-C ends tee."""
+    long = ["--total_episodes", 5000] if stage == "rl" else ["--num_train_epochs", 5000, "--max_steps", 5000]
+    argv = [sys.executable, ROOT / f"{SCRIPTS[stage]}.py", *command(stage, models, tmp_path, "--use_lora", *long)]
+    process = subprocess.Popen(list(map(str, argv)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    os.set_blocking(process.stdout.fileno(), False)
+    log = tmp_path / "out" / "metrics.jsonl"
+    while process.poll() is None and not (log.is_file() and log.stat().st_size):  # its first step is done
+        process.stdout.read()
+        time.sleep(0.02)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert list((tmp_path / "out").glob("checkpoint-*/trainer_state.json"))
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_a_file_that_is_not_utf8_is_named_with_its_line(refuse, tmp_path, stage):  # noqa: F811
+    """As open(path, "w") writes on Windows. A byte order mark, which PowerShell writes, does no harm."""
+    text = "".join(json.dumps({**row, "prompt": f"Wozu {row['prompt']}"}) + "\r\n" for row in ROWS)
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(text.replace("Wozu Why 5", "Für was 5").encode("cp1252"))
+    refuse(stage, r"rows.jsonl, line 6: .*utf-8", "--dataset_name", path)
+    path.write_bytes(f"{text}\r\n{{".encode("utf-8-sig"))
+    refuse(stage, r"rows.jsonl, line 10: ", "--dataset_name", path)

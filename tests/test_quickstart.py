@@ -36,6 +36,24 @@ def test_the_rule_asks_for_one_or_two_complete_sentences_of_at_most_40_words():
     assert [answer for answer in right + wrong if quickstart.follows_rule(answer)] == right
 
 
+def test_answers_that_the_console_cannot_show_do_not_hide_the_table(tmp_path):
+    """A pipe on Windows knows few characters."""
+    for name, figures in {
+        "sft": {"train_loss": 1.0}, "reward": {"accuracy_before": 0.5, "accuracy": 1.0}, "ppo": {"objective/kl": 1.0},
+    }.items():  # fmt: skip
+        (tmp_path / name).mkdir()
+        quickstart.write(tmp_path / name / "metrics.json", figures)
+    found = {key + side: 1.0 for key in quickstart.TABLE for side in ("_before", "_after")}
+    samples = [{"prompt": "Why?", "before": "a \u2192 b", "after": "\ufffd"}]
+    quickstart.write(tmp_path / "evaluation.json", {**found, "samples": samples})
+    code = "import quickstart, pathlib, sys; quickstart.show({}, pathlib.Path(sys.argv[1]))"
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    printed = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], cwd=ROOT, env=environment, capture_output=True, check=True
+    )
+    assert b"a ? b" in printed.stdout and b"words an answer" in printed.stdout
+
+
 def test_help_needs_no_packages(tmp_path):
     """-S and -I: Python without site-packages, from a copy that lies alone."""
     shutil.copy(ROOT / "quickstart.py", tmp_path)
