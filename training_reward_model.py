@@ -59,6 +59,12 @@ def to_messages(value, role):
     return value if isinstance(value, list) else [{"role": role, "content": value}]
 
 
+def first_role(messages):
+    """The role of the first turn of a list of messages, else None."""
+    first = messages[0] if isinstance(messages, list) and messages and isinstance(messages[0], dict) else {}
+    return first.get("role", first.get("from"))
+
+
 def drop_nulls(value):
     """Without the keys that Arrow adds to a row because other rows have them."""
     if isinstance(value, list):
@@ -172,7 +178,7 @@ class PromptFormat:
                 turn["content"] = f"{messages.pop()['content']}\n\n{turn['content']}"
             messages.append(turn)
         if self.name == "qa":  # earlier turns join the question
-            if any("tool_calls" in turn or turn["role"] == "tool" for turn in messages):
+            if tools or any("tool_calls" in turn or turn["role"] == "tool" for turn in messages):
                 raise ValueError("tools need a chat template")
             texts = [turn["content"] for turn in messages if turn["content"]]
             answer = "" if open_end else f" {texts.pop()}"
@@ -182,6 +188,9 @@ class PromptFormat:
             system, question, *rest = messages
             messages = [{**question, "content": f"{system['content']}\n\n{question['content']}"}, *rest]
         text, cuts = self._render(messages, open_end, tools), []
+        names = [tool.get("function", tool).get("name", "") for tool in tools or ()]
+        if not all(name in messages[0]["content"] for name in names) and text == self._render(messages, open_end):
+            raise ValueError("the chat template leaves out the tools")
         for i, turn in enumerate(messages):
             content = "".join(turn["content"].split())  # templates trim contents, and set thoughts in lines
             calls = [call.get("function", call).get("name", "") for call in turn.get("tool_calls", ())]
@@ -192,6 +201,9 @@ class PromptFormat:
                 continue
             prompt, shown = self._render(messages[:i], True, tools), self._render(messages[: i + 1], False, tools)
             body, last = shown.removesuffix(self.after), i == len(messages) - 1
+            thoughts = ["".join(turn[key].split()) for key in THOUGHTS if key in turn]
+            if last and thoughts and not any(thought in "".join(shown.split()) for thought in thoughts):
+                raise ValueError(f"the chat template leaves out the thoughts of turn {i}")
             text = body + self.end if last else text
             whole = shown == body + self.after and body.startswith(prompt) and "".join(body.split()).endswith(content)
             if whole and text.startswith(body):  # gpt-oss ends earlier turns with another token: that is context
@@ -449,6 +461,8 @@ WINDOWS = "(window|window_size|chunk_size|local_attention)$"  # what configs cal
 HEAD = "base_model.model.score.weight"  # in the file of an adapter
 SCHEMAS = [("prompt", "chosen", "rejected"), ("question", "response_j", "response_k"), ("question", "chosen", "rejected"),
            ("chosen", "rejected")]  # fmt: skip
+# Columns that hold the question of `chosen` and `rejected`, where there is no `prompt`.
+QUESTIONS = ("instruction", "input", "query", "problem", "trajectory", "conversations", "context", "history")
 
 
 def read_json(path):
@@ -627,7 +641,9 @@ def find_source(name, subset):
     kinds = {KINDS.get(path.suffix) for path in place.rglob("*")} - {None} if Path(name).is_dir() else ()
     if Path(name).is_file():
         suffix = Path(name.removesuffix(".gz")).suffix
-        source, files = KINDS.get(suffix, suffix[1:]), {"data_files": glob.escape(name)}
+        if suffix not in KINDS:
+            fail(f"--dataset_name {name}: the kinds of files that are read are {' '.join(KINDS)}")
+        source, files = KINDS[suffix], {"data_files": glob.escape(name)}
     elif (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():  # of save_to_disk
         parts = read_json(place / "dataset_dict.json").get("splits", ["train"])
         folders = {part: glob.escape(str(place / part if (place / part).is_dir() else place)) for part in parts}
@@ -686,19 +702,23 @@ def read_pair(row, schema):
     """(chosen, rejected): the row as two conversations. Raises ValueError with what is wrong with it."""
     *question, chosen, rejected = schema
     prompt = to_messages(row[question[0]], "user") if question else []
-    if prompt and not isinstance(row[question[0]], list):
-        prompt = [{"role": "system", "content": row.get("system")}, *prompt]
+    system = row.get("system")
     sides = [to_messages(row[side], "assistant") for side in (chosen, rejected)]
     texts = row[chosen], row[rejected]
     if not question and len(sides[0]) == 1 and all(isinstance(text, str) for text in texts):
         start = re.sub(r"\S*$", "", os.path.commonprefix(texts))  # whole words
+        asked = [name for name in QUESTIONS if name in row]
+        if asked or not start.strip():
+            column = asked[0] if asked else "COLUMN"
+            raise ValueError(f"{chosen} + {rejected} are answers alone: --columns prompt={column} names the question")
         prompt = [{"role": "user", "content": start.strip()}]
         sides = [[{"role": "assistant", "content": text[len(start) :].strip()}] for text in texts]
     pair = []
     for name, messages in zip((chosen, rejected), sides):
-        first = messages[0] if messages and isinstance(messages[0], dict) else {}
-        if first.get("role", first.get("from")) in ("assistant", "gpt"):
+        if first_role(messages) in ("assistant", "gpt"):
             messages = prompt + messages  # else it is a whole conversation, and `prompt` repeats its question
+        if isinstance(system, str) and first_role(messages) not in (None, "system", "developer"):
+            messages = [{"role": "system", "content": system}, *messages]
         try:
             pair.append(read_messages(messages, last="assistant"))
         except ValueError as error:  # without the text, so that rows with one mistake are counted together
@@ -722,8 +742,8 @@ def load_pairs(args, prompt_format, subset, side):
     schema = next((schema for schema in SCHEMAS if set(schema) <= set(data.column_names)), None)
     if not schema:
         needed = "; ".join(" + ".join(schema) for schema in SCHEMAS)
-        names = sum(SCHEMAS, ())
-        near = {name: difflib.get_close_matches(name, names, 1) for name in data.column_names if name not in names}
+        names = ("prompt", "question", "chosen", "rejected")  # response_1 may be the better one or the worse
+        near = {name: difflib.get_close_matches(name, names, 1, 0.9) for name in data.column_names if name not in names}
         hint = " ".join(f"{found[0]}={name}" for name, found in near.items() if found) or "NAME=COLUMN"
         there = ", ".join(data.column_names)
         fail(f"{where} has the columns {there}; one of these is needed: {needed}; --columns {hint} renames")

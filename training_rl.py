@@ -64,6 +64,12 @@ def to_messages(value, role):
     return value if isinstance(value, list) else [{"role": role, "content": value}]
 
 
+def first_role(messages):
+    """The role of the first turn of a list of messages, else None."""
+    first = messages[0] if isinstance(messages, list) and messages and isinstance(messages[0], dict) else {}
+    return first.get("role", first.get("from"))
+
+
 def drop_nulls(value):
     """Without the keys that Arrow adds to a row because other rows have them."""
     if isinstance(value, list):
@@ -177,7 +183,7 @@ class PromptFormat:
                 turn["content"] = f"{messages.pop()['content']}\n\n{turn['content']}"
             messages.append(turn)
         if self.name == "qa":  # earlier turns join the question
-            if any("tool_calls" in turn or turn["role"] == "tool" for turn in messages):
+            if tools or any("tool_calls" in turn or turn["role"] == "tool" for turn in messages):
                 raise ValueError("tools need a chat template")
             texts = [turn["content"] for turn in messages if turn["content"]]
             answer = "" if open_end else f" {texts.pop()}"
@@ -187,6 +193,9 @@ class PromptFormat:
             system, question, *rest = messages
             messages = [{**question, "content": f"{system['content']}\n\n{question['content']}"}, *rest]
         text, cuts = self._render(messages, open_end, tools), []
+        names = [tool.get("function", tool).get("name", "") for tool in tools or ()]
+        if not all(name in messages[0]["content"] for name in names) and text == self._render(messages, open_end):
+            raise ValueError("the chat template leaves out the tools")
         for i, turn in enumerate(messages):
             content = "".join(turn["content"].split())  # templates trim contents, and set thoughts in lines
             calls = [call.get("function", call).get("name", "") for call in turn.get("tool_calls", ())]
@@ -197,6 +206,9 @@ class PromptFormat:
                 continue
             prompt, shown = self._render(messages[:i], True, tools), self._render(messages[: i + 1], False, tools)
             body, last = shown.removesuffix(self.after), i == len(messages) - 1
+            thoughts = ["".join(turn[key].split()) for key in THOUGHTS if key in turn]
+            if last and thoughts and not any(thought in "".join(shown.split()) for thought in thoughts):
+                raise ValueError(f"the chat template leaves out the thoughts of turn {i}")
             text = body + self.end if last else text
             whole = shown == body + self.after and body.startswith(prompt) and "".join(body.split()).endswith(content)
             if whole and text.startswith(body):  # gpt-oss ends earlier turns with another token: that is context
@@ -568,7 +580,9 @@ def find_source(name, subset):
     kinds = {KINDS.get(path.suffix) for path in place.rglob("*")} - {None} if Path(name).is_dir() else ()
     if Path(name).is_file():
         suffix = Path(name.removesuffix(".gz")).suffix
-        source, files = KINDS.get(suffix, suffix[1:]), {"data_files": glob.escape(name)}
+        if suffix not in KINDS:
+            fail(f"--dataset_name {name}: the kinds of files that are read are {' '.join(KINDS)}")
+        source, files = KINDS[suffix], {"data_files": glob.escape(name)}
     elif (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():  # of save_to_disk
         parts = read_json(place / "dataset_dict.json").get("splits", ["train"])
         folders = {part: glob.escape(str(place / part if (place / part).is_dir() else place)) for part in parts}
@@ -628,7 +642,7 @@ def load_prompts(args, subset, split, flag, prompt_format, reward_functions):
     data, where = load_split(args, subset, split, flag)
     column = next((name for name in ("prompt", "question") if name in data.column_names), None)
     if not column:
-        near = [difflib.get_close_matches(name, data.column_names, 1) for name in ("prompt", "question")]
+        near = [difflib.get_close_matches(name, data.column_names, 1, 0.7) for name in ("prompt", "question")]
         hint = f"; --columns prompt={(sum(near, []) or ['COLUMN'])[0]} renames"
         fail(f"{where} has the columns {', '.join(data.column_names)}; one of these is needed: prompt; question{hint}")
 
@@ -636,9 +650,11 @@ def load_prompts(args, subset, split, flag, prompt_format, reward_functions):
     taken = sorted(set().union(*(function.find_columns(others, where) for function in reward_functions)))
 
     def encode(row, index):
-        system = [] if isinstance(row[column], list) else [{"role": "system", "content": row.get("system")}]
+        messages, tools = to_messages(row[column], "user"), row.get("tools")
+        if isinstance(row.get("system"), str) and first_role(messages) not in (None, "system", "developer"):
+            messages = [{"role": "system", "content": row["system"]}, *messages]
         try:
-            messages, tools = read_messages(system + to_messages(row[column], "user"), last="user"), row.get("tools")
+            messages = read_messages(messages, last="user")
             tools = json.loads(tools or "null") if isinstance(tools, str) else drop_nulls(tools)
             ids, problem = prompt_format.encode(messages, open_end=True, tools=tools)[0], ""
         except ValueError as error:

@@ -57,6 +57,12 @@ def to_messages(value, role):
     return value if isinstance(value, list) else [{"role": role, "content": value}]
 
 
+def first_role(messages):
+    """The role of the first turn of a list of messages, else None."""
+    first = messages[0] if isinstance(messages, list) and messages and isinstance(messages[0], dict) else {}
+    return first.get("role", first.get("from"))
+
+
 def drop_nulls(value):
     """Without the keys that Arrow adds to a row because other rows have them."""
     if isinstance(value, list):
@@ -170,7 +176,7 @@ class PromptFormat:
                 turn["content"] = f"{messages.pop()['content']}\n\n{turn['content']}"
             messages.append(turn)
         if self.name == "qa":  # earlier turns join the question
-            if any("tool_calls" in turn or turn["role"] == "tool" for turn in messages):
+            if tools or any("tool_calls" in turn or turn["role"] == "tool" for turn in messages):
                 raise ValueError("tools need a chat template")
             texts = [turn["content"] for turn in messages if turn["content"]]
             answer = "" if open_end else f" {texts.pop()}"
@@ -180,6 +186,9 @@ class PromptFormat:
             system, question, *rest = messages
             messages = [{**question, "content": f"{system['content']}\n\n{question['content']}"}, *rest]
         text, cuts = self._render(messages, open_end, tools), []
+        names = [tool.get("function", tool).get("name", "") for tool in tools or ()]
+        if not all(name in messages[0]["content"] for name in names) and text == self._render(messages, open_end):
+            raise ValueError("the chat template leaves out the tools")
         for i, turn in enumerate(messages):
             content = "".join(turn["content"].split())  # templates trim contents, and set thoughts in lines
             calls = [call.get("function", call).get("name", "") for call in turn.get("tool_calls", ())]
@@ -190,6 +199,9 @@ class PromptFormat:
                 continue
             prompt, shown = self._render(messages[:i], True, tools), self._render(messages[: i + 1], False, tools)
             body, last = shown.removesuffix(self.after), i == len(messages) - 1
+            thoughts = ["".join(turn[key].split()) for key in THOUGHTS if key in turn]
+            if last and thoughts and not any(thought in "".join(shown.split()) for thought in thoughts):
+                raise ValueError(f"the chat template leaves out the thoughts of turn {i}")
             text = body + self.end if last else text
             whole = shown == body + self.after and body.startswith(prompt) and "".join(body.split()).endswith(content)
             if whole and text.startswith(body):  # gpt-oss ends earlier turns with another token: that is context
@@ -644,7 +656,9 @@ def find_source(name, subset):
     kinds = {KINDS.get(path.suffix) for path in place.rglob("*")} - {None} if Path(name).is_dir() else ()
     if Path(name).is_file():
         suffix = Path(name.removesuffix(".gz")).suffix
-        source, files = KINDS.get(suffix, suffix[1:]), {"data_files": glob.escape(name)}
+        if suffix not in KINDS:
+            fail(f"--dataset_name {name}: the kinds of files that are read are {' '.join(KINDS)}")
+        source, files = KINDS[suffix], {"data_files": glob.escape(name)}
     elif (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():  # of save_to_disk
         parts = read_json(place / "dataset_dict.json").get("splits", ["train"])
         folders = {part: glob.escape(str(place / part if (place / part).is_dir() else place)) for part in parts}
@@ -706,22 +720,20 @@ def encode_rows(rows, prompt_format, args, where):
     if not schema:
         needed = "; ".join(" + ".join(schema) for schema in SCHEMAS)
         names = sum(SCHEMAS, ())
-        near = {name: difflib.get_close_matches(name, names, 1) for name in rows.column_names if name not in names}
+        near = {name: difflib.get_close_matches(name, names, 1, 0.9) for name in rows.column_names if name not in names}
         hint = " ".join(f"{found[0]}={name}" for name, found in near.items() if found) or "NAME=COLUMN"
         there = ", ".join(rows.column_names)
         fail(f"{where} has the columns {there}; one of these is needed: {needed}; --columns {hint} renames")
     max_length, train_on_prompt = args.max_length, args.train_on_prompt  # the whole args would spoil map's cache
 
     def encode_row(row):
-        tools, system = row.get("tools"), [{"role": "system", "content": row.get("system")}]
+        tools, system = row.get("tools"), row.get("system")
         messages = to_messages(row[schema[-1]], "assistant") if len(schema) == 2 else row[schema[0]]
-        first = messages[0] if isinstance(messages, list) and messages and isinstance(messages[0], dict) else {}
-        if len(schema) == 2 and first.get("role", first.get("from")) in ("assistant", "gpt"):
+        if len(schema) == 2 and first_role(messages) in ("assistant", "gpt"):
             messages = to_messages(row[schema[0]], "user") + messages  # else a whole conversation, with its question
         try:
-            plain = isinstance(row.get("system"), str) and first.get("role", first.get("from")) != "system"
-            if plain and (schema == ("conversations",) or not isinstance(row[schema[0]], list)):
-                messages = system + messages
+            if isinstance(system, str) and first_role(messages) not in (None, "system", "developer"):
+                messages = [{"role": "system", "content": system}, *messages]
             tools = json.loads(tools or "null") if isinstance(tools, str) else drop_nulls(tools)
             ids, mask = prompt_format.encode(read_messages(messages, last="assistant"), tools=tools)
         except ValueError as error:

@@ -52,9 +52,9 @@ def test_the_launchers_files_are_ones(name, machines):
     )
 
 
-def test_the_python_runs(rl, sft, llama, tmp_path, monkeypatch):
+def test_the_python_runs(rl, sft, reward, llama, tmp_path, monkeypatch):
     """The functions among the snippets are rewards that PPO takes; the other snippets run on what a chain leaves, and on
-    files in the form of Alpaca and ShareGPT, whose conversions SFT reads."""
+    files in the form of Alpaca, ShareGPT and HelpSteer, whose conversions the scripts read."""
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
     assert len(blocks) >= 5
     monkeypatch.chdir(tmp_path)
@@ -70,6 +70,10 @@ def test_the_python_runs(rl, sft, llama, tmp_path, monkeypatch):
     ]
     Path("alpaca.json").write_text(json.dumps(alpaca), encoding="utf-8")
     Path("sharegpt.json").write_text(json.dumps([{"conversations": turns}]), encoding="utf-8")
+    judged = [
+        {"prompt": f"{i}?", "response_1": "One.", "response_2": "Two.", "preference_strength": i} for i in (-2, 0, 3)
+    ]
+    Path("helpsteer.json").write_text(json.dumps(judged), encoding="utf-8")
     prompts = [json.loads(line) for line in (ROOT / "data/rl/prompts.jsonl").read_text(encoding="utf-8").splitlines()]
     data = write_rows(tmp_path / "rows.jsonl", [{**row, "answer": i} for i, row in enumerate(prompts[:4])])
     flags = ["--model_path", llama, "--dataset_name", data, "--total_episodes", 1, "--response_length", 4]
@@ -84,6 +88,12 @@ def test_the_python_runs(rl, sft, llama, tmp_path, monkeypatch):
     for folder, text in (("data_alpaca", "Add.\n\n1 + 2\n\nAnswer:[[ 3"), ("data_chats", "Be kind.")):
         out, _ = run(sft, "--model_path", llama, "--dataset_name", folder, "--output_dir", "x", "--dry_run")
         assert text in out or text.replace("1 + 2", "1 + 1").replace("[[ 3", "[[ 2") in out
+    dry = ["--model_path", llama, "--output_dir", "x", "--dry_run"]
+    out, _ = run(reward, *dry, "--dataset_name", "data_pairs")
+    assert "2 of 2 pairs kept" in out and re.search(r"-2\?.*chosen: One.*3\?.*chosen: Two", out, re.S)
+    rules = ["--reward_function", "rules.py:is_brief", "--total_episodes", 1, "--per_device_train_batch_size", 1]
+    out, _ = run(rl, *dry, *rules, "--gradient_accumulation_steps", 1, "--dataset_name", "data_prompts")
+    assert "1 prompts" in out and "user\nHi" in out
 
 
 def test_the_files_that_it_names_are_there():

@@ -247,3 +247,82 @@ def test_the_best_policy_is_kept(rl, models, tmp_path):  # noqa: F811
     scores = {line["step"]: line["eval_policy_score"] for line in lines if "eval_quality" in line}
     for step, quality in evaluations.items():
         assert torch.isclose(torch.tensor(quality), torch.tensor(scores[step] - prices[step]), atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+@pytest.mark.parametrize("form", ["explicit", "whole", "own"])
+def test_a_system_column_beside_lists_of_messages(request, models, tmp_path, stage, form):  # noqa: F811
+    """It opens the chat, unless that has a system turn of its own."""
+    rows = pairs("plain" if form == "whole" else "explicit")
+    for row, whole in zip(rows, pairs("whole")):
+        row["system"] = "Be brief."
+        if form == "whole":
+            row |= {"chosen": whole["chosen"], "rejected": whole["rejected"]}
+        if form == "own":
+            row["prompt"] = [turn("system", "Be kind."), *row["prompt"]]
+    argv = command(stage, models, tmp_path, "--dry_run", "--prompt_format", "chat", rows=rows)
+    out, _ = run(request.getfixturevalue(stage), *argv)
+    assert texts(out).count("system\nBe ") == 2
+    assert ("system\nBe kind." if form == "own" else "system\nBe brief.") in out
+
+
+def test_a_system_column_beside_messages(sft, models, tmp_path):  # noqa: F811
+    """The form of Anthropic and Bedrock."""
+    rows = [
+        {"system": "Be brief.", "messages": [turn("user", question), turn("assistant", "So.")]} for question in GOOD
+    ]
+    out, _ = run(sft, *command("sft", models, tmp_path, "--dry_run", rows=rows))
+    assert texts(out).count("system\nBe brief.") == 2
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_tools_that_the_text_would_leave_out(refuse, stage):  # noqa: F811
+    """Answers that call tools which no prompt describes teach a model to make them up."""
+    tools = json.dumps([{"name": "look_up", "description": "Looks up.", "parameters": {}}])
+    rows = [{**row, "chosen": f"look_up({i})", "tools": tools} for i, row in enumerate(ROWS)]
+    refuse(stage, "the chat template leaves out the tools", "--prompt_format", "chat", rows=rows)
+    refuse(stage, "tools need a chat template", "--prompt_format", "qa", rows=rows)
+
+
+def test_tools_that_a_system_turn_describes(sft, models, tmp_path):  # noqa: F811
+    """The form of NousResearch's Hermes: a template that knows no tools leaves nothing out."""
+    chat = [turn("system", "Call look_up."), turn("user", "Why?"), turn("assistant", "look_up(1)")]
+    rows = [{"messages": chat, "tools": json.dumps([{"name": "look_up", "parameters": {}}])}]
+    out, _ = run(sft, *command("sft", models, tmp_path, "--dry_run", rows=rows))
+    assert "Call look_up." in texts(out)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_thoughts_that_the_template_would_leave_out(refuse, stage):  # noqa: F811
+    """Of a row that has thoughts its answer alone is not what it was brought for."""
+    answers = [{**turn("assistant", f"So {i}."), "reasoning_content": "Let me see."} for i in range(4)]
+    rows = [
+        {"prompt": f"Why {i}?", "chosen": [answer], "rejected": [turn("assistant", "No.")]}
+        for i, answer in enumerate(answers)
+    ]
+    refuse(stage, "leaves out the thoughts of turn 1", "--prompt_format", "chat", rows=rows)
+
+
+@pytest.mark.parametrize("column", ["instruction", "input", "trajectory"])
+def test_answers_whose_question_is_in_another_column(refuse, column):  # noqa: F811
+    """Intel's orca pairs and UltraInteract: what the answers begin with, `Step 1:`, is not their question."""
+    rows = [{column: f"Why {i}?", "chosen": f"Step 1: So {i}.", "rejected": f"Step 1: No {i}."} for i in range(8)]
+    refuse("reward", f"--columns prompt={column} names the question", rows=rows)
+    rows = [{"chosen": f"So {i}.", "rejected": f"No {i}."} for i in range(8)]
+    refuse("reward", "--columns prompt=COLUMN names the question", rows=rows)
+
+
+def test_hints_do_not_guess(refuse):  # noqa: F811
+    """A system prompt is no question, and which of two answers is better, their names do not say."""
+    orca = [{"system_prompt": "Be brief.", "instruction": f"Why {i}?", "response": "So."} for i in range(4)]
+    for stage in TRAINING:
+        refuse(stage, "(NAME=COLUMN|prompt=COLUMN) renames", rows=orca)
+    judged = [{"prompt": f"Why {i}?", "response_1": "So.", "response_2": "No.", "better": 2} for i in range(4)]
+    refuse("reward", "--columns NAME=COLUMN renames", rows=judged)
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+@pytest.mark.parametrize("name", ["table.xlsx", "table.tsv", "rows.txt"])
+def test_a_file_of_another_kind(refuse, tmp_path, stage, name):  # noqa: F811
+    (tmp_path / name).write_text("prompt\tchosen\n", encoding="utf-8")
+    refuse(stage, rf"{name}: the kinds .* \.jsonl .*\.csv \.parquet", "--dataset_name", tmp_path / name)
