@@ -101,6 +101,7 @@ STREAMED = set(
     "layers_pattern layers_to_transform lora_dropout modules_to_save peft_version r rank_pattern revision "
     "runtime_config target_modules task_type use_rslora".split()
 )
+OLDER = ["rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"]  # now in rope_parameters
 
 
 def require(condition, message):
@@ -155,9 +156,10 @@ def publish(folder):
         draft.mkdir(parents=True)
         yield draft
         if folder.is_dir():  # of a merged model that gives way; other files are somebody's
-            ours = ["config.json", "generation_config.json", "chat_template.*", "model.safetensors*", "model-*-of-*"]
-            for path in [path for pattern in ours for path in folder.glob(pattern)]:
+            ours = "config.json generation_config.json chat_template.* tokenizer.model model.safetensors* model-*-of-*"
+            for path in [path for pattern in ours.split() for path in folder.glob(pattern)]:
                 path.unlink()
+            shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
             for path in sorted(draft.iterdir(), key=lambda path: path.name == "config.json"):  # nothing loads before
                 os.replace(path, folder / path.name)
         else:
@@ -303,6 +305,19 @@ def verify_merge(base, adapter, task, folder, kind):
     return {"adapter_changes": changed, "distance": distance, "rounding": rounding}
 
 
+def add_older_names(folder, base):
+    """Let readers that are built on transformers 4 know what version 5 saves under other names: they would take a
+    rope_theta of 10000 in silence, and no tokenizer."""
+    config, named = read_json(folder / "config.json"), read_json(base / "config.json")
+    config |= {name: named[name] for name in OLDER if name in named and name not in config}
+    config["torch_dtype"] = config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if (path := folder / "tokenizer_config.json").is_file():
+        text = path.read_text(encoding="utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+        text = text.replace('"extra_special_tokens": [', '"additional_special_tokens": [')
+        path.write_text(text, encoding="utf-8")
+
+
 def main(argv=None):
     args = parse_flags(argv)
     output_dir = Path(args.output_dir).resolve()
@@ -327,13 +342,16 @@ def main(argv=None):
         if task == "SEQ_CLS" and tokenizer:
             # where EOS pads, a classifier passes over the EOS at which the score stands
             config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token != tokenizer.eos_token else None
+        vars(config).pop("auto_map", None)  # code that lies beside the base
         config.save_pretrained(draft)
         metrics = verify_merge(base, adapter, task, draft, kind) if args.verify else {}
         if tokenizer:
             tokenizer.save_pretrained(draft)
+        add_older_names(draft, base)
         for folder in (base, adapter):  # the adapter's own go last: they have the ids that end an answer
-            for path in [*folder.glob("generation_config.json"), *folder.glob("*processor_config.json")]:
-                shutil.copy(path, draft)
+            for pattern in ("generation_config.json", "*processor_config.json", "tokenizer.model"):  # the last for GGUF
+                for path in folder.glob(pattern):
+                    shutil.copy(path, draft)
         earlier = read_json(adapter / "run.json")
         run = earlier | {
             "stage": "merge", "parent": str(adapter), "parent_stage": earlier.get("stage"), "base_model": base_name,

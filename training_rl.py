@@ -973,7 +973,8 @@ class Role:
             config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
         config.inference_mode = True
         config.save_pretrained(directory)
-        self.model.create_or_update_model_card(directory)
+        if not Path(config.base_model_name_or_path).is_dir():  # the hub refuses a card that names a path
+            self.model.create_or_update_model_card(directory)
         weights = {name: tensor.detach().clone() for name, tensor in weights.items()}  # none shares another's memory
         save_file(weights, directory / "adapter_model.safetensors", {"format": "pt"})
 

@@ -1115,13 +1115,15 @@ def publish(trainer, args, run, metrics):
     if trainer.is_fsdp_enabled:  # else it would write the pieces that checkpoints may hold
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(draft))
-    trainer.create_model_card(model_name=folder.resolve().name)
+    trainer.hub_model_id = folder.resolve().name
+    trainer.create_model_card(model_name=trainer.hub_model_id)
     if not trainer.is_world_process_zero():
         return
     (draft / "training_args.bin").unlink()  # a pickle
     trainer.model.generation_config.save_pretrained(draft)  # where answers end
     figures = "".join(f"| {name} | {value} |\n" for name, value in metrics.items())
     card = (folder / "README.md").read_text(encoding="utf-8")
+    card = card.replace("[None](https://huggingface.co/None)", f"`{run['base_model']}`")  # a base model on disk
     (folder / "README.md").unlink()
     (draft / "README.md").write_text(f"{card}\n## Figures\n\n| | |\n| --- | --- |\n{figures}", encoding="utf-8")
     write_json(draft / "run.json", {**run, "steps": trainer.state.global_step, "metrics": metrics})

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -310,6 +311,34 @@ def test_everything_that_belongs_to_a_model_comes_along(merge, llama, tmp_path):
         edit_json(adapter / "adapter_config.json", use_dora=False, ensure_weight_tying=True)  # the second time in PEFT
 
 
+def test_readers_built_on_transformers_4_and_gguf_find_what_they_know(merge, tmp_path):
+    """transformers 5 saves rope_theta, the type and the tokenizer under other names, and no tokenizer.model; transformers
+    4.57 took a rope_theta of 10000 for this model, and no tokenizer. Code beside the base is not asked for."""
+    base = Path(make_model(tmp_path / "base"))
+    rope = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    older = {"rope_theta": 500000.0, "rope_scaling": {**rope, "rope_type": "llama3"}, "torch_dtype": "float32"}
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = {name: value for name, value in config.items() if name not in ("rope_parameters", "dtype")}
+    code = {"AutoConfig": "configuration_llama.LlamaConfig"}
+    (base / "config.json").write_text(json.dumps({**config, **older, "auto_map": code}), encoding="utf-8")
+    (base / "tokenizer.model").write_bytes(b"sentencepiece")
+    adapter, merged = make_adapter(tmp_path / "adapter", base), tmp_path / "merged"
+    merge_into(merge, adapter, merged, "--dtype", "bfloat16")
+    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    assert {name: config[name] for name in older} == {**older, "torch_dtype": "bfloat16"}
+    assert config["dtype"] == "bfloat16" and "auto_map" not in config
+    names = json.loads((merged / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert names["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert names["additional_special_tokens"] == ["<|im_start|>"] and "extra_special_tokens" not in names
+    assert (merged / "tokenizer.model").read_bytes() == b"sentencepiece"
+    found, expected = (AutoTokenizer.from_pretrained(place) for place in (merged, base))
+    assert found.all_special_ids == expected.all_special_ids and found.get_vocab() == expected.get_vocab()
+    merge_into(merge, adapter, merged, "--dtype", "float32", "--overwrite_output_dir")
+    expected = logits(load(base, adapter))
+    room = 1000 * torch.finfo(torch.float32).eps * expected.abs().max()
+    assert (logits(load(merged)) - expected).abs().max() <= room
+
+
 def forget_a_layer(weights, base):
     weights.update({name: weight for name, weight in base.items() if ".1." in name})
 
@@ -471,6 +500,18 @@ def test_nothing_of_an_earlier_merge_speaks_for_the_new_one(merge, llama, plain_
         adapter = make_adapter(tmp_path / base.rpartition("/")[2], base)
         merge_into(merge, adapter, tmp_path / "merged", "--overwrite_output_dir")
         assert (AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template is None) == (base == plain_llama)
+
+
+def test_a_merged_model_with_several_chat_templates_is_replaced(merge, llama, tmp_path):
+    """Those beside the default lie in a directory of their own (Hermes 3, Command R)."""
+    adapter = make_adapter(tmp_path / "adapter", llama)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    for names in (["tool_use", "rag"], ["tool_use"]):
+        tokenizer.chat_template = dict.fromkeys(["default", *names], "{{ messages[0]['content'] }}")
+        shutil.rmtree(adapter / "additional_chat_templates", ignore_errors=True)
+        tokenizer.save_pretrained(adapter)
+        merge_into(merge, adapter, tmp_path / "merged", "--overwrite_output_dir")
+        assert sorted(AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template) == sorted(["default", *names])
 
 
 KILLER = """

@@ -297,6 +297,7 @@ def test_full_training_leaves_a_model_that_loads_with_one_call(train, tmp_path, 
     assert found["metrics"]["train_loss"] == read(out / "metrics.json")["train_loss"]
     assert [line["step"] for line in read_lines(out)] == [1, 2, 2]
     card = (final / "README.md").read_text(encoding="utf-8")
+    assert f"`{llama}`" in card and "None" not in card
     assert "SFT" in card and f"| train_loss | {found['metrics']['train_loss']} |" in card
     assert {path.suffix for path in final.iterdir()} <= {".json", ".safetensors", ".jinja", ".md"}  # no pickle
 
