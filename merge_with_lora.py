@@ -14,7 +14,6 @@ Weights are added to in float32, rounded once and written file by file: memory h
 
 import argparse
 import contextlib
-import difflib
 import functools
 import hashlib
 import importlib.metadata
@@ -34,19 +33,15 @@ def fail(message):
 
 
 class Parser(argparse.ArgumentParser):
-    """It takes hyphens for underscores, and names the flag that was perhaps meant."""
+    """It takes hyphens for underscores."""
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
-        self.words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
-        return super().parse_known_args(self.words, namespace)
+        words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
+        return super().parse_known_args(words, namespace)
 
     def error(self, message):
-        known = self._option_string_actions
-        flags = [word.partition("=")[0] for word in self.words if word.startswith("--")]
-        near = [(flag, difflib.get_close_matches(flag, known, 1)) for flag in flags if flag not in known]
-        hint = "".join(f"; {flag}: is {found[0]} meant?" for flag, found in near if found)
-        fail(f"{message}{hint} (see {self.prog} --help)")
+        fail(f"{message} (see {self.prog} --help)")
 
 
 def build_parser():
@@ -258,6 +253,7 @@ def merge_by_tensor(model, base, adapter, adapter_config, dtype, folder, limit):
         with tqdm(names, desc=file, unit="tensor") as bar:  # which ends its line also before an error
             tensors = {name: merge_tensor(name, empty[name].dtype, *sources[name]) for name in bar}
         save_file(tensors, folder / file, {"format": "pt"})
+        del tensors  # else the next file would be in memory beside it
     torch.set_num_threads(threads)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

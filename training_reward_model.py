@@ -448,8 +448,8 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
-# A JSON Lines file is read in one piece, for a column's type may show late; NA and None in CSV are text.
-READERS = {"csv": {"keep_default_na": False}, "json": {"chunksize": 1 << 30}, "parquet": {}, "arrow": {}}
+# NA and None in CSV are text. Reading JSON Lines takes six times this size in memory (bytes).
+READERS = {"csv": {"keep_default_na": False}, "json": {"chunksize": 1 << 26}, "parquet": {}, "arrow": {}}
 # What a resumed run may change and say nothing; what it may not change, for the result would be neither run.
 FREE_ON_RESUME = """output_dir overwrite_output_dir resume_from_checkpoint max_steps num_train_epochs logging_steps save_steps
     save_total_limit eval_split eval_subset eval_steps report_to push_to_hub dry_run shard_base""".split()
@@ -682,7 +682,13 @@ def load_split(args, subset, split, flag):
         if name not in names:
             fail(f"{flag} {split}: {where} has the splits {', '.join(names)}")
         split = name + bracket + part
-        rows = datasets.load_dataset(source, args.dataset_config, split=split, **options)
+        try:
+            rows = datasets.load_dataset(source, args.dataset_config, split=split, **options)
+        except datasets.exceptions.DatasetGenerationError:
+            if source != "json":
+                raise
+            options["chunksize"] = 1 << 30  # a column's type showed late
+            rows = datasets.load_dataset(source, args.dataset_config, split=split, **options)
         rows.data.validate(full=True)  # Arrow takes a file that is not UTF-8
     except Exception as error:  # datasets raises dozens of types
         broken = find_broken_line(sum(files.values(), [])) if source == "json" else ""
@@ -776,19 +782,19 @@ def load_pairs(args, prompt_format, subset, side):
     workers = None if os.name == "nt" else workers  # there each would import torch again
     rows = data.map(encode_pair, with_indices=True, remove_columns=others, num_proc=workers, desc="Tokenizing")
     found, seen = {"": []}, set()  # {reason to leave them out: numbers of the rows}
-    for i, (reason, pair) in enumerate(zip(rows["reason"], rows["digest"])):
+    for i, (reason, pair) in enumerate(zip(rows["reason"][:], rows["digest"][:])):
         reason = "equal to an earlier pair" if pair in seen and not reason else reason
         seen.add(pair)
         found.setdefault(reason, []).append(i)
     kept = found.pop("")
     reasons = "; ".join(f"{len(those)} {reason} (rows {str(those[:3])[1:-1]})" for reason, those in found.items())
-    misshapen = list(rows["longest"]).count(0)
+    misshapen = rows["longest"][:].count(0)
     if misshapen > len(rows) / 10 or not kept:
         fail(f"{where}: {misshapen} of {len(rows)} rows are no pairs, {len(kept)} are left to use: {reasons}")
     print(f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; {len(kept)} of {len(rows)} pairs kept")
     if unread := sorted({*others} - {*schema, "system", "tools"}):
         print(f"  columns that are not read: {', '.join(unread)}")
-    lengths = sorted(longest for longest in rows["longest"] if longest)
+    lengths = sorted(longest for longest in rows["longest"][:] if longest)
     if lengths[-1] > max_length:
         most, nearly_all = (lengths[math.ceil(part * len(lengths)) - 1] for part in (0.95, 0.99))
         print(f"  --max_length {most} keeps 95% of the pairs, {nearly_all} 99%")
@@ -872,7 +878,7 @@ def can_share(model, rows, args):
     layers = set(getattr(config, "layer_types", None) or ())
     if model._is_stateful or layers - {"full_attention", "sliding_attention", "chunked_attention"}:
         return False
-    longest = int(np.argmax(rows["longest"]))
+    longest = int(np.argmax(rows["longest"][:]))
     windows = [value for name, value in vars(config).items() if re.search(WINDOWS, name)]
     if any(isinstance(window, int) and 1 < window < rows["longest"][longest] for window in windows):
         return False
@@ -923,7 +929,7 @@ def check_fit(args, config, model_config, adapter, tokens, rows):
     if tokens > embeddings and args.use_lora:
         fail(f"--model_path {args.model_path}: {tokens} tokens, but embeddings for {embeddings}: the new ones would not be "
              "trained; train them in SFT first, or leave --use_lora out, and they are added")  # fmt: skip
-    longest = max(max(split["longest"]) for split in rows.values())
+    longest = max(max(split["longest"][:]) for split in rows.values())
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or longest
     if longest > positions:
         fail(f"--max_length {args.max_length}: the model has {positions} positions, the longest text {longest} tokens")
@@ -934,7 +940,7 @@ def check_fit(args, config, model_config, adapter, tokens, rows):
     config.max_steps = args.max_steps or math.ceil(args.num_train_epochs * math.ceil(len(pairs) / batch))
     tokens = sum(map(len, pairs["chosen_ids"])) + sum(map(len, pairs["rejected_ids"]))
     print(f"{config.max_steps} steps of {batch} pairs; an epoch has {len(pairs)} pairs, {tokens} tokens, "
-          f"{sum(pairs['size'])} with what the two texts of a pair begin with counted once")  # fmt: skip
+          f"{sum(pairs['size'][:])} with what the two texts of a pair begin with counted once")  # fmt: skip
 
 
 def load_format(args, base, adapter, run):
@@ -1154,7 +1160,7 @@ def train(args, config, checkpoint, model, rows, collate, prompt_format, run):
     # The row that Trainer's first epoch begins with becomes the longest: too little memory shows in the first step.
     order = np.arange(len(rows["train"]))
     first = torch.randperm(len(order), generator=torch.Generator().manual_seed(config.seed))[0].item()
-    longest = int(np.argmax(rows["train"]["size"]))
+    longest = int(np.argmax(rows["train"]["size"][:]))
     order[[first, longest]] = order[[longest, first]]
     callback = RunCallback(Path(args.output_dir), run)
     pairs, tokenizer = rows["train"].select(order), prompt_format.tokenizer

@@ -445,8 +445,8 @@ logging.getLogger("trl.trainer.sft_trainer").setLevel(logging.ERROR)  # keeps_ap
 SCHEMAS = [("messages",), ("conversations",), ("question", "response_j"), ("prompt", "response"),
            ("prompt", "completion"), ("prompt", "chosen")]  # fmt: skip
 KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
-# A JSON Lines file is read in one piece, for a column's type may show late; NA and None in CSV are text.
-READERS = {"csv": {"keep_default_na": False}, "json": {"chunksize": 1 << 30}, "parquet": {}, "arrow": {}}
+# NA and None in CSV are text. Reading JSON Lines takes six times this size in memory (bytes).
+READERS = {"csv": {"keep_default_na": False}, "json": {"chunksize": 1 << 26}, "parquet": {}, "arrow": {}}
 # What a resumed run may change and say nothing; what it may not change, for the result would be neither run.
 FREE_ON_RESUME = """output_dir overwrite_output_dir resume_from_checkpoint max_steps num_train_epochs logging_steps save_steps
     save_total_limit eval_split eval_subset eval_steps report_to push_to_hub dry_run shard_base""".split()
@@ -696,7 +696,13 @@ def load_split(args, subset, split, flag):
             name = names[0]
         if name not in names:
             fail(f"{flag} {split}: {where} has the splits {', '.join(names)}")
-        rows = datasets.load_dataset(source, args.dataset_config, split=name + bracket + part, **options)
+        try:
+            rows = datasets.load_dataset(source, args.dataset_config, split=name + bracket + part, **options)
+        except datasets.exceptions.DatasetGenerationError:
+            if source != "json":
+                raise
+            options["chunksize"] = 1 << 30  # a column's type showed late
+            rows = datasets.load_dataset(source, args.dataset_config, split=name + bracket + part, **options)
         rows.data.validate(full=True)  # Arrow takes a file that is not UTF-8
     except Exception as error:  # datasets raises dozens of types
         broken = find_broken_line(sum(files.values(), [])) if source == "json" else ""
@@ -756,7 +762,7 @@ def encode_rows(rows, prompt_format, args, where):
     with PartialState().local_main_process_first():  # the others of a machine read what it has cached
         encoded = rows.map(encode_row, remove_columns=rows.column_names, num_proc=workers, desc="Tokenizing")
     by_reason, seen = {}, set()  # {why they are left out: numbers of the rows}, "" for those that are kept
-    for i, (reason, digest) in enumerate(zip(encoded["reason"], encoded["digest"])):
+    for i, (reason, digest) in enumerate(zip(encoded["reason"][:], encoded["digest"][:])):
         if digest in seen:
             reason = reason or "equal to an earlier row"
         seen.add(digest)
@@ -766,15 +772,15 @@ def encode_rows(rows, prompt_format, args, where):
         f"{where}: {len(numbers)} of {len(rows)} rows left out (row {', '.join(map(str, numbers[:3]))}): {reason}"
         for reason, numbers in by_reason.items()
     ]
-    if not len(kept) or list(encoded["digest"]).count("") > len(rows) / 10:
+    if not len(kept) or encoded["digest"][:].count("") > len(rows) / 10:
         fail("; ".join(lines))
     for line in lines:
         print(f"warning: {line}", file=sys.stderr)
     left_out = {reason: len(numbers) for reason, numbers in by_reason.items()}
-    lengths = sorted(kept["length"])
+    lengths = sorted(kept["length"][:])
     sizes, edges = torch.histogram(torch.tensor(lengths, dtype=torch.float), bins=min(32, lengths[-1] - lengths[0] + 1))
     cut = sum(length > max_length for length in lengths)
-    counts = {"rows": len(kept), "cut": cut, "left_out": left_out}
+    counts = {"rows": len(kept), "cut": cut, "left_out": left_out, "longest": min(lengths[-1], max_length)}
     counts["lengths"] = {"edges": edges.tolist(), "rows": sizes.int().tolist()}  # tokens
     print(f"{where}: schema {' + '.join(schema)}, format {prompt_format.name}; {len(kept)} rows kept, {cut} of "
           f"them cut to {max_length} tokens")  # fmt: skip
@@ -1095,7 +1101,8 @@ def make_trainer(config, model, rows, eval_rows, tokenizer, run):
     if plain_loss and takes_answers_alone(causal_model):
         trainer.data_collator = AnswersAlone(trainer.data_collator)
     # Rows of like length need little padding; the longest come first, so that too little memory shows in the first step.
-    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    arrays = trainer.train_dataset.select_columns("input_ids").with_format("numpy").iter(1000)
+    lengths = [len(ids) for some in arrays for ids in some["input_ids"]]
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     sampler = LengthGroupedSampler(batch, lengths=lengths)
     trainer._get_train_sampler = lambda dataset=None: sampler
@@ -1195,7 +1202,7 @@ def main(argv=None):
     if len(tokenizer) > embeddings and args.use_lora:
         fail(f"--model_path {args.model_path}: {len(tokenizer)} tokens, but embeddings for {embeddings}: the new ones would "
              "not be trained; leave --use_lora out, and they are added")  # fmt: skip
-    longest = max(map(len, rows["input_ids"]))
+    longest = counts["longest"]
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or longest
     if longest > positions:
         fail(f"--max_length {args.max_length}: the model has {positions} positions, the longest row {longest} tokens")

@@ -146,6 +146,19 @@ def test_many_rows_of_another_form_come_first(request, models, tmp_path, stage):
         assert "1101 prompts" in run(request.getfixturevalue(stage), *argv)[0]
 
 
+@pytest.mark.parametrize("stage", TRAINING)
+def test_a_large_file_is_read_in_parts_and_in_one_where_types_show_late(request, monkeypatch, models, tmp_path, stage):  # noqa: F811
+    """Memory takes six times what is read at once; the rows are those of a file that is read in one piece."""
+    script = request.getfixturevalue(stage)
+    assert script.READERS["json"]["chunksize"] <= 2**26
+    rows = [{"prompt": f"Why {i}?", "chosen": "So.", "rejected": "No."} for i in range(90)]
+    rows += [{**row, "prompt": f"{row['prompt']}!", "system": "Be brief."} for row in rows]
+    whole, _ = run(script, *command(stage, models, tmp_path / "a", "--dry_run", rows=rows))
+    monkeypatch.setitem(script.READERS, "json", {"chunksize": 2**10})
+    parts, _ = run(script, *command(stage, models, tmp_path / "b", "--dry_run", rows=rows))
+    assert texts(parts) == texts(whole)
+
+
 def test_a_reward_function_file_that_does_not_run_is_one_line(refuse, tmp_path):  # noqa: F811
     """It may import what lies beside it."""
     for text, problem in (
