@@ -14,6 +14,7 @@ Weights are added to in float32, rounded once and written file by file: memory h
 
 import argparse
 import contextlib
+import difflib
 import functools
 import hashlib
 import importlib.metadata
@@ -33,15 +34,19 @@ def fail(message):
 
 
 class Parser(argparse.ArgumentParser):
-    """It takes hyphens for underscores."""
+    """It takes hyphens for underscores, and names the flag that was perhaps meant."""
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
-        words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
-        return super().parse_known_args(words, namespace)
+        self.words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
+        return super().parse_known_args(self.words, namespace)
 
     def error(self, message):
-        fail(f"{message} (see {self.prog} --help)")
+        known = self._option_string_actions
+        flags = [word.partition("=")[0] for word in self.words if word.startswith("--")]
+        near = [(flag, difflib.get_close_matches(flag, known, 1)) for flag in flags if flag not in known]
+        hint = "".join(f"; {flag}: is {found[0]} meant?" for flag, found in near if found)
+        fail(f"{message}{hint} (see {self.prog} --help)")
 
 
 def build_parser():
