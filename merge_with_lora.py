@@ -310,12 +310,16 @@ def add_older_names(folder, base):
     """Let readers that are built on transformers 4 know what version 5 saves under other names: they would take a
     rope_theta of 10000 in silence, and no tokenizer."""
     config, named = read_json(folder / "config.json"), read_json(base / "config.json")
-    config |= {name: named[name] for name in OLDER if name in named and name not in config}
+    for new, old in ((config, named), (config.get("text_config", {}), named.get("text_config", {}))):
+        new |= {name: old[name] for name in OLDER if name in old and name not in new}
     config["torch_dtype"] = config["dtype"]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if (path := folder / "tokenizer_config.json").is_file():
         text = path.read_text(encoding="utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
         text = text.replace('"extra_special_tokens": [', '"additional_special_tokens": [')
+        # those that tokenizer.model has not, which GGUF converters would leave without a name
+        added = {token.pop("id"): token for token in read_json(folder / "tokenizer.json").get("added_tokens", [])}
+        text = json.dumps(json.loads(text) | {"added_tokens_decoder": added}, indent=2, ensure_ascii=False)
         path.write_text(text, encoding="utf-8")
 
 

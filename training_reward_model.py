@@ -226,7 +226,7 @@ class PromptFormat:
 
         `messages`: of read_messages(); `tools`: JSON schemas that chat templates describe. With `open_end` the ids are a
         prompt that an answer follows."""
-        text, cuts = self._write(messages, open_end, tools)
+        text, cuts = self._write(messages, open_end, tools or None)  # Llama 3 writes of functions also for []
         ids = list(self.bos) if self.name == "qa" else []  # a chat template writes its own
         mask, done = [0] * len(ids), 0
         for n, cut in enumerate([*cuts, len(text)]):
@@ -448,8 +448,8 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
-# NA and None in CSV are text. Reading JSON Lines takes six times this size in memory (bytes).
-READERS = {"csv": {"keep_default_na": False}, "json": {"chunksize": 1 << 26}, "parquet": {}, "arrow": {}}
+# A JSON Lines file is read in one piece, for a column's type may show late; NA and None in CSV are text.
+READERS = {"csv": {"keep_default_na": False}, "json": {"chunksize": 1 << 30}, "parquet": {}, "arrow": {}}
 # What a resumed run may change and say nothing; what it may not change, for the result would be neither run.
 FREE_ON_RESUME = """output_dir overwrite_output_dir resume_from_checkpoint max_steps num_train_epochs logging_steps save_steps
     save_total_limit eval_split eval_subset eval_steps report_to push_to_hub dry_run shard_base""".split()
@@ -682,13 +682,7 @@ def load_split(args, subset, split, flag):
         if name not in names:
             fail(f"{flag} {split}: {where} has the splits {', '.join(names)}")
         split = name + bracket + part
-        try:
-            rows = datasets.load_dataset(source, args.dataset_config, split=split, **options)
-        except datasets.exceptions.DatasetGenerationError:
-            if source != "json":
-                raise
-            options["chunksize"] = 1 << 30  # a column's type showed late
-            rows = datasets.load_dataset(source, args.dataset_config, split=split, **options)
+        rows = datasets.load_dataset(source, args.dataset_config, split=split, **options)
         rows.data.validate(full=True)  # Arrow takes a file that is not UTF-8
     except Exception as error:  # datasets raises dozens of types
         broken = find_broken_line(sum(files.values(), [])) if source == "json" else ""
@@ -713,7 +707,7 @@ def read_pair(row, schema):
     texts = row[chosen], row[rejected]
     if not question and len(sides[0]) == 1 and all(isinstance(text, str) for text in texts):
         start = re.sub(r"\S*$", "", os.path.commonprefix(texts))  # whole words
-        asked = [name for name in QUESTIONS if name in row]
+        asked = [name for name in QUESTIONS if name in row and str(row[name]).strip() not in start]
         if asked or not start.strip():
             column = asked[0] if asked else "COLUMN"
             raise ValueError(f"{chosen} + {rejected} are answers alone: --columns prompt={column} names the question")

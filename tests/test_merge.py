@@ -331,12 +331,29 @@ def test_readers_built_on_transformers_4_and_gguf_find_what_they_know(merge, tmp
     assert names["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert names["additional_special_tokens"] == ["<|im_start|>"] and "extra_special_tokens" not in names
     assert (merged / "tokenizer.model").read_bytes() == b"sentencepiece"
+    added = {
+        int(number): token["content"] for number, token in names["added_tokens_decoder"].items() if token["special"]
+    }
+    assert added == {0: "<|endoftext|>", 1: "<|im_start|>", 2: "<|im_end|>"}  # the sentencepiece file has none of them
     found, expected = (AutoTokenizer.from_pretrained(place) for place in (merged, base))
     assert found.all_special_ids == expected.all_special_ids and found.get_vocab() == expected.get_vocab()
     merge_into(merge, adapter, merged, "--dtype", "float32", "--overwrite_output_dir")
     expected = logits(load(base, adapter))
     room = 1000 * torch.finfo(torch.float32).eps * expected.abs().max()
     assert (logits(load(merged)) - expected).abs().max() <= room
+
+
+def test_a_model_of_text_and_images_keeps_the_older_names_of_its_text(merge, tmp_path):
+    """Gemma 3 from 4B on: they stand in text_config."""
+    for place in ("draft", "base"):
+        (tmp_path / place).mkdir()
+    older = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    saved = {"dtype": "bfloat16", "text_config": {"rope_parameters": {}}}
+    (tmp_path / "draft" / "config.json").write_text(json.dumps(saved), encoding="utf-8")
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"text_config": older}), encoding="utf-8")
+    merge.add_older_names(tmp_path / "draft", tmp_path / "base")
+    config = json.loads((tmp_path / "draft" / "config.json").read_text(encoding="utf-8"))
+    assert config["text_config"] == {"rope_parameters": {}, **older} and config["torch_dtype"] == "bfloat16"
 
 
 def forget_a_layer(weights, base):

@@ -146,19 +146,6 @@ def test_many_rows_of_another_form_come_first(request, models, tmp_path, stage):
         assert "1101 prompts" in run(request.getfixturevalue(stage), *argv)[0]
 
 
-@pytest.mark.parametrize("stage", TRAINING)
-def test_a_large_file_is_read_in_parts_and_in_one_where_types_show_late(request, monkeypatch, models, tmp_path, stage):  # noqa: F811
-    """Memory takes six times what is read at once; the rows are those of a file that is read in one piece."""
-    script = request.getfixturevalue(stage)
-    assert script.READERS["json"]["chunksize"] <= 2**26
-    rows = [{"prompt": f"Why {i}?", "chosen": "So.", "rejected": "No."} for i in range(90)]
-    rows += [{**row, "prompt": f"{row['prompt']}!", "system": "Be brief."} for row in rows]
-    whole, _ = run(script, *command(stage, models, tmp_path / "a", "--dry_run", rows=rows))
-    monkeypatch.setitem(script.READERS, "json", {"chunksize": 2**10})
-    parts, _ = run(script, *command(stage, models, tmp_path / "b", "--dry_run", rows=rows))
-    assert texts(parts) == texts(whole)
-
-
 def test_a_reward_function_file_that_does_not_run_is_one_line(refuse, tmp_path):  # noqa: F811
     """It may import what lies beside it."""
     for text, problem in (
@@ -297,6 +284,19 @@ def test_tools_that_the_text_would_leave_out(refuse, stage):  # noqa: F811
     refuse(stage, "tools need a chat template", "--prompt_format", "qa", rows=rows)
 
 
+@pytest.mark.parametrize("stage", TRAINING)
+@pytest.mark.parametrize("tools", ["[]", []])
+def test_an_empty_list_of_tools_is_none(request, tmp_path, stage, tools):
+    """Llama 3's template would tell of functions and name none."""
+    base = Path(make_model(tmp_path / "base"))
+    template = Path(trl.__file__).parent / "chat_templates" / "llama3_2.jinja"
+    (base / "chat_template.jinja").write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+    rows = [{**row, "tools": tools} for row in ROWS]
+    argv = command(stage, {"base": base}, tmp_path, "--dry_run", "--prompt_format", "chat", rows=rows)
+    out, _ = run(request.getfixturevalue(stage), *argv)
+    assert "Why " in texts(out) and "function" not in texts(out)
+
+
 def test_tools_that_a_system_turn_describes(sft, models, tmp_path):  # noqa: F811
     """The form of NousResearch's Hermes: a template that knows no tools leaves nothing out."""
     chat = [turn("system", "Call look_up."), turn("user", "Why?"), turn("assistant", "look_up(1)")]
@@ -323,6 +323,16 @@ def test_answers_whose_question_is_in_another_column(refuse, column):  # noqa: F
     refuse("reward", f"--columns prompt={column} names the question", rows=rows)
     rows = [{"chosen": f"So {i}.", "rejected": f"No {i}."} for i in range(8)]
     refuse("reward", "--columns prompt=COLUMN names the question", rows=rows)
+
+
+def test_texts_that_repeat_the_question_of_another_column(reward, models, tmp_path):  # noqa: F811
+    """They are whole; what the hint above says would ask the question twice."""
+    rows = [{"instruction": row["prompt"], **row} for row in pairs("plain")]
+    for row in rows:
+        question = row.pop("prompt")
+        row |= {"input": "", **{side: f"{question} {row[side]}" for side in ("chosen", "rejected")}}
+    out, _ = run(reward, *command("reward", models, tmp_path, "--dry_run", rows=rows))
+    assert texts(out).count(QUESTIONS[0]) == 1 and "6 of 6 pairs kept" in out
 
 
 def test_hints_do_not_guess(refuse):  # noqa: F811
