@@ -186,7 +186,7 @@ class PromptFormat:
             system, question, *rest = messages
             messages = [{**question, "content": f"{system['content']}\n\n{question['content']}"}, *rest]
         text, cuts = self._render(messages, open_end, tools), []
-        names = [tool.get("function", tool).get("name", "") for tool in tools or ()]
+        names = [tool.get("function", tool).get("name", "") for tool in tools or () if isinstance(tool, dict)]
         if not all(name in messages[0]["content"] for name in names) and text == self._render(messages, open_end):
             raise ValueError("the chat template leaves out the tools")
         for i, turn in enumerate(messages):
