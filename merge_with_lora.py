@@ -319,7 +319,7 @@ def add_older_names(folder, base):
         text = text.replace('"extra_special_tokens": [', '"additional_special_tokens": [')
         # those that tokenizer.model has not, which GGUF converters would leave without a name
         added = {token.pop("id"): token for token in read_json(folder / "tokenizer.json").get("added_tokens", [])}
-        text = json.dumps(json.loads(text) | {"added_tokens_decoder": added}, indent=2, ensure_ascii=False)
+        text = json.dumps({"added_tokens_decoder": added} | json.loads(text), indent=2, ensure_ascii=False)
         path.write_text(text, encoding="utf-8")
 
 

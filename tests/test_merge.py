@@ -356,6 +356,15 @@ def test_a_model_of_text_and_images_keeps_the_older_names_of_its_text(merge, tmp
     assert config["text_config"] == {"rope_parameters": {}, **older} and config["torch_dtype"] == "bfloat16"
 
 
+def test_a_tokenizer_without_tokenizer_json_keeps_its_added_tokens(merge, tmp_path):
+    (tmp_path / "config.json").write_text('{"dtype": "float32"}', encoding="utf-8")
+    added = {"7": {"content": "<|im_end|>", "special": True}}
+    place = tmp_path / "tokenizer_config.json"
+    place.write_text(json.dumps({"added_tokens_decoder": added}), encoding="utf-8")
+    merge.add_older_names(tmp_path, tmp_path)
+    assert json.loads(place.read_text(encoding="utf-8"))["added_tokens_decoder"] == added
+
+
 def forget_a_layer(weights, base):
     weights.update({name: weight for name, weight in base.items() if ".1." in name})
 
